@@ -1,0 +1,102 @@
+"""Tile bounds: which KV tiles a mask can reach, in closed form.
+
+``analyse(mask)`` splits a mask into conjuncts and turns each one that is linear in ``at.q`` and ``at.kv`` (causal,
+windows, prefixes) into an inequality ``cq*q + ck*kv + terms >= 0``. From these follow the first and last key of a
+row tile and the test that a tile is FULL. Conjuncts that are not linear are listed: their tiles stay PARTIAL, which is
+always sound. A kernel evaluates the inequalities in int64 and drops one for which i32 arithmetic could have wrapped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .expr import TILE, Node, conjuncts, const, symbol, text
+from .ops import BOOL, I32
+
+
+@dataclass(frozen=True)
+class Inequality:
+    """``cq * q + ck * kv + sum(sign * term) >= 0``; terms are uniform in a tile (per call or per request).
+
+    ``wq`` and ``wk`` sum the coefficients' magnitudes: wq*|q| + wk*|kv| + sum(|sign * term|) < 2**31 proves that the
+    mask's own i32 arithmetic did not wrap.
+    """
+
+    cq: int
+    ck: int
+    wq: int
+    wk: int
+    terms: tuple[tuple[int, Node], ...]
+    source: Node
+
+    def __str__(self) -> str:
+        parts = [f"{c}*{name}" for c, name in ((self.cq, "q"), (self.ck, "kv")) if c]
+        parts += [f"{sign}*{text(term)}" for sign, term in self.terms]
+        return " + ".join(parts) + " >= 0"
+
+
+@dataclass(frozen=True)
+class TileBounds:
+    """What is known of a mask in closed form."""
+
+    closed: tuple[Inequality, ...]
+    opaque: tuple[Node, ...]  # conjuncts that stay PARTIAL
+
+    @property
+    def exact(self) -> bool:
+        """Whether the inequalities are the whole mask."""
+        return not self.opaque
+
+
+def analyse(mask: Node | None) -> TileBounds:
+    """The closed bounds of ``mask`` (None attends everywhere)."""
+    closed: list[Inequality] = []
+    opaque: list[Node] = []
+    for term in conjuncts(mask) if mask is not None else []:
+        found = _inequalities(term)
+        if found is None:
+            opaque.append(term)
+        else:
+            closed.extend(found)
+    return TileBounds(tuple(closed), tuple(opaque))
+
+
+def _inequalities(term: Node) -> list[Inequality] | None:
+    if term.op == "const" and term.dtype == BOOL and term.attr:
+        return []
+    if term.op not in ("lt", "le", "eq") or term.args[0].dtype != I32:
+        return None
+    a, b = term.args
+    forward = _linear(b, 1) + _linear(a, -1)
+    if None in forward:
+        return None
+    strict = [(-1, const(1))] if term.op == "lt" else []
+    found = [_collect(forward + strict, term)]
+    if term.op == "eq":
+        found.append(_collect([(-sign, node) for sign, node in forward], term))
+    return found
+
+
+def _linear(node: Node, sign: int) -> list[tuple[int, Node] | None]:
+    """``sign * node`` as (coefficient, atom) pairs; [None] where it is not linear in q and kv."""
+    if node.op == "add":
+        return _linear(node.args[0], sign) + _linear(node.args[1], sign)
+    if node.op == "sub":
+        return _linear(node.args[0], sign) + _linear(node.args[1], -sign)
+    if node.op == "neg":
+        return _linear(node.args[0], -sign)
+    if node.op == "mul" and node.args[1].op == "const" and 0 < abs(node.args[1].attr) <= 1024:
+        return _linear(node.args[0], sign * node.args[1].attr)
+    if node is _Q or node is _KV or node.level <= TILE:
+        return [(sign, node)]
+    return [None]
+
+
+_Q, _KV = symbol("q"), symbol("kv")
+
+
+def _collect(pairs: list[tuple[int, Node]], source: Node) -> Inequality:
+    q = [sign for sign, node in pairs if node is _Q]
+    kv = [sign for sign, node in pairs if node is _KV]
+    terms = tuple((sign, node) for sign, node in pairs if node is not _Q and node is not _KV)
+    return Inequality(sum(q), sum(kv), sum(map(abs, q)), sum(map(abs, kv)), terms, source)

@@ -1,0 +1,361 @@
+"""Emission: nodes to C expressions for the template's named holes.
+
+Every value is computed at its level: per call, per tile (one request and KV head), per row, per column, per element.
+A value that a later level reads and that costs more than one operation is stored at its own level; cheaper ones are
+recomputed where they are used. The C++ and CUDA dialects share all of this and differ in the op table's text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from .bounds import Inequality, analyse
+from .expr import CALL, COL, CONST, ELEM, ROW, TILE, Node, discrete_inputs, substitute, walk
+from .ops import BOOL, F32, I32, OPS, c_text
+from .spec import Trace
+
+CTYPE = {F32: "float", I32: "int32_t", BOOL: "bool"}
+_RESERVED = frozenset(
+    "p c t s o m n q kv q_token kv_token head kv_head num_heads num_kv_heads request q_len kv_len dim rows cols "
+    "q_offset rope_table query_scale sink kv_position kind bool int float double char short long unsigned signed void "
+    "auto register static const volatile extern inline return if else for while do switch case default break continue "
+    "goto sizeof struct union enum typedef class public private protected template typename this new delete operator "
+    "errno stdin stdout stderr namespace using try catch throw friend virtual explicit mutable true false and or not xor nullptr asm".split()
+)
+# A read indexed by exactly this symbol on this axis cannot be out of range: the call checks the axis's size.
+_SAFE_INDEX = {
+    "heads": "head", "kv_heads": "kv_head", "requests": "request", "positions": "kv", "q_tokens": "q_token",
+    "kv_tokens": "kv_token",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Value:
+    """One computed value: ``ctype name = expr;`` and the hook line it came from ("gemma2.py:12")."""
+
+    ctype: str
+    name: str
+    expr: str
+    where: str = ""
+
+
+@dataclass(frozen=True)
+class ElementFn:
+    """A per-element hook as an inline function; ``params`` are (ctype, name, access in a loop over m and n)."""
+
+    params: tuple[tuple[str, str, str], ...]
+    lines: tuple[Value, ...]
+    result: str
+    where: str
+
+
+@dataclass(frozen=True)
+class RopeHoles:
+    """How the kernel rotates Q, and K where the cache holds unrotated keys."""
+
+    rotary_dim: int
+    interleaved: bool
+    rotate_keys: bool
+    q_positions: tuple[str, ...]  # row values
+    kv_position: str | None  # column value
+    kind: str | None  # column value: which q_position a key uses
+    table: str  # row of inv_freq
+
+
+@dataclass(frozen=True)
+class BoundsHoles:
+    """The closed tile bounds as int64 C expressions; ``exact`` where they are the whole mask."""
+
+    kv_begin: str
+    kv_end: str
+    full: str
+    exact: bool
+
+
+@dataclass
+class Hooks:
+    """What a template's holes are filled with."""
+
+    call: list[Value] = field(default_factory=list)
+    tile: list[Value] = field(default_factory=list)
+    row: list[Value] = field(default_factory=list)
+    col: list[Value] = field(default_factory=list)
+    logits: ElementFn | None = None
+    mask: ElementFn | None = None
+    weight: ElementFn | None = None
+    output: ElementFn | None = None
+    sink: str | None = None
+    query_scale: str | None = None
+    softmax: bool = True
+    rope: RopeHoles | None = None
+    bounds: BoundsHoles = BoundsHoles("0", "t.kv_len", "true", True)
+
+
+def emit(trace: Trace, storage: Mapping[str, str], head_dim: int, dialect: str = "cpp") -> Hooks:
+    """Fill the holes for ``trace``. ``storage`` gives each tensor parameter's stored dtype; ``dialect`` is cpp or cuda."""
+    logits, weight, output = (_reciprocals(getattr(trace, name)) for name in ("logits", "weight", "output"))
+    return _Emitter(replace(trace, logits=logits, weight=weight, output=output), storage, dialect).hooks(head_dim)
+
+
+def _reciprocals(root: Node | None) -> Node | None:
+    """Division of an element by a row's, column's or call's value becomes a product with its hoisted reciprocal: one
+    more rounding, a tenth of the time. Values that decide a mask keep the IEEE quotient."""
+    if root is None:
+        return None
+    exact = discrete_inputs([root])
+    quotients = {
+        n: n.args[1] for n in walk(root)
+        if n.op == "div" and n not in exact and n.level == ELEM and n.args[1].level < ELEM
+    }  # fmt: skip
+    for node, divisor in quotients.items():
+        root = substitute(root, {node: node.args[0] * (1.0 / divisor)})
+    return root
+
+
+_SYMBOL_TEXT = {
+    "num_heads": "p.total_heads", "num_kv_heads": "(p.total_heads / (p.num_heads / p.num_kv_heads))",
+    "request": "t.request", "q_len": "t.q_len", "kv_len": "t.kv_len", "kv_head": "t.kv_head",
+}  # fmt: skip
+
+
+class _Emitter:
+    def __init__(self, trace: Trace, storage: Mapping[str, str], dialect: str) -> None:
+        self.trace, self.storage, self.dialect = trace, storage, dialect
+        self.exact = discrete_inputs(trace.roots().values())
+        self.out = Hooks(softmax=trace.weight is None)
+        self.sections = {CALL: self.out.call, TILE: self.out.tile, ROW: self.out.row, COL: self.out.col}
+        self.stored: dict[Node, str] = {}
+        self.names: set[str] = set(_RESERVED)
+
+    def hooks(self, head_dim: int) -> Hooks:
+        trace, out = self.trace, self.out
+        if trace.rope:
+            out.rope = self.rope(head_dim)
+        for name in ("query_scale", "sink"):
+            if getattr(trace, name) is not None:
+                self.store(getattr(trace, name), ROW, name)
+                setattr(out, name, name)
+        for name in ("logits", "mask", "weight", "output"):
+            node = getattr(trace, name)
+            if node is not None and not (name == "mask" and node.op == "const" and node.attr):
+                setattr(out, name, self.element(node))
+        out.bounds = self.bounds()
+        return out
+
+    # ---- levels
+    def store(self, node: Node, level: int, name: str) -> str:
+        """Compute ``node`` at ``level`` under ``name``."""
+        text = self.expression(node, level)
+        self.sections[level].append(Value(CTYPE[node.dtype], name, text, self.where(node)))
+        return name
+
+    def leaf(self, node: Node, level: int) -> str | None:
+        """The text of a value that is already at hand at ``level``, storing it at its own level if need be."""
+        if node.op == "const":
+            return literal(node)
+        if node.op == "param":
+            return f"c.{self.ensure(node, CALL)}"
+        if node.op == "sym" and node.attr in _SYMBOL_TEXT:
+            return node.attr if level == TILE and node.level == TILE else _SYMBOL_TEXT[node.attr]
+        if node.op == "sym":
+            if level == ELEM and node.level in (ROW, COL):
+                self.ensure(node, node.level)
+            return node.attr
+        own = node.level
+        if own == CONST or own >= level:
+            return None
+        if own in (CALL, TILE):
+            return f"{'c' if own == CALL else 't'}.{self.ensure(node, own)}"
+        if level == ELEM and cost(node) > 1:
+            return self.ensure(node, own)
+        return None
+
+    def ensure(self, node: Node, level: int) -> str:
+        """Store ``node`` at ``level`` once; returns its name."""
+        if node not in self.stored:
+            if node.op == "param":
+                name, text = self.name(node.attr[0]), f"p.param_{node.attr[0]}"
+            elif node.op == "sym":
+                name = text = node.attr
+            else:
+                hint = node.attr[0] if node.op == "load" else {CALL: "call", TILE: "tile", ROW: "row", COL: "col"}[level]
+                text = self.expression(node, level)
+                name = self.name(hint)
+            self.stored[node] = name
+            self.sections[level].append(Value(CTYPE[node.dtype], name, text, self.where(node)))
+        return self.stored[node]
+
+    def name(self, hint: str) -> str:
+        candidate, n = hint, 0
+        while candidate in self.names or re.fullmatch(r"e\d+", candidate):
+            n += 1
+            candidate = f"{hint}{n}"
+        self.names.add(candidate)
+        return candidate
+
+    # ---- expressions
+    def expression(self, root: Node, level: int, lines: list[Value] | None = None) -> str:
+        """C text of ``root`` at ``level``. With ``lines``, values used twice become locals there."""
+        uses: Counter[Node] = Counter()
+        for node in walk(root):
+            for a in node.args:
+                uses[a] += 2 if node.op == "load" and a.args else 1
+        texts: dict[Node, str] = {}
+
+        def visit(node: Node) -> str:
+            if node not in texts:
+                text = self.leaf(node, level) if node is not root or not node.args else None
+                if text is None:
+                    text = self.operation(node, [visit(a) for a in node.args])
+                    if lines is not None and node is not root and uses[node] > 1:
+                        name = f"e{len(lines)}"
+                        lines.append(Value(CTYPE[node.dtype], name, text, self.where(node)))
+                        text = name
+                texts[node] = text
+            return texts[node]
+
+        return visit(root)
+
+    def operation(self, node: Node, args: list[str]) -> str:
+        if node.op == "load":
+            return self.load(node, args)
+        text = c_text(OPS[node.op], self.dialect, node.dtype, node.args[0].dtype, node in self.exact)
+        return text.format(*(a if _atomic(a) else f"({a})" for a in args))
+
+    def load(self, node: Node, index: list[str]) -> str:
+        name, axes = node.attr
+        stored, checks, offset = self.storage[name], [], []
+        for i, (axis, text, arg) in enumerate(zip(axes, index, node.args)):
+            safe = arg.op == "sym" and _SAFE_INDEX.get(axis) == arg.attr
+            if not safe:
+                checks.append(f"(uint32_t)({text}) < (uint32_t)p.param_{name}_size{i}")
+            offset.append(f"(int64_t)({text}) * p.param_{name}_stride{i}")
+        suffix = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "int32": "i32", "int64": "i64"}.get(stored, "u8")
+        # Bitwise and: the checks have no side effects, and loops with && do not vectorise.
+        call = f"ag_load_{suffix}(p.param_{name}, {' & '.join(f'({x})' for x in checks) or 'true'}, {' + '.join(offset)})"
+        return {F32: call, I32: f"(int32_t)({call})", BOOL: f"({call} != 0)"}[node.dtype]
+
+    def where(self, node: Node) -> str:
+        for n in (node, *reversed(list(walk(node)))):
+            if n in self.trace.where:
+                file, line = self.trace.where[n]
+                return f"{Path(file).name}:{line}"
+        return ""
+
+    def element(self, root: Node) -> ElementFn:
+        lines: list[Value] = []
+        result = self.leaf(root, ELEM) or self.expression(root, ELEM, lines)
+        text = " ".join([result, *(line.expr for line in lines)])
+        words = set(re.findall(r"(?<![.\w])[A-Za-z_]\w*", text))
+        params = [
+            (v.ctype, v.name, f"{array}.{v.name}[{i}]")
+            for section, array, i in ((self.out.row, "rows", "m"), (self.out.col, "cols", "n"))
+            for v in section
+            if v.name in words
+        ]
+        return ElementFn(tuple(params), tuple(lines), result, self.where(root))
+
+    # ---- rope and bounds
+    def rope(self, head_dim: int) -> RopeHoles:
+        traced = self.trace.rope
+        facts = traced.rope.structure(head_dim)
+        rotate_keys = facts["keys"] == "rotate"
+        rows = tuple(self.store(node, ROW, f"q_position{i}") for i, node in enumerate(traced.q_positions))
+        position = self.store(traced.kv_position, COL, "kv_position") if rotate_keys else None
+        kind = self.store(traced.kind, COL, "kind") if traced.kind is not None else None
+        table = "(p.rope_table ? p.rope_table[request] : 0)"
+        return RopeHoles(facts["rotary_dim"], facts["interleaved"], rotate_keys, rows, position, kind, table)
+
+    def bounds(self) -> BoundsHoles:
+        found = analyse(self.trace.mask)
+        begin, end, full = "0", "t.kv_len", []
+        for inequality in found.closed:
+            rest, guard = self.bound_terms(inequality)
+            cq, ck = inequality.cq, inequality.ck
+            best_q = _scaled(cq, "q_hi" if cq > 0 else "q_lo")
+            worst_q = _scaled(cq, "q_lo" if cq > 0 else "q_hi")
+            best = _sum(best_q, rest)
+            if ck > 0:
+                limit = f"-({best})" if ck == 1 else f"ag_ceildiv64(-({best}), {ck})"
+                begin = f"ag_max64({begin}, {_guarded(guard, limit, '0')})"
+            elif ck < 0:
+                limit = f"{best} + 1" if ck == -1 else f"ag_floordiv64({best}, {-ck}) + 1"
+                end = f"ag_min64({end}, {_guarded(guard, limit, 't.kv_len')})"
+            else:
+                end = f"ag_min64({end}, {_guarded(guard, f'{best} >= 0 ? t.kv_len : 0', 't.kv_len')})"
+            worst = _sum(worst_q, _scaled(ck, "k_lo" if ck > 0 else "k_hi"), rest)
+            full.append(_guarded(guard, f"{worst} >= 0", "false"))
+        test = " && ".join(f"({x})" for x in full) or "true"
+        return BoundsHoles(begin, end, test if found.exact else "false", found.exact)
+
+    def bound_terms(self, bound: Inequality) -> tuple[str, str]:
+        """The sum of an inequality's uniform terms, and the test that i32 arithmetic could not wrap ('' if it cannot)."""
+        constant = sum(sign * node.attr for sign, node in bound.terms if node.op == "const")
+        others = [(sign, node) for sign, node in bound.terms if node.op != "const"]
+        if not others and bound.wq <= 1 and bound.wk <= 1 and abs(constant) < 2**20:
+            return (str(constant) if constant else ""), ""  # positions stay below 2^30: the call checks it
+        texts = [(sign, f"(int64_t)({self.expression(node, TILE) if node.args else self.leaf(node, TILE)})")
+                 for sign, node in others]  # fmt: skip
+        total = " + ".join([str(constant), *(_scaled(sign, text) for sign, text in texts)])
+        weight = [str(sum(abs(sign * node.attr) for sign, node in bound.terms if node.op == "const"))]
+        weight += [f"ag_abs64({_scaled(sign, text)})" for sign, text in texts]
+        weight += [f"{bound.wq} * (ag_abs64(q_offset) + q_len)", f"{bound.wk} * (int64_t)kv_len"]
+        ok, rest = self.name("bound_ok"), self.name("bound")
+        self.out.tile.append(Value("bool", ok, f"{' + '.join(weight)} < 2147483648LL", self.where(bound.source)))
+        self.out.tile.append(Value("int32_t", rest, f"(int32_t)({total})", self.where(bound.source)))
+        return f"t.{rest}", f"t.{ok}"
+
+
+def cost(node: Node) -> int:
+    """ALU operations to compute ``node`` from symbols and parameters; a tensor read counts 4."""
+    return sum(4 if n.op == "load" else OPS[n.op].cost if n.op in OPS else 0 for n in walk(node))
+
+
+def literal(node: Node) -> str:
+    """A constant as C text."""
+    if node.dtype == BOOL:
+        return "true" if node.attr else "false"
+    if node.dtype == I32:
+        return str(node.attr) if node.attr >= 0 else f"({node.attr})" if node.attr > -(2**31) else "(-2147483647 - 1)"
+    if node.attr != node.attr:
+        return "NAN"
+    if node.attr in (float("inf"), -float("inf")):
+        return "INFINITY" if node.attr > 0 else "(-INFINITY)"
+    text = f"{node.attr:.9g}"
+    text = text if any(ch in text for ch in ".e") else text + ".0"
+    return f"{text}f" if node.attr >= 0 and not text.startswith("-") else f"({text}f)"
+
+
+def _atomic(text: str) -> bool:
+    """Whether C text binds tighter than any operator: a name, a literal, a call or one pair of parentheses."""
+    if re.fullmatch(r"[\w.]+", text):
+        return True
+    start = re.match(r"[\w.]*\(", text)
+    if not start or not text.endswith(")"):
+        return False
+    depth = 0
+    for i, ch in enumerate(text):
+        depth += (ch == "(") - (ch == ")")
+        if depth == 0 and ch == ")" and i < len(text) - 1:
+            return False
+    return True
+
+
+def _scaled(factor: int, text: str) -> str:
+    if factor == 0:
+        return ""
+    return text if factor == 1 else f"{factor} * {text}" if factor != -1 else f"-{text}"
+
+
+def _sum(*parts: str) -> str:
+    return " + ".join(p for p in parts if p).replace("+ -", "- ") or "0"
+
+
+def _guarded(guard: str, text: str, otherwise: str) -> str:
+    return f"({guard} ? {text} : {otherwise})" if guard else text
+
+

@@ -1,0 +1,180 @@
+"""Load: a cache entry becomes a function of this process.
+
+    LoadedKernel = load_kernel(Entry);  LoadedKernel.launch(packed parameter struct)
+
+The host extension does the work. An installed package carries it built; a bare checkout builds it at first use, through
+`torch.utils.cpp_extension` and ninja, but in a child process of ours, inside a private folder and lock of our cache:
+cpp_extension's own lock waits forever for a killed build, serves another source's module under the same name and hides
+the compiler's message on a second try (docs/build.md). None of that can happen to a folder that is used once.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import importlib.util
+import logging
+import os
+import shlex
+import sys
+import sysconfig
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from . import build, cache
+from .abi import LAUNCH_ABI
+from .errors import BuildError, LoadError
+from .paths import PACKAGE
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+HOST_SOURCE = PACKAGE / "csrc" / "host.cpp"
+HOST_FLAGS = ("-O2", "-std=c++17", "-fvisibility=hidden", "-g0")
+# cpp_extension links torch's libraries. Nothing here needs them, if libstdc++ comes first: libc10 exports parts of it.
+HOST_LINK = ("-s", "-Wl,--as-needed", "-lstdc++")
+HOST_TIMEOUT_S = 600.0  # it takes 7 s
+
+log = logging.getLogger("attngen.load")
+_host: ModuleType | None = None
+_host_lock = threading.Lock()
+
+
+def _forget_lock() -> None:
+    """In a forked child: the thread that may have held the lock in the parent does not exist here."""
+    global _host_lock
+    _host_lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget_lock)
+
+
+@dataclass(frozen=True)
+class LoadedKernel:
+    """A kernel of this process.
+
+    launch(params) runs it on its packed parameter struct (any buffer: bytes, bytearray, ctypes array) and returns when
+    it is done; the GIL is released meanwhile. Raises RuntimeError where the kernel reports a status other than 0.
+    """
+
+    entry: cache.Entry
+    launch: Callable[[Buffer], None]
+
+
+def load_kernel(entry: cache.Entry) -> LoadedKernel:
+    """Loads a verified entry. Raises LoadError for a library of another launch ABI, or one that does not link here."""
+    kind, abi = entry.manifest.get("kind"), entry.manifest.get("abi")
+    if (kind, abi) != ("cpu", LAUNCH_ABI):
+        raise _unloadable(entry.artifact, f"kind cpu, launch ABI {LAUNCH_ABI}", f"kind {kind}, launch ABI {abi}")
+    module = host()
+    try:
+        address = module.load_cpu(os.fspath(entry.artifact), LAUNCH_ABI)
+    except RuntimeError as error:
+        raise _unloadable(entry.artifact, f"a library of launch ABI {LAUNCH_ABI}", str(error)) from None
+    return LoadedKernel(entry, functools.partial(module.launch_cpu, address))
+
+
+def host() -> ModuleType:
+    """The host extension: from the package, from the cache, or built now (a bare checkout, once).
+
+    Raises BuildError without a compiler or Python's headers, CacheError, LoadError.
+    """
+    global _host
+    if _host is None:
+        with _host_lock:
+            if _host is None:
+                _host = _find_host()
+    return _host
+
+
+def _find_host() -> ModuleType:
+    digest = hashlib.sha256(HOST_SOURCE.read_bytes()).hexdigest()
+    try:
+        packaged = importlib.import_module("attngen._host")
+    except ImportError as error:
+        if not isinstance(error, ModuleNotFoundError):
+            log.warning("the package's host extension does not load here (%s): building another", error)
+    else:
+        if packaged.digest == digest:
+            return packaged
+        log.info("the host extension at %s is older than %s", packaged.__file__, HOST_SOURCE)
+    key = _host_key(digest)
+    entry, hit = cache.default().get_or_build(key, functools.partial(_build_host, digest), shelf="host")
+    log.info("host extension %s at %s", "found" if hit else "built", entry.artifact)
+    spec = importlib.util.spec_from_file_location("attngen._host", entry.artifact)
+    assert spec is not None and spec.loader is not None
+    try:
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except ImportError as error:
+        raise _unloadable(entry.artifact, f"a module for {sysconfig.get_config_var('SOABI')}", str(error)) from error
+    return module
+
+
+def _host_key(digest: str) -> str:
+    """Everything that decides whether one build serves another process: source, flags, Python's ABI, platform, libc."""
+    libc = os.confstr("CS_GNU_LIBC_VERSION") if "CS_GNU_LIBC_VERSION" in os.confstr_names else ""
+    facts = (cache.FORMAT, digest, HOST_FLAGS, HOST_LINK, sysconfig.get_config_var("SOABI"), sysconfig.get_platform(), libc)
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+
+def _build_host(digest: str, folder: Path) -> dict[str, Any]:
+    """Builds the host extension in `folder`, in a fresh process: no lock, version suffix or import is shared with it."""
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    if not header.is_file():
+        raise BuildError(
+            f"no Python headers, which the host extension is built with (once).\n  required: {header}\n  found: no such "
+            f"file\n  do: apt install python3-dev (or your Python's -dev package), or install attngen from a wheel"
+        )
+    compiler, ninja = build.find_cxx(), build.find_ninja()
+    # cpp_extension quotes $CXX as one word, so that "ccache g++" needs a script of one word.
+    wrapper = folder / "cxx"
+    wrapper.write_text(f'#!/bin/sh\nexec {shlex.join(compiler.argv)} "$@"\n')
+    wrapper.chmod(0o700)
+    (folder / "host.cpp").write_bytes(HOST_SOURCE.read_bytes())
+    flags = [*HOST_FLAGS, shlex.quote(f'-DATTNGEN_HOST_DIGEST="{digest}"')]
+    program = f"""
+import pybind11
+from torch.utils.cpp_extension import load
+load(name="_host", sources=["host.cpp"], build_directory=".", with_cuda=False, extra_cflags={flags},
+     extra_include_paths=[pybind11.get_include()], extra_ldflags={[*HOST_LINK]})
+"""
+    kept = {name: os.environ[name] for name in ("HOME", "LD_LIBRARY_PATH") if name in os.environ}
+    path = [os.path.dirname(ninja.path), os.path.dirname(compiler.path), os.environ.get("PATH", os.defpath)]
+    env = {
+        **kept,
+        "PATH": os.pathsep.join(path),
+        "CXX": os.fspath(wrapper),
+        "LC_ALL": "C",
+        "TMPDIR": os.fspath(folder),
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    log.info("building the host extension, once for this Python (about 10 s)")
+    start = time.perf_counter()
+    status, text = build.run_group([sys.executable, "-c", program], folder, env, HOST_TIMEOUT_S)
+    seconds = time.perf_counter() - start
+    if status != 0 or not (folder / "_host.so").is_file():
+        raise BuildError(
+            f"the host extension does not build.\n  required: {HOST_SOURCE} compiled by {compiler.version} through "
+            f"torch.utils.cpp_extension\n  found: {'no end in time' if status is None else f'exit status {status}'}\n"
+            f"  do: mend what the message below names, or install attngen from a wheel\n\n{text.strip()[-6000:]}"
+        )
+    for path_left in folder.iterdir():
+        if path_left.name not in ("host.cpp", "_host.so", "build.ninja"):
+            path_left.unlink()
+    return {"kind": "host", "artifact": "_host.so", "sources": ["host.cpp"], "seconds": seconds,
+            "compiler": compiler.version, "python": sysconfig.get_config_var("SOABI")}  # fmt: skip
+
+
+def _unloadable(path: Path, required: str, found: str) -> LoadError:
+    return LoadError(
+        f"a library that this process cannot load: {path}\n  required: {required}\n  found: {found}\n"
+        f"  do: run `attngen cache clear`; it is built again at its next use"
+    )

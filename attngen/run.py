@@ -1,0 +1,635 @@
+"""The conductor: a call travels variant -> nodes -> config -> source -> artifact -> kernel -> launch."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import struct
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from . import cache
+from .abi import BASE_FIELDS, LAUNCH_ABI, Layout, layout
+from .choose import Choice, choose_cpu, cpu_flags, host_isa
+from .emit import emit
+from .errors import ParameterError, UnsupportedError
+from .interp import reference_attention
+from .load import LoadedKernel, load_kernel
+from .ops import F32, I32, I32_MAX, I32_MIN
+from .paths import PACKAGE, templates_dir
+from .spec import STORAGE, Problem, Variant, as_variant
+
+FORMAT = 1  # of the key; a change voids every cached kernel
+MAX_LENGTH = 2**30  # positions and lengths stay below it, so that q - kv never wraps
+_DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16",
+                torch.int32: "int32", torch.int64: "int64", torch.uint8: "uint8", torch.bool: "bool"}  # fmt: skip
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# The rooms whose text decides what a kernel's source says.
+_COMPILER_ROOMS = ("ops", "expr", "bounds", "trace", "rope", "spec", "abi", "choose", "emit", "render")
+
+
+# ---------------------------------------------------------------- compiling
+
+
+@dataclass(frozen=True)
+class BuildRecord:
+    """One kernel that this process asked for: whether it was in the cache, and what it cost."""
+
+    key: str
+    variant: str
+    problem: Problem
+    hit: bool
+    build_seconds: float  # rendering, compiling and publishing; 0 for a hit
+    load_seconds: float
+
+
+class Kernel:
+    """A compiled, loaded kernel.
+
+    Attributes:
+        variant: the variant it was compiled for (its structure; values are run-time arguments).
+        problem, config: the compile-time facts and the chosen configuration, printable.
+        spec_hash: the cache key: nodes, problem, config, flags, CPU features, templates and compiler sources.
+        path: the artifact in the cache.
+    """
+
+    def __init__(
+        self, variant: Variant, problem: Problem, choice: Choice, key: str, struct_layout: Layout, loaded: LoadedKernel
+    ) -> None:
+        self.variant, self.problem, self.choice, self.spec_hash = variant, problem, choice, key
+        self.layout, self.loaded = struct_layout, loaded
+        self.launch: Callable[[Any], None] = loaded.launch
+
+    @property
+    def config(self) -> Any:
+        return self.choice.config
+
+    @property
+    def path(self) -> Any:
+        return self.loaded.entry.artifact
+
+    @property
+    def source(self) -> str:
+        """The rendered main file, as it was compiled. It is yours to use under any terms."""
+        return next(text for name, text in self.loaded.entry.sources().items() if name.endswith((".cpp", ".cu")))
+
+    def __repr__(self) -> str:
+        p = self.problem
+        return f"Kernel({self.variant.name}, {p.q_dtype}, head_dim={p.head_dim}/{p.head_dim_v}, {p.isa}, {self.spec_hash[:12]})"
+
+
+_kernels: dict[tuple[Any, ...], Kernel] = {}
+_records: list[BuildRecord] = []
+_records_lock = threading.Lock()
+
+
+def build_log() -> list[BuildRecord]:
+    """What this process compiled or found in the cache, in order."""
+    with _records_lock:
+        return list(_records)
+
+
+def compile(  # noqa: A001
+    variant: Variant | type[Variant],
+    *,
+    dtype: torch.dtype = torch.float32,
+    head_dim: int = 64,
+    head_dim_v: int | None = None,
+    storage: Mapping[str, torch.dtype] | None = None,
+    isa: str | None = None,
+) -> Kernel:
+    """Compile ``variant`` for the CPU, or find it in the cache, and load it.
+
+    Args:
+        dtype: of q, k, v and the output: float32, bfloat16 or float16.
+        head_dim, head_dim_v: multiples of 8 up to 256; head_dim_v defaults to head_dim.
+        storage: stored dtype of tensor parameters, by name; defaults to that of a bound tensor, else float32, int32 or
+            bool by the field's type.
+        isa: CPU features to compile for; defaults to this host's best.
+
+    Raises:
+        UnsupportedError, VariantError, BuildError, CacheError, LoadError.
+    """
+    variant = as_variant(variant)
+    stored = {}
+    for name, f in variant.trace.used().items():
+        if f.kind == "tensor":
+            bound = variant.values.get(name)
+            chosen = (storage or {}).get(name) or (bound.dtype if bound is not None else STORAGE[f.dtype][0])
+            if chosen not in STORAGE[f.dtype]:
+                raise ParameterError(_storage_message(variant, name, f.dtype, chosen))
+            stored[name] = _DTYPE_NAMES[chosen]
+    return _compile(variant, problem_for(dtype, head_dim, head_dim_v or head_dim, stored, isa))
+
+
+def problem_for(
+    dtype: torch.dtype, head_dim: int, head_dim_v: int, storage: Mapping[str, str], isa: str | None = None
+) -> Problem:
+    """The Problem of a call, or UnsupportedError."""
+    if dtype not in _FLOATS:
+        raise UnsupportedError(f"dtype {dtype}: q, k and v are torch.float32, torch.bfloat16 or torch.float16; cast them")
+    for name, size in (("head_dim", head_dim), ("head_dim_v", head_dim_v)):
+        if size % 8 or not 8 <= size <= 256:
+            raise UnsupportedError(
+                f"{name} {size}: the CPU kernels take multiples of 8 from 8 to 256; pad q and k (and v) with zeros, and "
+                f"pass scale= for the unpadded size"
+            )
+    name = _DTYPE_NAMES[dtype]
+    return Problem("cpu", isa or host_isa(), name, name, name, head_dim, head_dim_v, tuple(sorted(storage.items())))
+
+
+def _compile(variant: Variant, problem: Problem) -> Kernel:
+    trace = variant.trace
+    memo = (trace.key(problem.head_dim), problem)
+    kernel = _kernels.get(memo)
+    if kernel is None:
+        kernel = _kernels[memo] = _compile_uncached(variant, problem)
+    return kernel
+
+
+def specialise(variant: Variant, problem: Problem) -> tuple[Any, Choice, Layout, tuple[str, ...], str]:
+    """Everything before rendering: holes, config, parameter struct, compiler flags and the key."""
+    trace = variant.trace
+    storage = dict(problem.storage)
+    hooks = emit(trace, storage, problem.head_dim)
+    choice = choose_cpu(problem, problem.isa, hooks)
+    struct_layout = layout(trace.used(), storage)
+    flags = tuple(cpu_flags(problem.isa))
+    facts = (FORMAT, LAUNCH_ABI, trace.key(problem.head_dim), problem, repr(choice.config), flags, compiler_digest())
+    return hooks, choice, struct_layout, flags, hashlib.sha256(repr(facts).encode()).hexdigest()
+
+
+@lru_cache(maxsize=1)
+def compiler_digest() -> str:
+    """Digest of the templates and of the compiler rooms' sources."""
+    rooms = [PACKAGE / f"{room}.py" for room in _COMPILER_ROOMS]
+    return cache.sources_digest(templates_dir() / "cpu", *rooms)
+
+
+def _compile_uncached(variant: Variant, problem: Problem) -> Kernel:
+    hooks, choice, struct_layout, flags, key = specialise(variant, problem)
+    store = cache.default()
+    start = time.perf_counter()
+
+    def build(folder: Any) -> dict[str, Any]:
+        from .build import Recipe, compile_kernel
+        from .render import MAIN, locate, render_cpu
+
+        files = render_cpu(hooks, choice.config, struct_layout, problem, variant.name)
+        recipe = Recipe("cpu", (MAIN,), flags, ("-fopenmp",))
+        result = compile_kernel(
+            files, recipe, folder, locate=lambda file, line: locate(files, file, line), keep_failed=store.failed(key)
+        )
+        return {
+            "kind": "cpu", "abi": LAUNCH_ABI, "artifact": result.artifact.name, "sources": list(files),
+            "compiler": result.compiler, "seconds": result.seconds, "flags": list(flags), "variant": variant.name,
+            "isa": problem.isa, "problem": problem.__dict__, "config": repr(choice.config), "spec_hash": key,
+            "params": [[f.ctype, f.name, f.offset] for f in struct_layout.fields],
+        }  # fmt: skip
+
+    entry, hit = store.get_or_build(key, build)
+    built = time.perf_counter()
+    loaded = load_kernel(entry)
+    record = BuildRecord(
+        key, variant.name, problem, hit, 0.0 if hit else built - start, time.perf_counter() - built
+    )
+    with _records_lock:
+        _records.append(record)
+    return Kernel(variant, problem, choice, key, struct_layout, loaded)
+
+
+# ---------------------------------------------------------------- calling
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    variant: Variant | type[Variant] | None = None,
+    *,
+    layout: str = "bshd",
+    q_lens: torch.Tensor | Sequence[int] | None = None,
+    kv_lens: torch.Tensor | Sequence[int] | None = None,
+    q_offset: torch.Tensor | Sequence[int] | int | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    out: torch.Tensor | None = None,
+    **params: Any,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attention of ``variant`` over dense q, k, v. The kernel is compiled at the first call and kept.
+
+    Args:
+        q: ``[batch, q_len, num_heads, head_dim]`` ("bshd") or ``[batch, num_heads, q_len, head_dim]`` ("bhsd").
+        k, v: the same with kv_len and num_kv_heads (which divides num_heads); v may have another head_dim. float32,
+            bfloat16 or float16, all of one dtype; any strides, the last dimension contiguous.
+        variant: an ``attngen.Variant`` or its class; None attends everywhere.
+        q_lens, kv_lens: ``[batch]`` ints: how many leading rows of q, and of k and v, each request uses. Unused k and v
+            slots may hold anything; unused rows of the output are 0 (LSE -inf).
+        q_offset: position of a request's first query, an int or ``[batch]`` ints; by default kv_len - q_len, so that
+            the last query lines up with the last key.
+        scale: of the logits; default the variant's, else head_dim ** -0.5.
+        return_lse: also return the natural-log sum of exponentials (sink included), float32 ``[batch, num_heads, q_len]``.
+        out: written and returned, if given.
+        **params: values of the variant's Scalar and Tensor fields, by name.
+
+    Returns:
+        ``out`` in q's dtype, layout and leading shape, or ``(out, lse)``. A fully masked row is 0 with LSE -inf (or the
+        sink).
+
+    Raises:
+        ParameterError: an argument is missing, unknown, ill-typed or ill-shaped.
+        UnsupportedError: no kernel can serve the call.
+    """
+    variant = _FULL if variant is None else as_variant(variant)
+    site = _site(variant, q, k, v, layout, params)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        raise UnsupportedError(
+            "an input requires grad, and attngen has no backward yet: call under torch.no_grad() or on detached tensors"
+        )
+    trace = variant.trace
+    if return_lse and trace.weight is not None:
+        raise UnsupportedError(f"return_lse with {variant.name}: its weight hook replaces softmax, so there is no LSE")
+    result = site.output(q) if out is None else site.check_out(q, k, v, out)
+    lse = torch.empty(site.lse_shape, dtype=torch.float32) if return_lse else None
+    buffer = bytearray(site.template)
+    _POINTERS.pack_into(
+        buffer, 0, q.data_ptr(), k.data_ptr(), v.data_ptr(), result.data_ptr(), 0 if lse is None else lse.data_ptr()
+    )
+    _THREADS.pack_into(buffer, _THREADS_OFFSET, torch.get_num_threads(), site.scale if scale is None else scale)
+    keep = None
+    if q_lens is not None or kv_lens is not None or q_offset is not None or site.rope_needs_lens:
+        keep = site.bind_lengths(buffer, q_lens, kv_lens, q_offset)
+    if site.params:
+        keep = (keep, site.bind(buffer, params))
+    site.kernel.launch(buffer)
+    del keep
+    return result if lse is None else (result, lse)
+
+
+def reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    variant: Variant | type[Variant] | None = None,
+    *,
+    layout: str = "bshd",
+    q_lens: torch.Tensor | Sequence[int] | None = None,
+    kv_lens: torch.Tensor | Sequence[int] | None = None,
+    q_offset: torch.Tensor | Sequence[int] | int | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    **params: Any,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """The oracle: what ``attention`` means, computed with torch on the whole matrix in float64. Same arguments; returns
+    float64."""
+    variant = _FULL if variant is None else as_variant(variant)
+    shape = _Shape(variant, q, k, v, layout)
+    lens_q, lens_kv, offsets = shape.lengths(q_lens, kv_lens, q_offset)
+    values = {}
+    for name, f in variant.trace.used().items():
+        value = _value(variant, name, params)
+        values[name] = shape.check_tensor(name, value, lens_kv) if f.kind == "tensor" else _check_scalar(variant, name, value)
+    _check_unknown(variant, params)
+    order = (0, 2, 1, 3) if layout == "bhsd" else (0, 1, 2, 3)
+    out, lse = reference_attention(
+        variant.trace, q.permute(order), k.permute(order), v.permute(order), q_lens=lens_q, kv_lens=lens_kv,
+        q_offsets=offsets, scale=_scale(variant, scale, shape.head_dim), params=values,
+    )  # fmt: skip
+    out = out.permute(order)
+    if not return_lse:
+        return out
+    if lse is None:
+        raise UnsupportedError(f"return_lse with {variant.name}: its weight hook replaces softmax, so there is no LSE")
+    return out, lse
+
+
+_FULL = Variant()
+_POINTERS = struct.Struct("=5Q")
+_BASE = Layout(BASE_FIELDS)
+_THREADS = struct.Struct("=if")  # threads and scale are neighbours
+_THREADS_OFFSET = _BASE.fields[_BASE.index["threads"]].offset
+assert _BASE.fields[_BASE.index["scale"]].offset == _THREADS_OFFSET + 4
+_ZERO = torch.zeros(8, dtype=torch.int64)  # what an empty tensor parameter points to: element 0 must be readable
+
+
+class _Shape:
+    """The checked shapes of a call."""
+
+    def __init__(self, variant: Variant, q: Any, k: Any, v: Any, layout: str) -> None:
+        if layout not in ("bshd", "bhsd"):
+            raise ParameterError(
+                f'layout {layout!r}: required "bshd" ([batch, seq, heads, head_dim]) or "bhsd" ([batch, heads, seq, head_dim])'
+            )
+        for name, t in (("q", q), ("k", k), ("v", v)):
+            if not isinstance(t, torch.Tensor):
+                raise ParameterError(f"{name} is {type(t).__name__}: required a torch.Tensor")
+            if t.dim() != 4:
+                raise ParameterError(f'{name} has shape {tuple(t.shape)}: required 4 dimensions in the order "{layout}"')
+            if t.stride(3) != 1 and t.shape[3] > 1:
+                raise ParameterError(
+                    f"{name} has strides {t.stride()}: the last dimension must be contiguous; call {name}.contiguous()"
+                )
+        if not q.device == k.device == v.device:
+            raise ParameterError(f"q, k, v are on {q.device}, {k.device}, {v.device}: move them to one device")
+        if q.device.type != "cpu":
+            raise UnsupportedError(f"q, k, v are on {q.device}: this release has the CPU backend; call .cpu()")
+        if not q.dtype == k.dtype == v.dtype:
+            raise ParameterError(f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}: cast them to one dtype")
+        self.variant, self.layout = variant, layout
+        seq, head = (1, 2) if layout == "bshd" else (2, 1)
+        self.seq, self.head = seq, head
+        self.batch, self.q_len, self.num_heads, self.head_dim = q.shape[0], q.shape[seq], q.shape[head], q.shape[3]
+        self.kv_len, self.num_kv_heads, self.head_dim_v = k.shape[seq], k.shape[head], v.shape[3]
+        if k.shape[0] != self.batch or v.shape[0] != self.batch:
+            raise ParameterError(f"batch sizes of q, k, v are {self.batch}, {k.shape[0]}, {v.shape[0]}: required equal")
+        if v.shape[seq] != self.kv_len or v.shape[head] != self.num_kv_heads:
+            raise ParameterError(
+                f"k has shape {tuple(k.shape)} and v {tuple(v.shape)} in {layout}: required the same kv_len and heads"
+            )
+        if k.shape[3] != self.head_dim:
+            raise ParameterError(f"head_dim of q is {self.head_dim} and of k {k.shape[3]}: required equal")
+        if self.num_heads and (self.num_kv_heads == 0 or self.num_heads % self.num_kv_heads):
+            raise ParameterError(
+                f"num_heads {self.num_heads} and num_kv_heads {self.num_kv_heads}: num_kv_heads must divide num_heads; "
+                f'is the layout really "{layout}"?'
+            )
+        if max(self.q_len, self.kv_len) >= MAX_LENGTH:
+            raise UnsupportedError(f"q_len {self.q_len}, kv_len {self.kv_len}: lengths must stay below 2**30")
+
+    def sizes(self) -> dict[str, int]:
+        """What the known axis names stand for."""
+        return {
+            "heads": self.num_heads, "kv_heads": self.num_kv_heads, "requests": self.batch,
+            "q_tokens": self.batch * self.q_len, "kv_tokens": self.batch * self.kv_len,
+        }  # fmt: skip
+
+    def lengths(self, q_lens: Any, kv_lens: Any, q_offset: Any) -> tuple[list[int], list[int], list[int]]:
+        """Checked q_lens, kv_lens and q offsets, one int a request."""
+        lens_q = self._ints("q_lens", q_lens, self.q_len, "the rows of q")
+        lens_kv = self._ints("kv_lens", kv_lens, self.kv_len, "the slots of k and v")
+        if q_offset is None:
+            return lens_q, lens_kv, [kv - q for q, kv in zip(lens_q, lens_kv)]
+        if isinstance(q_offset, int) and not isinstance(q_offset, bool):
+            q_offset = [q_offset] * self.batch
+        offsets = _int_list("q_offset", q_offset, self.batch)
+        for r, x in enumerate(offsets):
+            if abs(x) >= MAX_LENGTH:
+                raise ParameterError(f"q_offset[{r}] is {x}: required above -2**30 and below 2**30")
+        return lens_q, lens_kv, offsets
+
+    def _ints(self, name: str, given: Any, limit: int, what: str) -> list[int]:
+        if given is None:
+            return [limit] * self.batch
+        values = _int_list(name, given, self.batch)
+        for r, x in enumerate(values):
+            if not 0 <= x <= limit:
+                raise ParameterError(f"{name}[{r}] is {x}: required 0 to {limit}, {what}")
+        return values
+
+    def check_tensor(self, name: str, value: Any, kv_lens: Sequence[int] | None) -> torch.Tensor:
+        """A tensor parameter of the declared type and axes."""
+        variant = self.variant
+        f = variant.trace.fields[name]
+        if not isinstance(value, torch.Tensor):
+            raise ParameterError(f"{variant.name}.{name} is {type(value).__name__}: required a torch.Tensor {list(f.axes)}")
+        if value.dtype not in STORAGE[f.dtype]:
+            raise ParameterError(_storage_message(variant, name, f.dtype, value.dtype))
+        if value.device.type != "cpu":
+            raise ParameterError(f"{variant.name}.{name} is on {value.device} and q on cpu: move it to q's device")
+        if value.requires_grad and torch.is_grad_enabled():
+            raise UnsupportedError(f"{variant.name}.{name} requires grad: no backward yet; detach it")
+        if value.dim() != len(f.axes):
+            raise ParameterError(
+                f"{variant.name}.{name} has shape {tuple(value.shape)}: required {len(f.axes)} axes {list(f.axes)}"
+            )
+        sizes = self.sizes()
+        for axis, size in zip(f.axes, value.shape):
+            if axis == "positions":
+                longest = max(kv_lens, default=0) if kv_lens is not None else self.kv_len
+                if size < longest:
+                    raise ParameterError(
+                        f'{variant.name}.{name} has {size} entries on axis "positions": required the longest kv_len, '
+                        f"{longest}, or more"
+                    )
+            elif isinstance(axis, int) or axis in sizes:
+                wanted = axis if isinstance(axis, int) else sizes[axis]
+                if size != wanted:
+                    raise ParameterError(
+                        f"{variant.name}.{name} has shape {tuple(value.shape)}: axis {axis!r} must have {wanted} entries"
+                    )
+            if size > I32_MAX:
+                raise ParameterError(f"{variant.name}.{name} has {size} entries on axis {axis!r}: required below 2**31")
+        return value
+
+
+class _Site(_Shape):
+    """A call site: everything about a call that depends only on dtypes, shapes, strides and the variant."""
+
+    def __init__(self, variant: Variant, q: Any, k: Any, v: Any, layout: str, storage: Mapping[str, str]) -> None:
+        super().__init__(variant, q, k, v, layout)
+        trace = variant.trace
+        problem = problem_for(q.dtype, self.head_dim, self.head_dim_v, storage)
+        self.kernel = _compile(variant, problem)
+        self.params = dict(trace.used())
+        self.scale = _scale(variant, None, self.head_dim)
+        self.lse_shape = (self.batch, self.num_heads, self.q_len)
+        self.free_axes = _free_axes(variant)
+        self.out_shape = (*q.shape[:3], self.head_dim_v)
+        self.dtype = q.dtype
+        fields = self.kernel.layout
+        self.offsets = {f.name: f.offset for f in fields.fields}
+        rope = trace.rope.rope if trace.rope else None
+        self.rope_needs_lens = rope is not None and rope.needs_kv_lens
+        self.rope = rope
+        inv_freq = None
+        if rope is not None and not self.rope_needs_lens:
+            inv_freq = rope.inv_freq(self.head_dim).contiguous()
+        self._keep = inv_freq
+        out = torch.empty(self.out_shape, dtype=q.dtype, device="meta")
+        strides = {
+            f"{n}_stride_{d}": t.stride(i)
+            for n, t in (("q", q), ("k", k), ("v", v), ("out", out))
+            for d, i in (("b", 0), ("s", self.seq), ("h", self.head))
+        }
+        values = {
+            **strides, "lse_stride_b": self.num_heads * self.q_len, "lse_stride_h": self.q_len, "lse_stride_s": 1,
+            "rope_inv_freq": 0 if inv_freq is None else inv_freq.data_ptr(),
+            "rope_mscale": 1.0 if rope is None else rope.mscale, "batch": self.batch, "num_heads": self.num_heads,
+            "num_kv_heads": self.num_kv_heads, "q_len": self.q_len, "kv_len": self.kv_len, "head_offset": 0,
+            "total_heads": self.num_heads, "threads": 1, "scale": self.scale,
+        }  # fmt: skip
+        template = bytearray(fields.size)
+        fields.pack_into(template, 0, *(values.get(f.name, 0) for f in fields.fields))
+        self.template = bytes(template)
+
+    def output(self, q: torch.Tensor) -> torch.Tensor:
+        return torch.empty(self.out_shape, dtype=self.dtype)
+
+    def check_out(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """A caller's output tensor: contiguous, of the right shape and dtype, apart from the inputs."""
+        if not isinstance(out, torch.Tensor) or tuple(out.shape) != tuple(self.out_shape) or out.dtype != self.dtype:
+            found = f"{tuple(out.shape)} {out.dtype}" if isinstance(out, torch.Tensor) else type(out).__name__
+            raise ParameterError(f"out is {found}: required {tuple(self.out_shape)} {self.dtype}")
+        if out.device.type != "cpu" or not out.is_contiguous():
+            raise ParameterError(f"out is on {out.device} with strides {out.stride()}: required a contiguous CPU tensor")
+        storage = out.untyped_storage().data_ptr()
+        if storage in {t.untyped_storage().data_ptr() for t in (q, k, v)}:
+            raise ParameterError("out shares memory with q, k or v: give another tensor")
+        return out
+
+    def bind_lengths(self, buffer: bytearray, q_lens: Any, kv_lens: Any, q_offset: Any) -> list[torch.Tensor]:
+        """Write the length pointers; returns the tensors that must live through the launch."""
+        lens_q, lens_kv, offsets = self.lengths(q_lens, kv_lens, q_offset)
+        held = []
+        for name, values in (("q_lens", lens_q), ("kv_lens", lens_kv), ("q_offsets", offsets)):
+            held.append(torch.tensor(values, dtype=torch.int32))
+            struct.pack_into("=Q", buffer, self.offsets[name], held[-1].data_ptr())
+        if self.rope_needs_lens:
+            inv_freq, table = self.rope.tables(self.head_dim, held[1].long())
+            inv_freq = inv_freq.contiguous()
+            held.append(inv_freq)
+            struct.pack_into("=Q", buffer, self.offsets["rope_inv_freq"], inv_freq.data_ptr())
+            if table is not None:
+                table = table.to(torch.int32).contiguous()
+                held.append(table)
+                struct.pack_into("=Q", buffer, self.offsets["rope_table"], table.data_ptr())
+        return held
+
+    def bind(self, buffer: bytearray, params: Mapping[str, Any]) -> list[torch.Tensor]:
+        """Write the parameters; returns the tensors that must live through the launch."""
+        held, named = [], {}
+        for name, f in self.params.items():
+            value = _value(self.variant, name, params)
+            at = self.offsets[f"param_{name}"]
+            if f.kind != "tensor":
+                struct.pack_into("=f" if f.dtype == F32 else "=i", buffer, at, _check_scalar(self.variant, name, value))
+                continue
+            self.check_tensor(name, value, None)
+            held.append(value)
+            empty = value.numel() == 0
+            struct.pack_into("=Q", buffer, at, (_ZERO if empty else value).data_ptr())
+            for i, axis in enumerate(f.axes):
+                struct.pack_into("=q", buffer, self.offsets[f"param_{name}_stride{i}"], value.stride(i))
+                struct.pack_into("=i", buffer, self.offsets[f"param_{name}_size{i}"], value.shape[i])
+                if axis in self.free_axes and named.setdefault(axis, (name, value.shape[i]))[1] != value.shape[i]:
+                    other, size = named[axis]
+                    raise ParameterError(
+                        f"axis {axis!r} has {size} entries in {other} and {value.shape[i]} in {name}: required equal"
+                    )
+        return held
+
+
+def _site(variant: Variant, q: Any, k: Any, v: Any, layout: str, params: Mapping[str, Any]) -> _Site:
+    sites = variant.__dict__.get("_sites")
+    if sites is None:
+        sites = variant.__dict__.setdefault("_sites", {})
+    storage: tuple[tuple[str, str], ...] = ()
+    if params or variant.trace.fields:
+        storage = _storage(variant, params)
+    try:
+        ident = (q.dtype, q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), k.dtype, v.dtype, q.device,
+                 k.device, v.device, layout, storage)  # fmt: skip
+        site = sites.get(ident)
+    except AttributeError:
+        site, ident = None, None
+    if site is None:
+        site = _Site(variant, q, k, v, layout, dict(storage))
+        if len(sites) >= _MAX_SITES:
+            sites.clear()
+        sites[ident] = site
+    return site
+
+
+_MAX_SITES = 1024  # decoding sees a new kv_len each step; a site is about 2 kB
+
+
+def _storage(variant: Variant, params: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """Stored dtypes of the tensor parameters in use; also refuses unknown and missing parameters."""
+    if params:
+        _check_unknown(variant, params)
+    found = []
+    for name, f in variant.trace.used().items():
+        if f.kind == "tensor":
+            value = _value(variant, name, params)
+            if isinstance(value, torch.Tensor):
+                if value.dtype not in STORAGE[f.dtype]:
+                    raise ParameterError(_storage_message(variant, name, f.dtype, value.dtype))
+                found.append((name, _DTYPE_NAMES[value.dtype]))
+            else:
+                raise ParameterError(
+                    f"{variant.name}.{name} is {type(value).__name__}: required a torch.Tensor {list(f.axes)}"
+                )
+    return tuple(found)
+
+
+def _value(variant: Variant, name: str, params: Mapping[str, Any]) -> Any:
+    value = params.get(name)
+    if value is None:
+        value = variant.__dict__.get(name)
+    if value is None:
+        f = variant.trace.fields[name]
+        what = f"a tensor {list(f.axes)}" if f.kind == "tensor" else f"a {f.dtype} number"
+        raise ParameterError(
+            f"{variant.name} needs `{name}`, {what}, and neither the call nor the variant gives it: pass {name}=..."
+        )
+    return value
+
+
+def _check_unknown(variant: Variant, params: Mapping[str, Any]) -> None:
+    unknown = [name for name in params if name not in variant.trace.fields]
+    if unknown:
+        known = ", ".join(variant.trace.fields) or "none"
+        raise ParameterError(f"{variant.name} has no parameter {', '.join(unknown)}: it has {known}")
+
+
+def _check_scalar(variant: Variant, name: str, value: Any) -> int | float:
+    dtype = variant.trace.fields[name].dtype
+    if isinstance(value, torch.Tensor) and value.dim() == 0:
+        value = value.item()
+    if dtype == I32:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ParameterError(f"{variant.name}.{name} is {value!r}: required an int")
+        if not I32_MIN <= value <= I32_MAX:
+            raise ParameterError(f"{variant.name}.{name} is {value}: required an int of 32 bits")
+        return value
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ParameterError(f"{variant.name}.{name} is {value!r}: required a number")
+    return float(value)
+
+
+def _int_list(name: str, given: Any, batch: int) -> list[int]:
+    if isinstance(given, torch.Tensor):
+        if given.dtype not in (torch.int32, torch.int64) or given.dim() != 1:
+            raise ParameterError(f"{name} is {given.dtype} {tuple(given.shape)}: required int32 or int64 [{batch}]")
+        given = given.tolist()
+    values = list(given) if isinstance(given, (list, tuple)) else None
+    if values is None or not all(isinstance(x, int) and not isinstance(x, bool) for x in values):
+        raise ParameterError(f"{name} is {given!r}: required {batch} ints, as a list or an int32 or int64 tensor")
+    if len(values) != batch:
+        raise ParameterError(f"{name} has {len(values)} entries: required one a request, {batch}")
+    return values
+
+
+def _scale(variant: Variant, given: float | None, head_dim: int) -> float:
+    scale = given if given is not None else variant.trace.scale
+    if scale is None:
+        return head_dim**-0.5
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        raise ParameterError(f"scale is {scale!r}: required a finite number")
+    return float(scale)
+
+
+def _storage_message(variant: Variant, name: str, dtype: str, found: torch.dtype) -> str:
+    allowed = ", ".join(str(t) for t in STORAGE[dtype])
+    return f"{variant.name}.{name} has dtype {found}: the field is {dtype}, stored as {allowed}; cast it"
+
+
+def _free_axes(variant: Variant) -> set[str]:
+    known = {"heads", "kv_heads", "requests", "positions", "q_tokens", "kv_tokens"}
+    return {a for f in variant.trace.used().values() for a in f.axes if isinstance(a, str) and a not in known}

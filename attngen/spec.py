@@ -1,0 +1,528 @@
+"""Declaring a variant: typed fields, hooks, composition.
+
+A ``Variant`` subclass lists its parameters as annotated fields and its behaviour as hooks; an instance is traced when it
+is made, so a bad hook fails there, at the user's line. The traced structure, not the text, is what gets compiled:
+values of ``Scalar`` and ``Tensor`` fields are run-time arguments and never enter a key.
+"""
+
+from __future__ import annotations
+
+import builtins
+import difflib
+import hashlib
+import inspect
+import math
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+
+from . import expr
+from .bounds import TileBounds, analyse
+from .errors import VariantError
+from .expr import COL, LEVEL_NAMES, Node, Where, fail, symbol, text, verify, walk
+from .ops import BOOL, F32, I32
+from .rope import RoPE
+from .trace import HOOKS, POSITION, Point, TensorSymbol, call_user, definition, kinds, trace_hook
+
+AXES = ("heads", "kv_heads", "requests", "positions", "q_tokens", "kv_tokens")
+_DTYPES = {float: F32, int: I32, bool: BOOL, torch.float32: F32, torch.bfloat16: F32, torch.float16: F32,
+           torch.int32: I32, torch.int64: I32, torch.uint8: I32, torch.bool: BOOL}  # fmt: skip
+# The storage dtypes a Tensor field of each value type accepts at the call.
+STORAGE = {
+    F32: (torch.float32, torch.bfloat16, torch.float16),
+    I32: (torch.int32, torch.int64, torch.uint8),
+    BOOL: (torch.bool, torch.uint8),
+}
+
+
+# ---------------------------------------------------------------- fields
+
+
+@dataclass(frozen=True)
+class Field:
+    """A declared parameter: ``kind`` is "scalar", "const" or "tensor"; ``axes`` only for tensors."""
+
+    kind: str
+    dtype: str | None
+    axes: tuple[str | int, ...] = ()
+
+
+class Scalar:
+    """A run-time number: f32, or i32 as ``Scalar[int]``. A new value never recompiles."""
+
+    def __class_getitem__(cls, dtype: type) -> Field:
+        if dtype not in (int, float):
+            raise VariantError(f"Scalar[{dtype!r}]: a Scalar is Scalar (f32), Scalar[float] or Scalar[int] (i32)")
+        return Field("scalar", _DTYPES[dtype])
+
+
+class Const:
+    """A compile-time number or bool: its value is part of the kernel."""
+
+    def __class_getitem__(cls, dtype: type) -> Field:
+        if dtype not in (int, float, bool):
+            raise VariantError(f"Const[{dtype!r}]: a Const is an int, a float or a bool")
+        return Field("const", _DTYPES[dtype])
+
+
+class Tensor(Field):
+    """A run-time tensor with named or fixed axes: ``slopes: ag.Tensor("heads")``, ``doc: ag.Tensor("requests",
+    "positions", dtype=int)``.
+
+    ``dtype`` is what hooks see: float (default; stored as float32, bfloat16 or float16), int (int32, int64 or uint8;
+    int64 wraps to i32) or bool (bool or uint8). The axis names heads, kv_heads, requests, positions, q_tokens and
+    kv_tokens are checked against the call's sizes; other names are free and must agree; an int is a fixed size.
+    A read out of range yields 0 or False.
+    """
+
+    def __init__(self, *axes: str | int, dtype: Any = float) -> None:
+        if not axes:
+            raise VariantError('Tensor() has no axes: name each one, e.g. Tensor("heads"); for one number use Scalar')
+        for axis in axes:
+            if not isinstance(axis, (str, int)) or (isinstance(axis, int) and axis < 1):
+                raise VariantError(f"axis {axis!r} of a Tensor field: an axis is a name or a size of at least 1")
+        if dtype not in _DTYPES:
+            raise VariantError(f"Tensor dtype {dtype!r}: hooks see float, int or bool")
+        super().__init__("tensor", _DTYPES[dtype], axes)
+
+
+# ---------------------------------------------------------------- the traced form
+
+
+@dataclass(frozen=True)
+class RopeTrace:
+    """A traced RoPE: row-wise query positions (one per kind of key), the key's position, which kind a key is."""
+
+    rope: RoPE
+    q_positions: tuple[Node, ...]
+    kv_position: Node
+    kind: Node | None
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A variant as nodes: what every later stage works on. None marks a hook that was not given."""
+
+    query_scale: Node | None = None
+    logits: Node | None = None
+    mask: Node | None = None
+    sink: Node | None = None
+    weight: Node | None = None
+    output: Node | None = None
+    rope: RopeTrace | None = None
+    scale: float | None = None
+    fields: Mapping[str, Field] = field(default_factory=dict)  # scalars and tensors, in order of declaration
+    where: Mapping[Node, Where] = field(default_factory=dict)
+
+    def hooks(self) -> dict[str, Node]:
+        """The hooks that are given, by name."""
+        return {name: node for name in HOOKS if (node := getattr(self, name)) is not None}
+
+    def roots(self) -> dict[str, Node]:
+        """Hooks and RoPE positions, by name."""
+        found = self.hooks()
+        if self.rope:
+            found |= {f"rope.q_position{i}": node for i, node in enumerate(self.rope.q_positions)}
+            found["rope.kv_position"] = self.rope.kv_position
+            if self.rope.kind is not None:
+                found["rope.kind"] = self.rope.kind
+        return found
+
+    def used(self) -> dict[str, Field]:
+        """The fields that some hook reads."""
+        names = frozenset().union(*(node.params for node in self.roots().values()), ())
+        return {name: f for name, f in self.fields.items() if name in names}
+
+    def key(self, head_dim: int | None = None) -> str:
+        """Hash of the structure: the same in every process, whatever the values of scalars and tensors."""
+        parts = [(name, node.key) for name, node in sorted(self.roots().items())]
+        used = [(name, f.kind, f.dtype, f.axes) for name, f in sorted(self.used().items())]
+        rope = sorted(self.rope.rope.structure(head_dim).items()) if self.rope and head_dim else bool(self.rope)
+        return hashlib.sha256(repr((parts, used, rope)).encode()).hexdigest()[:32]
+
+
+# ---------------------------------------------------------------- variants
+
+
+class _VariantMeta(type):
+    """Traces an instance as soon as its ``__init__`` is done."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        instance = super().__call__(*args, **kwargs)
+        instance.__dict__["trace"] = instance._trace()
+        return instance
+
+
+class Variant(metaclass=_VariantMeta):
+    """An attention variant. Subclass it, annotate fields with Scalar, Const or Tensor, and give any of the hooks
+    ``scale, query_scale, rope, logits, mask, sink, weight, output``.
+
+    Instances are immutable; ``SlidingWindow(window=1024)`` binds a value in place of the default, and every call may
+    pass its own. ``a & b``, ``a | b`` and ``~a`` combine variants that only mask; ``ag.compose`` combines any.
+
+    Raises:
+        VariantError: at the user's file and line, for a field or hook that is not as declared above.
+    """
+
+    fields: ClassVar[dict[str, Field]] = {}
+    trace: Trace
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        declared = _declared_fields(cls)
+        cls.fields = {**cls.fields, **declared}
+        for name in {**vars(cls), **declared}:
+            _check_name(cls, name, declared)
+
+    def __init__(self, *args: Any, **values: Any) -> None:
+        names = list(self.fields)
+        if len(args) > len(names):
+            raise fail(f"{self.name}() got {len(args)} values for its fields ({', '.join(names)})", "Give one each")
+        for name, value in zip(names, args):
+            if name in values:
+                raise fail(f"{self.name}() got two values for field `{name}`", "Give one")
+            values[name] = value
+        for name in values:
+            if name not in self.fields:
+                raise fail(
+                    f"{self.name}() got an unknown field `{name}`", f"It has ({', '.join(names) or 'no fields'})"
+                )
+        for name, declared in self.fields.items():
+            value = values.get(name, getattr(type(self), name, None))
+            if value is None and declared.kind == "const":
+                raise fail(f"{self.name}() got no value for Const `{name}`", f"Pass it: {self.name}({name}=...)")
+            self.__dict__[name] = _check_value(self.name, name, declared, value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "trace" in self.__dict__:
+            raise fail(
+                f"`{self.name}.{name}` is assigned: variants are immutable",
+                f"Make another ({type(self).__name__}({name}=...)) or pass {name}=... at the call",
+            )
+        self.__dict__[name] = value
+
+    @property
+    def name(self) -> str:
+        """The variant's name, for people; it never enters a key."""
+        return type(self).__name__
+
+    @property
+    def structure_hash(self) -> str:
+        """Hash of the traced structure, the same in every process; a kernel's spec hash adds problem and config."""
+        return self.trace.key()
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The bound or default values of scalar and tensor fields; None where the call must pass one."""
+        return {name: self.__dict__.get(name) for name in self.trace.fields}
+
+    def _trace(self) -> Trace:
+        locations: dict[Node, Where] = {}
+        proxy = object.__new__(type(self))  # a true instance, so that super() and helper methods work
+        proxy.__dict__.update(self.__dict__)
+        runtime = {n: f for n, f in self.fields.items() if f.kind != "const"}
+        for name, f in runtime.items():
+            proxy.__dict__[name] = expr.param(name, f.dtype) if f.kind == "scalar" else TensorSymbol(name, f.dtype, f.axes)
+        proxy.__dict__["trace"] = Trace()  # makes assignment inside a hook an error
+        found: dict[str, Any] = {}
+        for name, hook in HOOKS.items():
+            function = getattr(proxy, name, None)
+            if function is not None:
+                if not callable(function):
+                    raise fail(f"hook `{name}` of {self.name} is {function!r}", f"Declare it as a method: def {name}(...)")
+                found[name] = trace_hook(name, function, hook, locations)
+        rope = getattr(proxy, "rope", None)
+        if callable(rope):
+            rope = call_user("rope", rope, *([Point("rope", POSITION.reads)] if _takes_argument(rope) else []))
+        trace = Trace(
+            scale=_scale(self.name, proxy), rope=_trace_rope(rope, locations), fields=runtime, where=locations, **found
+        )
+        _check_trace(self.name, trace)
+        return trace
+
+    # ---- mask algebra
+    def __and__(self, other: Variant) -> Variant:
+        return Composed("&", (self, other)) if isinstance(other, Variant) else NotImplemented
+
+    def __or__(self, other: Variant) -> Variant:
+        return Composed("|", (self, other)) if isinstance(other, Variant) else NotImplemented
+
+    def __invert__(self) -> Variant:
+        return Composed("~", (self,))
+
+    def __repr__(self) -> str:
+        bound = (f"{n}={v if not isinstance(v, torch.Tensor) else '<tensor>'}" for n, v in self.__dict__.items()
+                 if n in self.fields and v is not None)  # fmt: skip
+        return f"{self.name}({', '.join(bound)})"
+
+    def explain(self) -> str:
+        """What attngen understood: each hook as an expression, what is computed at which level, the mask's bounds."""
+        trace = self.trace
+        lines = [f"{self!r}", f"structure {self.structure_hash}"]
+        for name, f in trace.fields.items():
+            axes = f"[{', '.join(map(str, f.axes))}]" if f.kind == "tensor" else ""
+            unused = "" if name in trace.used() else ", read by no hook"
+            lines.append(f"  {name}: {f.kind} {f.dtype}{axes}, runtime{unused}")
+        for name, node in trace.roots().items():
+            lines.append(f"{name} = {text(node)}")
+            lines.extend(f"  {label}: {text(n)}" for label, n in _hoisted(node))
+        if trace.rope:
+            lines.append(f"rope = {trace.rope.rope}")
+        if trace.mask is not None:
+            bounds: TileBounds = analyse(trace.mask)
+            lines += [f"bounds: {b}    from {text(b.source)}" for b in bounds.closed]
+            lines += [f"bounds: none from {text(n)}: its tiles are evaluated" for n in bounds.opaque]
+        return "\n".join(lines)
+
+
+def _hoisted(root: Node) -> list[tuple[str, Node]]:
+    """The largest subexpressions that are computed once per call, request, row or column."""
+    found: dict[Node, str] = {}
+    for node in walk(root):
+        for a in node.args:
+            if a.args and a.level < node.level and a.level <= COL:
+                found[a] = LEVEL_NAMES[a.level]
+    return [(label, node) for node, label in found.items()]
+
+
+def _takes_argument(function: Callable[..., Any]) -> bool:
+    return bool(inspect.signature(function).parameters)
+
+
+def _scale(owner: str, proxy: Variant) -> float | None:
+    scale = getattr(proxy, "scale", None)
+    if callable(scale):
+        scale = call_user("scale", scale)
+    if scale is None:
+        return None
+    if isinstance(scale, Node):
+        raise fail(
+            f"`scale` of {owner} is the symbol {text(scale)}", "scale is a number; use query_scale(at) for an expression"
+        )
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        raise fail(f"`scale` of {owner} is {scale!r}", "scale is a finite number; the default is head_dim ** -0.5")
+    return float(scale)
+
+
+def _trace_rope(rope: Any, locations: dict[Node, Where]) -> RopeTrace | None:
+    if rope is None:
+        return None
+    if not isinstance(rope, RoPE):
+        raise fail(f"`rope` is {rope!r}", "Give ag.RoPE(theta, ...) as an attribute or return it from def rope(self, at)")
+    positions = []
+    for name, given in (("q_position", rope.q_position), ("kv_position", rope.kv_position)):
+        default = symbol("q" if name == "q_position" else "kv")
+        function = given if callable(given) else (lambda at, value=given: value)
+        positions.append(default if given is None else trace_hook(f"rope {name}", function, POSITION, locations))
+    q_position, kv_position = positions
+    if kv_position.symbols & {"q", "q_token", "head"}:
+        raise fail(
+            f"kv_position `{text(kv_position)}` reads the query", "It may depend on at.kv and the request only: keys are rotated once"
+        )
+    if rope.keys == "cached" and rope.kv_position is not None:
+        raise fail('kv_position is given with keys="cached"', 'Cached keys are rotated already; use keys="rotate"')
+    rows, kind = kinds(q_position)
+    return RopeTrace(rope, tuple(rows), kv_position, kind)
+
+
+def _check_trace(owner: str, trace: Trace) -> None:
+    verify(trace.roots().values())
+    if trace.weight is not None and trace.sink is not None:
+        raise fail(f"{owner} has both `weight` and `sink`", "weight replaces softmax, so there is no denominator to add to")
+
+
+def _check_name(cls: type, name: str, declared: Mapping[str, Field]) -> None:
+    """A public method whose name nearly is a hook's is a typo, not a helper: it would be dropped silently."""
+    known = [*HOOKS, "scale", "rope"]
+    reserved = {"fields", "trace", "values", "explain", "structure_hash", "name"}
+    if name in declared and (name in known or name in reserved or not name.isascii() or name.startswith("__")):
+        raise fail(
+            f"field `{name}` of {cls.__name__} is no ASCII name or is that of a hook or attribute of Variant", "Rename it"
+        )
+    if name.startswith("_") or name in known or name in declared or name in dir(Variant):
+        return
+    value = vars(cls).get(name)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+    if callable(value) and close:
+        remedy = f"Did you mean `{close[0]}`? Prefix helpers with an underscore"
+        raise fail(f"{cls.__name__}.{name} is no hook and would be ignored", remedy, definition(value))
+
+
+def _declared_fields(cls: type) -> dict[str, Field]:
+    found = {}
+    for name, annotation in _annotations(cls).items():
+        if name in ("fields", "trace") or annotation is ClassVar or str(annotation).startswith("typing.ClassVar"):
+            continue
+        default = cls.__dict__.get(name)
+        if annotation is Scalar:
+            declared = Field("scalar", F32)
+        elif annotation is Const:
+            kind = type(default) if isinstance(default, (bool, int, float)) else None
+            declared = Field("const", _DTYPES.get(kind))
+        elif isinstance(annotation, Field):
+            declared = annotation
+        elif annotation is Tensor:
+            raise fail(f"field `{name}` of {cls.__name__} is a Tensor without axes", 'Write ag.Tensor("heads")')
+        else:
+            raise fail(
+                f"field `{name}` of {cls.__name__} is annotated {annotation!r}",
+                "Annotate it ag.Scalar, ag.Scalar[int], ag.Const or ag.Tensor(axes...); leave a plain attribute unannotated",
+            )
+        _check_value(cls.__name__, name, declared, default)
+        found[name] = declared
+    return found
+
+
+def _annotations(cls: type) -> dict[str, Any]:
+    """The class's own annotations; strings (from __future__ import annotations) are evaluated where it is defined."""
+    raw = inspect.get_annotations(cls)
+    if not any(isinstance(a, str) for a in raw.values()):
+        return raw
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__") != cls.__module__:
+        frame = frame.f_back
+    scope = {**vars(builtins), **vars(sys.modules[cls.__module__]), **(frame.f_locals if frame else {})}
+    found = {}
+    for name, annotation in raw.items():
+        try:
+            found[name] = eval(annotation, scope) if isinstance(annotation, str) else annotation
+        except Exception as error:
+            raise fail(f"the annotation `{name}: {annotation}` of {cls.__name__} does not evaluate ({error})",
+                       "Annotate with ag.Scalar, ag.Const or ag.Tensor(...)") from error  # fmt: skip
+    return found
+
+
+def _check_value(owner: str, name: str, declared: Field, value: Any) -> Any:
+    """A value for a field at declaration or construction; None leaves it to the call, except for a Const."""
+    if value is None:
+        return None
+    if declared.kind == "tensor":
+        if not isinstance(value, torch.Tensor):
+            raise fail(f"{owner}.{name} is a Tensor field and got {type(value).__name__}", "Give a torch.Tensor")
+        return value
+    if isinstance(value, torch.Tensor) and declared.kind == "scalar" and value.dim() == 0:
+        return value
+    wanted = {F32: (int, float), I32: (int,), BOOL: (bool,), None: (bool, int, float)}[declared.dtype]
+    if not isinstance(value, wanted) or (isinstance(value, bool) and declared.dtype in (F32, I32)):
+        raise fail(f"{owner}.{name} is {declared.kind} {declared.dtype} and got {value!r}", "Give a number of that type")
+    return value
+
+
+# ---------------------------------------------------------------- composition
+
+
+class Composed(Variant):
+    """Several variants as one. Made by ``compose`` and by the mask algebra."""
+
+    def __init__(self, how: str, parts: tuple[Variant, ...]) -> None:
+        self.how, self.parts = how, parts
+        if how != "compose":
+            for part in parts:
+                extra = [n for n in part.trace.hooks() if n != "mask"] + (["rope"] if part.trace.rope else [])
+                if extra or part.trace.scale is not None:
+                    raise fail(
+                        f"`{how}` on {part.name}, which also has {', '.join(extra) or 'scale'}",
+                        "& | ~ combine variants that only mask; use ag.compose(a, b) for the rest",
+                    )
+        seen: dict[str, str] = {}
+        for part in parts:
+            for name in part.trace.fields:
+                if name in seen:
+                    raise fail(
+                        f"{seen[name]} and {part.name} both have a field `{name}`",
+                        f"Rename one: subclass it and annotate another name, so that {name}=... at the call is one value",
+                    )
+                seen[name] = part.name
+                self.__dict__[name] = part.__dict__.get(name)
+
+    @property
+    def name(self) -> str:
+        names = [p.name for p in self.parts]
+        if self.how == "compose":
+            return f"compose({', '.join(names)})"
+        return f"~{names[0]}" if self.how == "~" else f"({f' {self.how} '.join(names)})"
+
+    def __repr__(self) -> str:
+        parts = [repr(p) for p in self.parts]
+        if self.how == "compose":
+            return f"compose({', '.join(parts)})"
+        return f"~{parts[0]}" if self.how == "~" else f"({f' {self.how} '.join(parts)})"
+
+    def _trace(self) -> Trace:
+        traces = [p.trace for p in self.parts]
+        true = expr.const(True)
+        masks = [t.mask if t.mask is not None else true for t in traces]
+        if self.how == "&" or self.how == "compose":
+            mask = None if all(t.mask is None for t in traces) else expr.const(True)
+            for m in masks if mask is not None else ():
+                mask = m if mask is true else mask & m
+        else:
+            mask = ~masks[0] if self.how == "~" else masks[0] | masks[1]
+        logits, output, query_scale = None, None, None
+        for t in traces:
+            logits = _chain(logits, t.logits, "s")
+            output = _chain(output, t.output, "o")
+            if t.query_scale is not None:
+                query_scale = t.query_scale if query_scale is None else query_scale * t.query_scale
+        trace = Trace(
+            query_scale=query_scale, logits=logits, mask=mask, output=output,
+            sink=self._only("sink"), weight=self._only("weight"), rope=self._only("rope"), scale=self._only("scale"),
+            fields={name: f for t in traces for name, f in t.fields.items()},
+            where={node: place for t in traces for node, place in t.where.items()},
+        )  # fmt: skip
+        _check_trace(self.name, trace)
+        return trace
+
+    def _only(self, hook: str) -> Any:
+        """A hook that at most one part may have."""
+        owners = [p for p in self.parts if getattr(p.trace, hook) is not None]
+        if len(owners) > 1:
+            raise fail(f"{' and '.join(p.name for p in owners)} both have `{hook}`", "Only one part of a composition may")
+        return getattr(owners[0].trace, hook) if owners else None
+
+
+def _chain(first: Node | None, then: Node | None, name: str) -> Node | None:
+    if first is None or then is None:
+        return first if then is None else then
+    return expr.substitute(then, {symbol(name): first})
+
+
+def compose(*variants: Variant) -> Variant:
+    """One variant from several: logits in order, masks anded, query scales multiplied, outputs chained.
+
+    Raises:
+        VariantError: two parts have a sink, weight, rope or scale, or fields of one name.
+    """
+    parts = tuple(as_variant(v) for v in variants)
+    if not parts:
+        raise fail("compose() of nothing", "Give at least one variant")
+    return parts[0] if len(parts) == 1 else Composed("compose", parts)
+
+
+def as_variant(x: Any) -> Variant:
+    """A Variant from an instance or a class whose fields need no values."""
+    if isinstance(x, Variant):
+        return x
+    if isinstance(x, type) and issubclass(x, Variant):
+        return x()
+    raise fail(f"{x!r} is no variant", "Give an instance of a subclass of ag.Variant, e.g. attngen.variants.Causal()")
+
+
+# ---------------------------------------------------------------- what a kernel is compiled for
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The compile-time facts of a call. ``storage`` maps each tensor parameter to its stored dtype."""
+
+    backend: str  # "cpu"
+    isa: str
+    q_dtype: str
+    kv_dtype: str
+    out_dtype: str
+    head_dim: int
+    head_dim_v: int
+    storage: tuple[tuple[str, str], ...] = ()

@@ -1,0 +1,37 @@
+"""What pyproject.toml cannot say: where the packages are, and the host extension."""
+
+import hashlib
+from pathlib import Path
+
+from pybind11.setup_helpers import Pybind11Extension, build_ext
+from setuptools import find_namespace_packages, find_packages, setup
+
+HOST = "attngen/csrc/host.cpp"
+
+# templates/ and variants/ stand at the top level of the repository and inside the package of a wheel.
+PACKAGE_DIR = {"attngen": "attngen", "attngen.templates": "templates", "attngen.variants": "variants"}
+
+host = Pybind11Extension(
+    "attngen._host",
+    [HOST],
+    cxx_std=17,
+    extra_compile_args=["-O2"],
+    define_macros=[("ATTNGEN_HOST_DIGEST", f'"{hashlib.sha256(Path(HOST).read_bytes()).hexdigest()}"')],
+    # A machine without a compiler or Python's headers still installs; attngen.load says what is missing when it matters.
+    optional=True,
+)
+
+setup(
+    packages=[
+        *find_packages(include=["attngen", "attngen.*"]),
+        "attngen.templates",
+        *(f"attngen.templates.{name}" for name in find_namespace_packages("templates")),
+        "attngen.variants",
+        *(f"attngen.variants.{name}" for name in find_packages("variants")),
+    ],
+    package_dir=PACKAGE_DIR,
+    package_data={"attngen": ["py.typed", "csrc/*.cpp"], "attngen.templates": ["**/*"]},
+    ext_modules=[host],
+    cmdclass={"build_ext": build_ext},
+    zip_safe=False,
+)
