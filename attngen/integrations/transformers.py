@@ -16,7 +16,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -145,12 +145,13 @@ class Packed(ag.Variant):
 
 
 class Dense(ag.Variant):
-    """A mask that came as a tensor. Every element of it is read."""
+    """A mask that came as a tensor, its rows from position `first` on. Every element of it is read."""
 
+    first: ag.Scalar[int]
     allowed: ag.Tensor("requests", "rows", "positions", dtype=bool)
 
     def mask(self, at):
-        return self.allowed[at.request, at.q - at.kv_len + at.q_len, at.kv]
+        return self.allowed[at.request, at.q - self.first, at.kv]
 
 
 @dataclass(frozen=True)
@@ -169,9 +170,12 @@ class _Pattern:
         merged = {}
         for name, default in _NO_PATTERN.items():
             a, b = getattr(self, name), getattr(other, name)
-            if a is not default and b is not default and a is not b and a != b:
+            if a is default or b is default:
+                merged[name] = b if a is default else a
+            elif a is b or not isinstance(a, torch.Tensor) and a == b:
+                merged[name] = a
+            else:
                 return None
-            merged[name] = b if a is default else a
         return _Pattern(**merged)
 
 
@@ -221,17 +225,16 @@ class _Facts:
     kv_length: int
     start: int  # the first query's position, counted from the first key that the cache still holds
     dropped: int  # keys that a sliding cache has dropped before it
-    pattern: _Pattern
-    keep: torch.Tensor | None  # bool [batch, used], False at padding; None where there is none
-    lens: torch.Tensor | None  # i32 [batch], where padding is all on the right: it then replaces `keep`
-    dense: torch.Tensor | None  # bool [batch, q_length, used]
+    pattern: _Pattern = _Pattern()
+    keep: torch.Tensor | None = None  # bool [batch, used], False at padding; None where there is none
+    lens: torch.Tensor | None = None  # i32 [batch], where padding is all on the right: it then replaces `keep`
+    dense: torch.Tensor | None = None  # bool [batch, q_length, kv_length], padding included
     plans: dict[Any, _Plan] = field(default_factory=dict)  # by what a layer's arguments say
 
     @property
     def used(self) -> int:
         """Keys that can be seen at all: the rest of a static cache is not written yet."""
-        causal = self.pattern.causal or self.dense is not None and self.start + self.q_length < self.kv_length
-        return min(self.kv_length, self.start + self.q_length) if causal else self.kv_length
+        return min(self.kv_length, self.start + self.q_length) if self.pattern.causal else self.kv_length
 
     @property
     def is_plain(self) -> bool:
@@ -275,29 +278,26 @@ def _make_mask(
 ) -> Mask:
     """transformers' mask interface: called once a forward pass for each kind of layer."""
     first, kv_offset = int(q_offset), int(kv_offset)  # a static cache counts in a tensor that it updates in place
-    facts = _Facts(batch_size, q_length, kv_length, first - kv_offset, kv_offset, _Pattern(), None, None, None)
+    facts = _Facts(batch_size, q_length, kv_length, first - kv_offset, kv_offset)
     pattern = _read(mask_function)
     if pattern is None:
         _warn_dense(getattr(mask_function, "__qualname__", repr(mask_function)))
-        dense = masking_utils.sdpa_mask(
+        facts.dense = masking_utils.sdpa_mask(
             batch_size, q_length, kv_length, first, kv_offset, mask_function, attention_mask,
             allow_is_causal_skip=False, use_vmap=use_vmap, device=device,
-        )  # fmt: skip
-        facts.dense = dense[:, 0, :, : facts.used]
-        return Mask.of(facts, device)
-    if pattern.chunk_start is not None:
-        start = pattern.chunk_start.to(device=device, dtype=torch.int32).expand(batch_size) - kv_offset
-        pattern = _Pattern(**vars(pattern) | {"chunk_start": start})
-    facts.pattern = pattern
+        )[:, 0]  # fmt: skip
+    else:
+        if pattern.chunk_start is not None:
+            start = pattern.chunk_start.to(device=device, dtype=torch.int32).expand(batch_size) - kv_offset
+            pattern = replace(pattern, chunk_start=start)
+        facts.pattern = pattern
     padding = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if padding is not None:
         keep = padding[:, kv_offset : kv_offset + facts.used].to(torch.bool)
         lens = keep.sum(1, dtype=torch.int32)
         if not bool((lens == facts.used).all()):
-            if bool((keep == (torch.arange(facts.used, device=keep.device) < lens[:, None])).all()):
-                facts.lens = lens
-            else:
-                facts.keep = keep
+            on_the_right = bool((keep == (torch.arange(facts.used, device=keep.device) < lens[:, None])).all())
+            facts.lens, facts.keep = (lens, None) if on_the_right else (None, keep)
     return Mask.of(facts, device)
 
 
@@ -380,14 +380,15 @@ class _Attention:
     def _plan(
         self, facts: _Facts, query: torch.Tensor, softcap: float | None, sliding_window: int | None, has_sink: bool
     ) -> _Plan:
-        pattern = self._with_argument(facts.pattern, sliding_window)
+        # A mask that came as a tensor has the layer's window in it.
+        pattern = facts.pattern if facts.dense is not None else _with_window(facts.pattern, sliding_window)
         said = self._said(softcap, pattern.window, has_sink)
         if self.replace_mask:
             pattern = _Pattern(sequence=pattern.sequence)
         gather = None
         if self.variant is not None and not facts.is_plain:
             gather = self._gather(facts, query.device)
-            pattern = _Pattern(**vars(pattern) | {"chunk_start": None if pattern.chunk is None else gather.zeros})
+            pattern = replace(pattern, chunk_start=None if pattern.chunk is None else gather.zeros)
 
         parts, params = {}, dict(self.params)
         if pattern.causal:
@@ -402,9 +403,9 @@ class _Attention:
         if pattern.sequence is not None:
             parts["sequence"], params["sequence"] = Packed, pattern.sequence
         if facts.dense is not None:
-            parts["dense"], params["allowed"] = Dense, facts.dense
-        if facts.keep is not None and gather is None:
-            parts["keep"], params["keep"] = Padding, facts.keep[:, : facts.used]
+            parts["dense"], params["first"], params["allowed"] = Dense, facts.start, facts.dense
+        elif facts.keep is not None and gather is None:
+            parts["keep"], params["keep"] = Padding, facts.keep
         if softcap is not None and "cap" not in said:
             parts["cap"] = variants.SoftCap
         if has_sink:
@@ -449,35 +450,15 @@ class _Attention:
             said.add(name)
         return said
 
-    def _with_argument(self, pattern: _Pattern, sliding_window: int | None) -> _Pattern:
-        """The pattern, with the window that the layer passes beside its mask."""
-        if sliding_window is None:
-            return pattern
-        if pattern.reach is not None:
-            # transformers' flash kernels count the query itself, its two-sided masks do not: models pass either
-            agree = sliding_window - pattern.reach in (0, 1)
-        elif pattern.causal:
-            agree = pattern.window in (None, sliding_window)
-            pattern = _Pattern(**vars(pattern) | {"window": int(sliding_window)})
-        else:
-            agree = False
-        if not agree:
-            raise _unsupported(
-                "sliding_window", sliding_window,
-                f"the mask that came with it says window {pattern.window or pattern.reach}, "
-                f"{'causal' if pattern.causal else 'not causal'}; make both say the same",
-            )  # fmt: skip
-        return pattern
-
     def _gather(self, facts: _Facts, device: torch.device) -> _Gather:
         if facts.dropped:
             raise _unsupported(
                 "past_key_values", "a sliding-window cache that has dropped keys",
                 "a registered variant counts positions from the first token; pass past_key_values=DynamicCache()",
             )  # fmt: skip
-        if not facts.pattern.causal:
+        if not facts.pattern.causal or facts.dense is not None:
             raise _unsupported(
-                "attention_mask", "padding that is not all on the right, in a layer that is not causal",
+                "attention_mask", "padding that is not all on the right, in a layer that is not plainly causal",
                 "pad on the right, or register without a variant",
             )  # fmt: skip
         return _Gather(facts.keep, facts.start, facts.q_length)
@@ -523,23 +504,22 @@ def _facts_of(
         facts = mask.facts
         if facts is None:
             raise _unsupported("attention_mask", "attngen's mask, changed by the model", "this model needs a dense mask")
-        if (facts.q_length, facts.kv_length) != (q_length, kv_length) or facts.batch_size not in (1, batch):
-            made = (facts.batch_size, facts.q_length, facts.kv_length)
+        made = (facts.batch_size, facts.q_length, facts.kv_length)
+        if made != (batch, q_length, kv_length):
             raise _unsupported("attention_mask", f"a mask for batch, queries, keys {made}",
                                f"this layer has {(batch, q_length, kv_length)}")  # fmt: skip
         return facts
-    facts = _Facts(batch, q_length, kv_length, kv_length - q_length, 0, _Pattern(), None, None, None)
+    facts = _Facts(batch, q_length, kv_length, kv_length - q_length, 0)
     if mask is not None:
         facts.dense = _dense(mask, batch, q_length, kv_length)
         return facts
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    if causal and q_length > 1:
-        if q_length != kv_length:
-            raise _unsupported(
-                "attention_mask", f"None, with is_causal and {q_length} queries of {kv_length} keys",
-                "it does not say where the queries lie; pass a mask, or attn_implementation to the model's config",
-            )  # fmt: skip
-        facts.pattern = _Pattern(causal=True)
+    if causal and q_length not in (1, kv_length):
+        raise _unsupported(
+            "attention_mask", f"None, with is_causal and {q_length} queries of {kv_length} keys",
+            "it does not say where the queries lie; pass a mask",
+        )  # fmt: skip
+    facts.pattern = _Pattern(causal=bool(causal))
     return facts
 
 
@@ -558,6 +538,27 @@ def _dense(mask: torch.Tensor, batch: int, q_length: int, kv_length: int) -> tor
             )  # fmt: skip
         mask = allowed
     return mask.expand(wanted)[:, 0]
+
+
+def _with_window(pattern: _Pattern, sliding_window: int | None) -> _Pattern:
+    """The pattern, with the window that the layer passes beside its mask."""
+    if sliding_window is None:
+        return pattern
+    if pattern.reach is not None:
+        # transformers' flash kernels count the query itself, its two-sided masks do not: models pass either
+        agree = sliding_window - pattern.reach in (0, 1)
+    elif pattern.causal:
+        agree = pattern.window in (None, sliding_window)
+        pattern = replace(pattern, window=int(sliding_window))
+    else:
+        agree = False
+    if not agree:
+        raise _unsupported(
+            "sliding_window", sliding_window,
+            f"the mask that came with it says window {pattern.window or pattern.reach}, "
+            f"{'causal' if pattern.causal else 'not causal'}; make both say the same",
+        )  # fmt: skip
+    return pattern
 
 
 @lru_cache(maxsize=None)

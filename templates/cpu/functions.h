@@ -6,6 +6,10 @@
 constexpr float LOG2E = 1.44269504088896341f;
 constexpr float LN2 = 0.693147180559945309f;
 constexpr float INF = __builtin_inff();
+#ifndef INFINITY
+#define INFINITY __builtin_inff()
+#define NAN __builtin_nanf("")
+#endif
 
 #if defined(__FMA__)
 AG_INLINE float ag_fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
@@ -43,6 +47,14 @@ AG_INLINE int32_t ag_mod(int32_t a, int32_t b) {
   int32_t rest = ag_sub(a, ag_mul(ag_floordiv(a, b), b));
   return b == 0 ? 0 : rest;
 }
+
+// ---- int64, for tile bounds -----------------------------------------------------------------------------------------
+
+AG_INLINE int64_t ag_min64(int64_t a, int64_t b) { return a < b ? a : b; }
+AG_INLINE int64_t ag_max64(int64_t a, int64_t b) { return a > b ? a : b; }
+AG_INLINE int64_t ag_abs64(int64_t a) { return a < 0 ? -a : a; }
+AG_INLINE int64_t ag_floordiv64(int64_t a, int64_t b) { return a / b - ((a % b != 0) & ((a ^ b) < 0)); }
+AG_INLINE int64_t ag_ceildiv64(int64_t a, int64_t b) { return -ag_floordiv64(-a, b); }
 
 // ---- float32 ------------------------------------------------------------------------------------------------------
 
