@@ -35,7 +35,7 @@ demo: setup
 	$(PY) examples/demo.py
 
 bench: setup
-	$(PY) -m benchmarks
+	$(PY) benchmarks/cpu.py
 
 clean:
 	rm -rf .venv build dist *.egg-info attngen/_host*.so .pytest_cache .hypothesis

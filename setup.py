@@ -17,7 +17,7 @@ host = Pybind11Extension(
     cxx_std=17,
     extra_compile_args=["-O2"],
     define_macros=[("ATTNGEN_HOST_DIGEST", f'"{hashlib.sha256(Path(HOST).read_bytes()).hexdigest()}"')],
-    # A machine without a compiler or Python's headers still installs; attngen.load says what is missing when it matters.
+    # A machine without a compiler or Python's headers still installs; attngen.load says what is missing, when needed.
     optional=True,
 )
 

@@ -68,10 +68,11 @@ class Layout:
 
 
 def parameter_fields(fields: Mapping[str, Field], storage: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
-    """The user's parameters as struct fields: 8-byte fields first, so that nothing is padded."""
+    """The user's parameters as struct fields: 8-byte fields first, so that nothing is padded; by name within each, since
+    variants that differ only in the order of their fields share a key."""
     wide: list[tuple[str, str]] = []
     narrow: list[tuple[str, str]] = []
-    for name, f in fields.items():
+    for name, f in sorted(fields.items()):
         if f.kind == "tensor":
             wide.append((f"const {STORAGE_CTYPE[storage[name]]}*", f"param_{name}"))
             wide += [("int64_t", f"param_{name}_stride{i}") for i in range(len(f.axes))]

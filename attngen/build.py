@@ -3,13 +3,15 @@
     BuildResult = compile_kernel({file name: text}, Recipe, folder)
 
 We write our own build.ninja. `torch.utils.cpp_extension.load` cannot build a .cu file under a CPU-only torch, costs
-90 s where torch's headers meet nvcc, and its lock waits forever after a killed build (docs/build.md has the figures).
-A CPU kernel is compiled and linked by separate edges, so that a floating-point flag of the compiler can never reach
-the linker, where it would turn denormals off for the whole process.
+90 s where torch's headers meet nvcc, and its lock waits forever after a killed build (docs/building.md). A CPU kernel
+is compiled and linked by separate edges, so that a floating-point flag of the compiler can never reach the linker,
+where it would turn denormals off for the whole process.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import re
 import shlex
@@ -20,7 +22,6 @@ import sysconfig
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -124,7 +125,7 @@ def compile_kernel(
 
 
 def run_group(argv: list[str], cwd: Path, env: Mapping[str, str], timeout: float) -> tuple[int | None, str]:
-    """Runs a command in its own process group, output captured. A timeout or an interrupt kills the whole group.
+    """Runs a command in its own process group, output captured. A timeout or an interrupt ends the whole group.
 
     Returns (exit status, output); status None says that the time was up.
     """
@@ -136,14 +137,21 @@ def run_group(argv: list[str], cwd: Path, env: Mapping[str, str], timeout: float
         output, _ = process.communicate(timeout=timeout)
         status: int | None = process.returncode
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        status = None
+        output, status = _end_group(process), None
     except BaseException:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        _end_group(process)
         raise
     return status, output.decode("utf-8", "replace")
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> bytes:
+    """Ends a group. ninja runs each compiler in a group of its own, and passes SIGTERM on to them, unlike SIGKILL."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.communicate(timeout=5)[0]
+    return b""  # what is left ignores SIGTERM and holds the pipe open
 
 
 # ---- tools -----------------------------------------------------------------------------------------------------------
@@ -161,7 +169,7 @@ def find_cxx() -> Tool:
             return Tool(argv, _version(argv))
     looked = f"CXX={wanted!r}" if wanted else "g++, clang++ and c++"
     raise BuildError(
-        f"no C++ compiler.\n  required: g++ 9 or newer, or clang++, to build a kernel that is not in the cache\n"
+        f"no C++ compiler.\n  required: a C++17 compiler, to build a kernel that is not in the cache\n"
         f"  found: nothing executable for {looked} on PATH={os.environ.get('PATH', '')}\n"
         f"  do: apt install g++ (conda: conda install cxx-compiler), or set CXX to a compiler"
     )
@@ -174,7 +182,7 @@ def find_nvcc() -> Tool:
         if os.access(nvcc, os.X_OK):
             return Tool((str(nvcc),), _version((str(nvcc),)))
     raise BuildError(
-        f"no CUDA compiler.\n  required: nvcc 12.3 or newer, to build a CUDA kernel that is not in the cache\n"
+        f"no CUDA compiler.\n  required: nvcc of CUDA 12 or newer, to build a CUDA kernel that is not in the cache\n"
         f"  found: no bin/nvcc below CUDA_HOME={os.environ.get('CUDA_HOME', '')!r}, none on PATH="
         f"{os.environ.get('PATH', '')}, none in /usr/local/cuda\n"
         f"  do: pip install nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-runtime nvidia-cuda-cccl nvidia-cuda-crt, or "
@@ -200,7 +208,7 @@ def find_ninja() -> Tool:
 
 
 def _cuda_roots() -> list[Path]:
-    """Toolkit roots in the order they are tried. nvcc on the PATH may be a wrapper script: then nvcc itself is asked."""
+    """Toolkit roots, in order of preference. Where nvcc on the PATH is a wrapper script, it is asked for its root."""
     roots = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     on_path = shutil.which("nvcc")
     if on_path:
@@ -213,7 +221,7 @@ def _cuda_roots() -> list[Path]:
     return [*roots, Path("/usr/local/cuda"), Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13"]
 
 
-@lru_cache(maxsize=None)
+@functools.cache
 def _version(argv: tuple[str, ...]) -> str:
     """The version line of a compiler; g++ prints it first, nvcc last but one."""
     done = subprocess.run([*argv, "--version"], capture_output=True, text=True, stdin=subprocess.DEVNULL)
@@ -258,7 +266,7 @@ def _build_ninja(recipe: Recipe, compiler: Tool) -> str:
             flags, f"link_flags = {words(*recipe.link_flags)}",
             "rule compile", "  command = $compiler $flags -fPIC -ffile-prefix-map=\"$$PWD\"=. -c $in -o $out",
             "rule link", "  command = $compiler -shared -s $in $link_flags -o $out",
-            *(f"build {out}: compile {source}" for out, source in zip(objects, recipe.sources)),
+            *(f"build {out}: compile {source}" for out, source in zip(objects, recipe.sources, strict=True)),
             f"build {recipe.artifact}: link {' '.join(objects)}",
         ]  # fmt: skip
     return "\n".join([*head, *edges, ""])
@@ -268,17 +276,25 @@ def _build_ninja(recipe: Recipe, compiler: Tool) -> str:
 
 
 def _keep(folder: Path, kept: Path) -> Path:
-    """Moves a failed build to `kept`, replaces an earlier one of that key and drops the oldest beyond KEPT_FAILURES."""
+    """Moves a failed build to `kept`, replaces an earlier one of that key, keeps KEPT_FAILURES of them."""
     kept.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(kept, ignore_errors=True)
     try:
         folder.rename(kept)
     except OSError:  # another process keeps the same failure at this moment: its files say the same
         return kept if kept.is_dir() else folder
-    failures = sorted(kept.parent.iterdir(), key=lambda path: path.stat().st_mtime)
-    for old in failures[:-KEPT_FAILURES]:
-        shutil.rmtree(old, ignore_errors=True)
+    keep_newest(kept.parent, KEPT_FAILURES)
     return kept
+
+
+def keep_newest(folder: Path, count: int) -> None:
+    """Removes all but the `count` newest folders in `folder`; other processes may do the same meanwhile."""
+    aged = []
+    for path in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            aged.append((path.stat().st_mtime, path))
+    for _, path in sorted(aged)[:-count]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _explain_failure(

@@ -14,6 +14,7 @@ dead process, so a killed build never blocks the next one; a file system without
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import json
 import logging
@@ -27,10 +28,10 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from .build import keep_newest
 from .errors import AttngenError, BuildError, CacheError, CacheWarning
 
 FORMAT = 1  # of the folder layout and of manifest.json; part of every path as v1/
@@ -54,7 +55,7 @@ class Entry:
 
     @property
     def artifact(self) -> Path:
-        return self.folder / self.manifest["artifact"]
+        return self.folder / str(self.manifest["artifact"])
 
     @property
     def size(self) -> int:
@@ -87,13 +88,13 @@ def default() -> Cache:
     return _cache_of(*map(os.environ.get, ("ATTNGEN_CACHE_DIR", "XDG_CACHE_HOME", "HOME")))
 
 
-@lru_cache(maxsize=None)
+@functools.cache
 def _cache_of(*environment: str | None) -> Cache:
     return Cache(cache_root())
 
 
 class Cache:
-    """One cache folder; its root is made for the user alone (0700). All methods may be called from any thread and any number of processes."""
+    """One cache folder, made for its user alone (0700). Any number of threads and processes may use it at once."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -166,7 +167,8 @@ class Cache:
     def clear(self) -> tuple[int, int]:
         """Removes everything but lock files: (kernels removed, bytes freed). Loaded kernels go on working."""
         before, count = self.size(), sum(1 for _ in self.entries())
-        for folder in (*(self.base / name for name in ("kernels", "host", "damaged", "building")), self.root / "failed"):
+        folders = [self.base / name for name in ("kernels", "host", "damaged", "building")]
+        for folder in (*folders, self.root / "failed"):
             try:
                 shutil.rmtree(folder)
             except FileNotFoundError:
@@ -272,13 +274,12 @@ class Cache:
             aside.mkdir(exist_ok=True)
             target = aside / f"{key}-{secrets.token_hex(4)}"
             self.folder(key, shelf).rename(target)
-        for old in sorted(aside.iterdir(), key=lambda path: path.stat().st_mtime)[:-KEPT_DAMAGED]:
-            shutil.rmtree(old, ignore_errors=True)
+        keep_newest(aside, KEPT_DAMAGED)
         warnings.warn(CacheWarning(f"{damage}\n  done: set aside as {target}, built again"), stacklevel=2)
 
     def _collect_abandoned(self) -> None:
         """Removes private folders of builds that were killed: of this machine's dead processes, or a day old."""
-        for folder in (self.base / "building").iterdir():
+        for folder in (self.base / "building").glob(".build-*-*-*"):
             machine, pid = folder.name.split("-")[1:3]
             try:
                 dead = machine == _machine() and not _alive(int(pid))
@@ -359,7 +360,7 @@ def _fsync(path: Path) -> None:
         os.close(handle)
 
 
-@lru_cache(maxsize=None)
+@functools.cache
 def _machine() -> str:
     """Names the space in which a pid means something: this host and, in a container, its pid namespace."""
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import struct
 import sys
 import threading
@@ -24,8 +25,8 @@ import torch
 from .errors import VariantError
 from .ops import BOOL, DTYPES, F32, I32, I32_MAX, I32_MIN, OPS
 
-_PACKAGE = str(Path(__file__).parent)
-_TORCH = str(Path(torch.__file__).parent)
+_PACKAGE = str(Path(__file__).parent) + os.sep
+_TORCH = str(Path(torch.__file__).parent) + os.sep
 
 # Symbols: what a hook's `at` offers, and the values handed to hooks. Name -> type.
 SYMBOLS = {
@@ -62,7 +63,7 @@ def user_location() -> Where | None:
     frame = sys._getframe(1)
     while frame is not None:
         file = frame.f_code.co_filename
-        if not file.startswith((_PACKAGE, _TORCH)) or file.startswith(_PACKAGE + "/variants"):
+        if not file.startswith((_PACKAGE, _TORCH)) or file.startswith(_PACKAGE + "variants" + os.sep):
             return file, frame.f_lineno
         frame = frame.f_back
     return None
@@ -419,7 +420,7 @@ def _pow(a: Any, b: Any) -> Node:
         if b.attr == -0.5:
             return rsqrt(a)
         if float(b.attr).is_integer() and 1 <= abs(b.attr) <= 16:
-            result = a
+            result = a = to_f32(a) if b.dtype == F32 else a
             for _ in range(int(abs(b.attr)) - 1):
                 result = result * a
             return result if b.attr > 0 else _divide(1.0, result)

@@ -5,7 +5,7 @@
 The host extension does the work. An installed package carries it built; a bare checkout builds it at first use, through
 `torch.utils.cpp_extension` and ninja, but in a child process of ours, inside a private folder and lock of our cache:
 cpp_extension's own lock waits forever for a killed build, serves another source's module under the same name and hides
-the compiler's message on a second try (docs/build.md). None of that can happen to a folder that is used once.
+the compiler's message on a second try (docs/building.md). None of that can happen to a folder that is used once.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib
+import importlib.machinery
 import importlib.util
 import logging
 import os
@@ -39,6 +40,7 @@ HOST_SOURCE = PACKAGE / "csrc" / "host.cpp"
 HOST_FLAGS = ("-O2", "-std=c++17", "-fvisibility=hidden", "-g0")
 # cpp_extension links torch's libraries. Nothing here needs them, if libstdc++ comes first: libc10 exports parts of it.
 HOST_LINK = ("-s", "-Wl,--as-needed", "-lstdc++")
+PYTHON_ABI = importlib.machinery.EXTENSION_SUFFIXES[0]  # names version, ABI flags and platform
 HOST_TIMEOUT_S = 600.0  # it takes 7 s
 
 log = logging.getLogger("attngen.load")
@@ -113,24 +115,25 @@ def _find_host() -> ModuleType:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     except ImportError as error:
-        raise _unloadable(entry.artifact, f"a module for {sysconfig.get_config_var('SOABI')}", str(error)) from error
+        raise _unloadable(entry.artifact, f"a module for {PYTHON_ABI}", str(error)) from error
     return module
 
 
 def _host_key(digest: str) -> str:
-    """Everything that decides whether one build serves another process: source, flags, Python's ABI, platform, libc."""
+    """Everything that decides whether one build serves another process: source, flags, Python's ABI, machine, libc."""
     libc = os.confstr("CS_GNU_LIBC_VERSION") if "CS_GNU_LIBC_VERSION" in os.confstr_names else ""
-    facts = (cache.FORMAT, digest, HOST_FLAGS, HOST_LINK, sysconfig.get_config_var("SOABI"), sysconfig.get_platform(), libc)
+    facts = (cache.FORMAT, digest, HOST_FLAGS, HOST_LINK, PYTHON_ABI, os.uname().machine, libc)
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
 def _build_host(digest: str, folder: Path) -> dict[str, Any]:
-    """Builds the host extension in `folder`, in a fresh process: no lock, version suffix or import is shared with it."""
+    """Builds the host extension in `folder`, by a fresh process that shares no lock or version suffix with this one."""
     header = Path(sysconfig.get_path("include")) / "Python.h"
     if not header.is_file():
         raise BuildError(
-            f"no Python headers, which the host extension is built with (once).\n  required: {header}\n  found: no such "
-            f"file\n  do: apt install python3-dev (or your Python's -dev package), or install attngen from a wheel"
+            f"no Python headers, which the host extension is built with (once).\n  required: {header}\n"
+            f"  found: no such file\n  do: apt install python3-dev (or your Python's -dev package), or "
+            f"install attngen from a wheel"
         )
     compiler, ninja = build.find_cxx(), build.find_ninja()
     # cpp_extension quotes $CXX as one word, so that "ccache g++" needs a script of one word.
@@ -170,7 +173,7 @@ load(name="_host", sources=["host.cpp"], build_directory=".", with_cuda=False, e
         if path_left.name not in ("host.cpp", "_host.so", "build.ninja"):
             path_left.unlink()
     return {"kind": "host", "artifact": "_host.so", "sources": ["host.cpp"], "seconds": seconds,
-            "compiler": compiler.version, "python": sysconfig.get_config_var("SOABI")}  # fmt: skip
+            "compiler": compiler.version, "python": PYTHON_ABI}  # fmt: skip
 
 
 def _unloadable(path: Path, required: str, found: str) -> LoadError:

@@ -99,6 +99,10 @@ def _to_f32(a: torch.Tensor) -> torch.Tensor:
     return a.to(torch.float32)  # an i32 above 2^24 rounds here, in the oracle as in the kernels
 
 
+def _sqrt(a: torch.Tensor) -> torch.Tensor:
+    return a.double().sqrt().to(a.dtype)  # torch's own float32 square root is not always the IEEE one
+
+
 def _not(a: torch.Tensor) -> torch.Tensor:
     return ~a
 
@@ -129,7 +133,7 @@ _ROWS = [
     Op("log2", _FLOAT1, torch.log2, {F32: "ag_log2({0})"}, {F32: "ag_log2({0})"}, cost=12),
     Op("tanh", _FLOAT1, torch.tanh, {F32: "ag_tanh({0})"}, {F32: "ag_tanh({0})"}, cost=14),
     Op("sigmoid", _FLOAT1, torch.sigmoid, {F32: "ag_sigmoid({0})"}, {F32: "ag_sigmoid({0})"}, cost=14),
-    Op("sqrt", _FLOAT1, torch.sqrt, {F32: "ag_sqrt({0})"}, {F32: "sqrtf({0})", "exact": "__fsqrt_rn({0})"}, cost=6),
+    Op("sqrt", _FLOAT1, _sqrt, {F32: "ag_sqrt({0})"}, {F32: "sqrtf({0})", "exact": "__fsqrt_rn({0})"}, cost=6),
     Op("rsqrt", _FLOAT1, torch.rsqrt, {F32: "ag_rsqrt({0})"}, {F32: "ag_rsqrt({0})"}, cost=8),
     Op("floor", _FLOAT1, torch.floor, {F32: "ag_floor({0})"}, {F32: "floorf({0})"}, discrete=True),
     # casts: named by their result

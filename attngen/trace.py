@@ -87,6 +87,9 @@ class TensorSymbol:
             nodes.append(node)
         return load(self.name, self.dtype, self.axes, tuple(nodes))
 
+    def __iter__(self) -> Any:  # without it Python would try self.table[0], self.table[1], ... without end
+        raise fail(f"`self.{self.name}` is iterated over while a hook is traced", "Index it: self.table[at.head]")
+
     def __repr__(self) -> str:
         return f"the tensor field self.{self.name} itself (index it: self.{self.name}[...])"
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import time
 from pathlib import Path
 
 import pytest
+import toy
+
 from attngen import build
 from attngen.build import Recipe, compile_kernel
 from attngen.errors import BuildError
-
-import toy
 
 
 def compile_toy(folder: Path, source: str = toy.SOURCE, recipe: Recipe = toy.RECIPE, **options: object):
@@ -44,10 +45,9 @@ def test_artifact_is_deterministic_and_knows_no_path(tmp_path, flags):
 
 
 def test_two_sources_are_compiled_apart_and_linked(tmp_path):
-    files = {"kernel.cpp": "int half();\nextern \"C\" int whole() { return 2 * half(); }\n", "half.cpp": "int half() { return 21; }\n"}
+    whole, half = 'int half(); extern "C" int whole() { return 2 * half(); }\n', "int half() { return 21; }\n"
+    files = {"kernel.cpp": whole, "half.cpp": half}
     recipe = Recipe("cpu", ("kernel.cpp", "half.cpp"), ("-O2",))
-    import ctypes
-
     assert ctypes.CDLL(str(compile_kernel(files, recipe, tmp_path).artifact)).whole() == 42
 
 
@@ -55,7 +55,7 @@ def test_fast_math_never_reaches_the_linker(tmp_path):
     with pytest.raises(ValueError, match="denormals"):
         Recipe("cpu", ("kernel.cpp",), (), ("-ffast-math",))
     recipe = Recipe("cpu", ("kernel.cpp",), ("-O3", "-ffast-math"))
-    artifact = compile_toy(tmp_path, "extern \"C\" void f() {}\n", recipe).artifact
+    artifact = compile_toy(tmp_path, 'extern "C" void f() {}\n', recipe).artifact
     program = "import ctypes, sys; ctypes.CDLL(sys.argv[1]); x = 5e-311; assert x * 0.5 > 0, 'denormals are off'"
     toy.finish(toy.python(program, artifact))
 

@@ -27,6 +27,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, masking_uti
 import attngen as ag
 from attngen import variants
 from attngen.errors import ParameterError, UnsupportedError
+from attngen.expr import conjuncts
 
 __all__ = ["register"]
 
@@ -41,7 +42,7 @@ _REMEDIES = {
     "output_attentions": 'the probabilities are never stored; use attn_implementation="eager" to see them',
     "position_bias": "declare it as a variant's logits hook (attngen.variants.T5Bias) and register(variant=...)",
     "head_mask": "declare it as a variant's output hook and register(variant=...)",
-    "cache": "continuous batching brings its own paged cache; use attngen.BatchAttention, or model.generate",
+    "cache": "continuous batching brings its own paged cache; use model.generate",
     **dict.fromkeys(
         ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
         "packed sequences are understood from position_ids, without lengths: drop these arguments",
@@ -87,6 +88,8 @@ def register(
         )
     if isinstance(variant, type):
         variant = variant()
+    if replace_mask and variant is None:
+        raise ParameterError("register: a variant required with replace_mask=True; found none; there is no other mask")
     known = variant.trace.fields if variant is not None else {}
     for param in params:
         if param not in known:
@@ -125,7 +128,7 @@ class Band(ag.Variant):
 
 
 class Chunk(ag.Variant):
-    """Llama 4's local attention: chunks counted from each sequence's first real token."""
+    """Llama 4's local attention in padded sequences: chunks are counted from each one's first real token."""
 
     chunk: ag.Scalar[int]
     chunk_start: ag.Tensor("requests", dtype=int)
@@ -133,15 +136,6 @@ class Chunk(ag.Variant):
     def mask(self, at):
         start = self.chunk_start[at.request]
         return (at.kv - start) // self.chunk == (at.q - start) // self.chunk
-
-
-class Packed(ag.Variant):
-    """Several sequences in one row of the batch: a token sees its own only."""
-
-    sequence: ag.Tensor("requests", "positions", dtype=int)
-
-    def mask(self, at):
-        return self.sequence[at.request, at.q] == self.sequence[at.request, at.kv]
 
 
 class Dense(ag.Variant):
@@ -162,8 +156,8 @@ class _Pattern:
     window: int | None = None  # keys, the query's own included
     reach: int | None = None  # tokens to either side
     chunk: int | None = None
-    chunk_start: torch.Tensor | None = None  # [batch], position of the first real token
-    sequence: torch.Tensor | None = None  # [batch, positions], which packed sequence a token belongs to
+    chunk_start: torch.Tensor | None = None  # [batch], position of the first real token; None: 0 for all
+    document: torch.Tensor | None = None  # [batch, positions], which packed sequence a token belongs to
 
     def __and__(self, other: _Pattern) -> _Pattern | None:
         """Both; None where both set one thing differently."""
@@ -208,7 +202,7 @@ def _read(function: Callable[..., Any]) -> _Pattern | None:
     if factory == "chunked_overlay":
         return _Pattern(chunk=int(held["chunk_size"]), chunk_start=held["left_padding"])
     if factory == "packed_sequence_mask_function":
-        return _Pattern(sequence=held["packed_sequence_mask"])
+        return _Pattern(document=held["packed_sequence_mask"])
     if factory == "remap_positions_for_packed_sequence":
         inner = _read(held["mask_function"])
         # Distances within a sequence stay what they were; chunks would have to be counted anew in each.
@@ -227,7 +221,7 @@ class _Facts:
     dropped: int  # keys that a sliding cache has dropped before it
     pattern: _Pattern = _Pattern()
     keep: torch.Tensor | None = None  # bool [batch, used], False at padding; None where there is none
-    lens: torch.Tensor | None = None  # i32 [batch], where padding is all on the right: it then replaces `keep`
+    lens: list[int] | None = None  # [batch], where padding is all on the right: it then replaces `keep`
     dense: torch.Tensor | None = None  # bool [batch, q_length, kv_length], padding included
     plans: dict[Any, _Plan] = field(default_factory=dict)  # by what a layer's arguments say
 
@@ -280,7 +274,7 @@ def _make_mask(
     first, kv_offset = int(q_offset), int(kv_offset)  # a static cache counts in a tensor that it updates in place
     facts = _Facts(batch_size, q_length, kv_length, first - kv_offset, kv_offset)
     pattern = _read(mask_function)
-    if pattern is None:
+    if pattern is None or (pattern.window or pattern.chunk) and not pattern.causal:
         _warn_dense(getattr(mask_function, "__qualname__", repr(mask_function)))
         facts.dense = masking_utils.sdpa_mask(
             batch_size, q_length, kv_length, first, kv_offset, mask_function, attention_mask,
@@ -289,7 +283,7 @@ def _make_mask(
     else:
         if pattern.chunk_start is not None:
             start = pattern.chunk_start.to(device=device, dtype=torch.int32).expand(batch_size) - kv_offset
-            pattern = replace(pattern, chunk_start=start)
+            pattern = replace(pattern, chunk_start=start if bool(start.any()) else None)
         facts.pattern = pattern
     padding = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if padding is not None:
@@ -297,7 +291,7 @@ def _make_mask(
         lens = keep.sum(1, dtype=torch.int32)
         if not bool((lens == facts.used).all()):
             on_the_right = bool((keep == (torch.arange(facts.used, device=keep.device) < lens[:, None])).all())
-            facts.lens, facts.keep = (lens, None) if on_the_right else (None, keep)
+            facts.lens, facts.keep = (lens.tolist(), None) if on_the_right else (None, keep)
     return Mask.of(facts, device)
 
 
@@ -318,8 +312,8 @@ class _Plan:
     cap: str | None  # the parameter that the model's softcap goes to
     sink: str | None  # and its s_aux
     used: int
-    kv_lens: torch.Tensor | None = None
-    q_offset: torch.Tensor | None = None
+    kv_lens: list[int] | None = None
+    q_offset: int | None = None
     gather: _Gather | None = None
 
 
@@ -329,6 +323,9 @@ class _Attention:
     def __init__(self, variant: ag.Variant | None, params: Mapping[str, Any], replace_mask: bool) -> None:
         self.variant, self.params, self.replace_mask = variant, params, replace_mask
         self.composed: dict[Any, ag.Variant] = {}
+        mask = None if variant is None else variant.trace.mask
+        causal = variants.Causal().trace.mask  # nodes are interned, so equal terms are one object
+        self.is_causal = mask is not None and any(term is causal for term in conjuncts(mask))
 
     def __call__(
         self,
@@ -353,13 +350,14 @@ class _Attention:
             if given is not None and given is not False and name not in _NOT_FOR_ATTENTION:
                 remedy = 'it may change the result, so it is not ignored; use attn_implementation="sdpa"'
                 raise _unsupported(name, given, _REMEDIES.get(name, remedy))
-        if self.variant is not None and (own := self.variant.trace.scale) is not None and own != scaling:
+        own = None if self.variant is None else self.variant.trace.scale
+        if own is not None and scaling is not None and own != scaling:
             raise ParameterError(f"scaling: the variant's own scale {own} required; found {scaling}; drop one of them")
         facts = _facts_of(attention_mask, module, query, key, is_causal)
         layer = (softcap, sliding_window, s_aux is not None)
         plan = facts.plans.get((self, layer))
         if plan is None:
-            plan = facts.plans[self, layer] = self._plan(facts, query, *layer)
+            plan = facts.plans[self, layer] = self._plan(facts, *layer)
 
         params = dict(plan.params)
         if plan.cap is not None:
@@ -377,31 +375,30 @@ class _Attention:
         )  # fmt: skip
         return out, None
 
-    def _plan(
-        self, facts: _Facts, query: torch.Tensor, softcap: float | None, sliding_window: int | None, has_sink: bool
-    ) -> _Plan:
+    def _plan(self, facts: _Facts, softcap: float | None, sliding_window: int | None, has_sink: bool) -> _Plan:
         # A mask that came as a tensor has the layer's window in it.
         pattern = facts.pattern if facts.dense is not None else _with_window(facts.pattern, sliding_window)
-        said = self._said(softcap, pattern.window, has_sink)
         if self.replace_mask:
-            pattern = _Pattern(sequence=pattern.sequence)
+            pattern = _Pattern(document=pattern.document)
+        said = self._said(softcap, pattern.window, has_sink)
         gather = None
         if self.variant is not None and not facts.is_plain:
-            gather = self._gather(facts, query.device)
-            pattern = replace(pattern, chunk_start=None if pattern.chunk is None else gather.zeros)
+            gather = self._gather(facts)
+            pattern = replace(pattern, chunk_start=None)
 
         parts, params = {}, dict(self.params)
-        if pattern.causal:
+        if pattern.window is not None and "window" not in said:  # it is causal too
+            parts["window"], params[_field(variants.SlidingWindow)] = variants.SlidingWindow, pattern.window
+        elif pattern.causal and not self.is_causal:
             parts["causal"] = variants.Causal
-        if pattern.window is not None and "window" not in said:
-            parts["window"] = variants.SlidingWindow
-            params[_field(variants.SlidingWindow)] = pattern.window
         if pattern.reach is not None:
             parts["reach"], params["reach"] = Band, pattern.reach
         if pattern.chunk is not None:
-            parts["chunk"], params["chunk"], params["chunk_start"] = Chunk, pattern.chunk, pattern.chunk_start
-        if pattern.sequence is not None:
-            parts["sequence"], params["sequence"] = Packed, pattern.sequence
+            parts["chunk"], params["chunk"] = variants.Chunked if pattern.chunk_start is None else Chunk, pattern.chunk
+            if pattern.chunk_start is not None:
+                params["chunk_start"] = pattern.chunk_start
+        if pattern.document is not None:
+            parts["document"], params["doc"] = variants.Document, pattern.document
         if facts.dense is not None:
             parts["dense"], params["first"], params["allowed"] = Dense, facts.start, facts.dense
         elif facts.keep is not None and gather is None:
@@ -411,20 +408,20 @@ class _Attention:
         if has_sink:
             parts["sink"] = variants.Sinks
 
-        aligned = facts.aligned or gather is not None
-        offset = None if aligned else torch.full((facts.batch_size,), facts.start, dtype=torch.int32).to(query.device)
         return _Plan(
             self._compose(parts), params, _field(variants.SoftCap) if "cap" in parts else None,
-            _field(variants.Sinks) if has_sink else None, facts.used, facts.lens, offset, gather,
+            _field(variants.Sinks) if has_sink else None, facts.used, facts.lens,
+            None if facts.aligned else facts.start, gather,
         )  # fmt: skip
 
     def _compose(self, parts: Mapping[str, type[ag.Variant]]) -> ag.Variant:
         """The variant of these parts, made once."""
-        variant = self.composed.get(tuple(parts))
+        key = tuple(parts.values())
+        variant = self.composed.get(key)
         if variant is None:
             own = [] if self.variant is None else [self.variant]
-            made = [*own, *(part() for part in parts.values())]
-            variant = self.composed[tuple(parts)] = ag.compose(*made) if made else variants.Full()
+            made = [*own, *(part() for part in key)]
+            variant = self.composed[key] = ag.compose(*made) if made else variants.Full()
         return variant
 
     def _said(self, softcap: float | None, window: int | None, has_sink: bool) -> set[str]:
@@ -433,7 +430,9 @@ class _Attention:
         if self.variant is None:
             return said
         if has_sink and self.variant.trace.sink is not None:
-            raise ParameterError(f"s_aux: one attention sink required; found the model's and {self.variant.name}'s; drop one")
+            raise ParameterError(
+                f"s_aux: one attention sink required; found the model's and {self.variant.name}'s; drop the variant's"
+            )
         for argument, given, part in (
             ("softcap", softcap, variants.SoftCap),
             ("sliding_window", window, variants.SlidingWindow),
@@ -450,7 +449,7 @@ class _Attention:
             said.add(name)
         return said
 
-    def _gather(self, facts: _Facts, device: torch.device) -> _Gather:
+    def _gather(self, facts: _Facts) -> _Gather:
         if facts.dropped:
             raise _unsupported(
                 "past_key_values", "a sliding-window cache that has dropped keys",
@@ -465,30 +464,30 @@ class _Attention:
 
 
 class _Gather:
-    """Attention over the real tokens of padded sequences, moved together: what a variant of absolute positions needs."""
+    """Attention over the real tokens of padded sequences, moved together, as variants of absolute positions need it."""
 
     def __init__(self, keep: torch.Tensor, start: int, q_length: int) -> None:
         """`keep` bool [batch, keys]; queries are the last `q_length` of them, from `start`."""
-        self.kv_lens = keep.sum(1, dtype=torch.int32)
-        self.kv_index = _kept_first(keep, int(self.kv_lens.max()))
+        self.kv_lens = keep.sum(1).tolist()
+        self.kv_index = _kept_first(keep, max(self.kv_lens))
         queries = keep[:, start : start + q_length]
-        self.q_lens = queries.sum(1, dtype=torch.int32)
+        self.q_lens = queries.sum(1).tolist()
         self.q_index = _kept_first(queries, q_length)
-        self.all_queries = bool(queries.all())
-        self.zeros = torch.zeros_like(self.kv_lens)
+        self.all_queries = min(self.q_lens) == q_length
 
     def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **rest: Any) -> torch.Tensor:
         """As ag.attention in layout bshd; rows of padding are 0."""
         k, v = _rows(k, self.kv_index), _rows(v, self.kv_index)
         if self.all_queries:
             return ag.attention(q, k, v, layout="bshd", kv_lens=self.kv_lens, **rest)
-        out = ag.attention(_rows(q, self.q_index), k, v, layout="bshd", q_lens=self.q_lens, kv_lens=self.kv_lens, **rest)
+        q = _rows(q, self.q_index)
+        out = ag.attention(q, k, v, layout="bshd", q_lens=self.q_lens, kv_lens=self.kv_lens, **rest)
         return torch.empty_like(out).scatter_(1, self.q_index[..., None, None].expand_as(out), out)
 
 
 def _kept_first(keep: torch.Tensor, count: int) -> torch.Tensor:
     """Indices [batch, count] of the kept columns in order, then of others."""
-    return (~keep).to(torch.uint8).argsort(1, stable=True)[:, :count]
+    return (~keep).to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
 
 
 def _rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -503,7 +502,7 @@ def _facts_of(
     if isinstance(mask, Mask):
         facts = mask.facts
         if facts is None:
-            raise _unsupported("attention_mask", "attngen's mask, changed by the model", "this model needs a dense mask")
+            raise _unsupported("attention_mask", "attngen's mask, changed by the model", "use another one")
         made = (facts.batch_size, facts.q_length, facts.kv_length)
         if made != (batch, q_length, kv_length):
             raise _unsupported("attention_mask", f"a mask for batch, queries, keys {made}",

@@ -156,28 +156,38 @@ AG_INLINE float ag_tanh(float x) {
 AG_INLINE float ag_sigmoid(float x) { return 1.0f / (1.0f + ag_exp(-x)); }
 
 // ---- tensor parameters: out of range yields 0; element 0 always exists ---------------------------------------------
+// Written with masks, not branches, so that reads in a vector loop become gathers. Elements of 8 and 16 bits are cut out
+// of the aligned word around them: gathers have no narrower width, and such a word never crosses into another page.
+
+typedef uint32_t __attribute__((may_alias)) any_uint32;
+typedef int64_t __attribute__((may_alias)) any_int64;
+
+AG_INLINE uint32_t ag_load_word(const void* x, bool in_range, int64_t offset) {
+  return ((const any_uint32*)x)[offset & -(int64_t)in_range] & -(uint32_t)in_range;
+}
+template <int BYTES>
+AG_INLINE uint32_t ag_load_narrow(const void* x, bool in_range, int64_t offset) {
+  const any_uint32* words = (const any_uint32*)((uintptr_t)x & ~(uintptr_t)3);
+  int64_t at = (offset & -(int64_t)in_range) * BYTES + (int64_t)((uintptr_t)x & 3);
+  uint32_t element = words[at >> 2] >> (uint32_t)(at & 3) * 8u;
+  return element & (BYTES == 1 ? 0xffu : 0xffffu) & -(uint32_t)in_range;
+}
 
 AG_INLINE float ag_load_f32(const void* x, bool in_range, int64_t offset) {
-  float value = ((const float*)x)[in_range ? offset : 0];
-  return in_range ? value : 0.0f;
-}
-AG_INLINE float ag_load_bf16(const void* x, bool in_range, int64_t offset) {
-  float value = to_float(((const bf16*)x)[in_range ? offset : 0]);
-  return in_range ? value : 0.0f;
-}
-AG_INLINE float ag_load_f16(const void* x, bool in_range, int64_t offset) {
-  float value = to_float(((const f16*)x)[in_range ? offset : 0]);
-  return in_range ? value : 0.0f;
+  return bits_to_float(ag_load_word(x, in_range, offset));
 }
 AG_INLINE int32_t ag_load_i32(const void* x, bool in_range, int64_t offset) {
-  int32_t value = ((const int32_t*)x)[in_range ? offset : 0];
-  return in_range ? value : 0;
+  return (int32_t)ag_load_word(x, in_range, offset);
 }
 AG_INLINE int32_t ag_load_i64(const void* x, bool in_range, int64_t offset) {
-  int32_t value = (int32_t)((const int64_t*)x)[in_range ? offset : 0];
-  return in_range ? value : 0;
+  return (int32_t)((const any_int64*)x)[offset & -(int64_t)in_range] & -(int32_t)in_range;
+}
+AG_INLINE float ag_load_bf16(const void* x, bool in_range, int64_t offset) {
+  return bits_to_float(ag_load_narrow<2>(x, in_range, offset) << 16);
+}
+AG_INLINE float ag_load_f16(const void* x, bool in_range, int64_t offset) {
+  return to_float(f16{(uint16_t)ag_load_narrow<2>(x, in_range, offset)});
 }
 AG_INLINE int32_t ag_load_u8(const void* x, bool in_range, int64_t offset) {
-  int32_t value = ((const uint8_t*)x)[in_range ? offset : 0];
-  return in_range ? value : 0;
+  return (int32_t)ag_load_narrow<1>(x, in_range, offset);
 }

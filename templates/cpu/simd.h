@@ -58,7 +58,7 @@ AG_INLINE vf vload(const f16* x) { return _mm512_cvtph_ps(_mm256_loadu_si256((co
 AG_INLINE void vstore(float* x, vf a) { _mm512_storeu_ps(x, a); }
 AG_INLINE vf vfma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 AG_INLINE vf vmax(vf a, vf b) { return _mm512_max_ps(a, b); }  // b where either is NaN
-AG_INLINE float vsum(vf a) { return _mm512_reduce_add_ps(a); }
+AG_INLINE __m256 vfold(vf a) { return _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1)); }
 #elif defined(__AVX2__)
 constexpr int LANES = 8;
 typedef __m256 vf;
@@ -71,11 +71,7 @@ AG_INLINE vf vload(const f16* x) { return _mm256_cvtph_ps(_mm_loadu_si128((const
 AG_INLINE void vstore(float* x, vf a) { _mm256_storeu_ps(x, a); }
 AG_INLINE vf vfma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
 AG_INLINE vf vmax(vf a, vf b) { return _mm256_max_ps(a, b); }  // b where either is NaN
-AG_INLINE float vsum(vf a) {
-  __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
-  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
-}
+AG_INLINE __m256 vfold(vf a) { return a; }
 #else
 constexpr int LANES = 4;
 typedef float vf __attribute__((vector_size(16)));
@@ -86,8 +82,32 @@ AG_INLINE vf vload(const f16* x) { return vf{to_float(x[0]), to_float(x[1]), to_
 AG_INLINE void vstore(float* x, vf a) { memcpy(x, &a, sizeof a); }
 AG_INLINE vf vfma(vf a, vf b, vf c) { return a * b + c; }
 AG_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }  // b where either is NaN
-AG_INLINE float vsum(vf a) { return (a[0] + a[2]) + (a[1] + a[3]); }
 #endif
+
+// Horizontal sums of one and of four vectors, and the horizontal maximum.
+#if defined(__AVX2__)
+AG_INLINE float vsum(vf a) {
+  __m256 half = vfold(a);
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+AG_INLINE void vsum4(const vf (&a)[4], float (&out)[4]) {
+  __m256 s01 = _mm256_hadd_ps(vfold(a[0]), vfold(a[1])), s23 = _mm256_hadd_ps(vfold(a[2]), vfold(a[3]));
+  __m256 s = _mm256_hadd_ps(s01, s23);
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
+}
+#else
+AG_INLINE float vsum(vf a) { return (a[0] + a[2]) + (a[1] + a[3]); }
+AG_INLINE void vsum4(const vf (&a)[4], float (&out)[4]) {
+  for (int i = 0; i < 4; ++i) out[i] = vsum(a[i]);
+}
+#endif
+AG_INLINE float vtop(vf a) {
+  float top = a[0];
+  for (int i = 1; i < LANES; ++i) top = a[i] > top ? a[i] : top;
+  return top;
+}
 
 // 2^x for x <= 0 (and NaN, which stays): 1 at 0, exactly 0 at -infinity; below 2^-126 the result may be any subnormal.
 AG_INLINE vf vexp2(vf x) {

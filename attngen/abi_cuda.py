@@ -1,0 +1,59 @@
+"""Field lists of the CUDA kernels' parameter structs (see abi.py), and the records that the planner writes.
+
+A kernel's whole struct is ``Layout(FIELDS + parameter_fields(...))``: attention and decode kernels take all of the
+variant's parameters, the planner those that its mask reads.
+"""
+
+from __future__ import annotations
+
+CUDA_ABI = "attngen-cuda-1"
+
+_SHAPE: tuple[tuple[str, str], ...] = tuple(
+    ("int32_t", name) for name in ("num_heads", "num_kv_heads", "head_offset", "total_heads", "page_size")
+)
+
+# Decode and attention. Strides count elements. Paged caches: *_stride_b is a page, *_stride_s a slot in it; contiguous
+# ones: *_stride_b is a request (0 when ragged), *_stride_s a key.
+ATTENTION_FIELDS: tuple[tuple[str, str], ...] = (
+    ("const void*", "q"), ("const void*", "k"), ("const void*", "v"), ("void*", "out"), ("float*", "lse"),
+    *(("int64_t", f"q_stride_{d}") for d in "th"),
+    *(("int64_t", f"{x}_stride_{d}") for x in "kv" for d in "bsh"),
+    *(("int64_t", f"out_stride_{d}") for d in "th"),
+    *(("int64_t", f"lse_stride_{d}") for d in "th"),
+    ("const WorkTile*", "tiles"), ("const Worker*", "workers"), ("int32_t*", "counters"),
+    ("float*", "partial_out"), ("float*", "partial_lse"), ("int32_t*", "status"),
+    ("const int32_t*", "page_table"), ("const float*", "rope_inv_freq"), ("const int32_t*", "rope_table"),
+    *_SHAPE, ("int32_t", "num_pages"), ("float", "scale"), ("float", "rope_mscale"),
+)  # fmt: skip
+
+# At most this many row-tile classes share a plan.
+MAX_CLASSES = 3
+
+# The planner. Exactly one way to give lengths of queries (q_indptr; or q_len each, with q_lens where they are shorter)
+# and of keys: kv_indptr + kv_last_page_len (pages), kv_lens + block_table_stride (pages), kv_indptr (ragged), kv_lens or
+# kv_len (dense). Unused pointers are null. Per class: its lists, and how many workers and tiles they hold; 0 workers: the
+# class is not launched.
+PLAN_FIELDS: tuple[tuple[str, str], ...] = (
+    ("const int32_t*", "q_indptr"), ("const int32_t*", "q_lens"), ("const int32_t*", "q_positions"),
+    ("const int32_t*", "kv_indptr"), ("const int32_t*", "kv_last_page_len"), ("const int32_t*", "kv_lens"),
+    ("const int32_t*", "kv_starts"),
+    *((ctype, f"{name}{i}") for i in range(MAX_CLASSES)
+      for ctype, name in (("WorkTile*", "tiles"), ("Worker*", "workers"), ("int32_t*", "counters"))),
+    ("int32_t*", "status"), ("int64_t", "block_table_stride"), ("int64_t", "kv_capacity"),
+    *((("int32_t"), f"{name}{i}") for i in range(MAX_CLASSES) for name in ("num_workers", "max_tiles")),
+    *_SHAPE, ("int32_t", "num_requests"), ("int32_t", "q_len"), ("int32_t", "kv_len"), ("int32_t", "max_q_tokens"),
+    ("int32_t", "max_q_len"),
+)  # fmt: skip
+
+# append_kv: new keys and values, packed [tokens, kv_heads, head_dim], into pages. A token goes to slot_mapping[token]
+# (page * page_size + slot, negative: skipped), or, where slot_mapping is null, to its request's page table.
+APPEND_FIELDS: tuple[tuple[str, str], ...] = (
+    ("const void*", "k"), ("const void*", "v"), ("void*", "k_cache"), ("void*", "v_cache"),
+    *(("int64_t", f"{x}_stride_{d}") for x in "kv" for d in "th"),
+    *(("int64_t", f"{x}_cache_stride_{d}") for x in "kv" for d in "bsh"),
+    ("const int64_t*", "slot_mapping"), ("const int32_t*", "request_of"), ("const int32_t*", "positions"),
+    ("const int32_t*", "page_table"), ("const int32_t*", "page_indptr"), ("int64_t", "block_table_stride"),
+    ("const float*", "rope_inv_freq"), ("int32_t*", "status"),
+    ("int32_t", "num_tokens"), ("int32_t", "num_kv_heads"), ("int32_t", "page_size"), ("int32_t", "num_pages"),
+    ("float", "rope_mscale"), ("int32_t", "reserved"),
+)  # fmt: skip

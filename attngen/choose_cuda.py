@@ -1,0 +1,192 @@
+"""Choice of the CUDA kernels' configurations: listed candidates, listed rules, one printable record a kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+from .errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from .emit import Hooks
+    from .spec import Problem
+
+
+@dataclass(frozen=True)
+class Arch:
+    """What the choice needs to know of a GPU generation. Shared memory in bytes; a block costs 1 KB of the SM's besides."""
+
+    name: str  # as nvcc spells it: "90a" is sm_90a
+    smem_per_block: int
+    smem_per_sm: int
+    dependent_launch: bool  # programmatic dependent launch
+
+
+_KB = 1024
+ARCHS = {
+    arch.name: arch
+    for arch in (
+        Arch("80", 163 * _KB, 164 * _KB, False),
+        Arch("86", 99 * _KB, 100 * _KB, False),
+        Arch("89", 99 * _KB, 100 * _KB, False),
+        Arch("90a", 227 * _KB, 228 * _KB, True),
+        Arch("100", 227 * _KB, 228 * _KB, True),
+        Arch("120", 99 * _KB, 100 * _KB, True),
+    )
+}
+_SMEM_RESERVED = 1024  # of the SM's shared memory, for each block
+_REGISTERS_PER_SM = 65536
+
+
+def arch(name: str) -> Arch:
+    """The Arch for a name in ARCHS; raises UnsupportedError for others."""
+    if name not in ARCHS:
+        raise UnsupportedError(
+            f"GPU architecture sm_{name} has no CUDA kernels.\n  supported: {', '.join(f'sm_{a}' for a in ARCHS)}\n"
+            f"  do: use the CPU backend (device='cpu'), or a GPU of a listed architecture"
+        )
+    return ARCHS[name]
+
+
+def arch_of(major: int, minor: int) -> Arch:
+    """The Arch whose cubins run on a device of compute capability ``major.minor``."""
+    exact = f"{major}{minor}{'a' if major == 9 else ''}"
+    if exact in ARCHS:
+        return ARCHS[exact]
+    same_major = [a for a in ARCHS.values() if a.name.rstrip("a")[:-1] == str(major) and int(a.name.rstrip("a")[-1]) <= minor]
+    return same_major[-1] if same_major else arch(exact)
+
+
+def cuda_flags(arch_name: str) -> list[str]:
+    """nvcc flags of a cubin for one of ARCHS."""
+    name = arch(arch_name).name
+    return ["-std=c++17", "-O3", f"-gencode=arch=compute_{name},code=sm_{name}", "-Xptxas", "-v", "-diag-suppress", "177"]
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """A decode kernel, beside its hooks and problem."""
+
+    arch: str
+    paged: bool
+    warps: int  # each takes 16 keys of a block
+    stages: int  # of a warp's ring
+    blocks_per_sm: int
+    q_in_smem: bool  # else in registers
+    unit_cost: int  # fixed cost of a unit, in blocks of keys
+    split: int  # keys of a fixed piece (batch_invariant); 0: pieces end where the workers' shares end
+    smem_bytes: int
+
+    block_m = 16
+
+    @property
+    def block_n(self) -> int:
+        """Keys of a block."""
+        return 16 * self.warps
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 32 * self.warps
+
+    def __str__(self) -> str:
+        return " ".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))
+
+
+@dataclass(frozen=True)
+class DecodeCandidate:
+    """A shape that was considered; ``lost`` says why it was not taken, and is empty for the winner."""
+
+    warps: int
+    stages: int
+    blocks_per_sm: int
+    q_in_smem: bool
+    smem_bytes: int
+    lost: str
+
+
+@dataclass(frozen=True)
+class DecodeChoice:
+    """The chosen configuration and every candidate, in the order of preference."""
+
+    config: DecodeConfig
+    candidates: tuple[DecodeCandidate, ...]
+
+
+# Best first, as measured on an H100 at head_dim 128 (KERNELS.md E): two blocks an SM beat one with more stages and three
+# with fewer. Wide heads go down the list until they fit.
+_DECODE_SHAPES = tuple(
+    (warps, stages, blocks) for blocks in (2, 1) for warps in (4, 2) for stages in (6, 5, 4, 3, 2)
+)  # fmt: skip
+_ENOUGH_IN_FLIGHT = 48 * _KB  # bytes of keys and values on their way to an SM; more does not help
+
+
+def choose_decode(problem: Problem, arch_name: str, hooks: Hooks, paged: bool = True, split: int = 0) -> DecodeChoice:
+    """The decode kernel for ``problem`` on ``arch_name``. ``split``: keys of a fixed piece, 0 for none."""
+    gpu = arch(arch_name)
+    d, dv = problem.head_dim, problem.head_dim_v
+    check_head_dims(d, dv)
+    kinds = len(hooks.rope.q_positions) if hooks.rope else 1
+    candidates: list[DecodeCandidate] = []
+    best: tuple[int, DecodeCandidate] | None = None
+    for warps, stages, blocks in _DECODE_SHAPES:
+        # Registers: O, Q, scores, two cursors and addresses.
+        q_in_smem = hooks.rope is not None or dv // 2 + d // 4 + 100 > 255
+        smem = decode_smem_bytes(d, dv, warps, stages, kinds if q_in_smem else 0, hooks.softmax)
+        in_flight = min(blocks * warps * stages * 32 * (d + dv), gpu.smem_per_sm)
+        lost = ""
+        if smem > gpu.smem_per_block:
+            lost = f"needs {smem} bytes of shared memory, a block has {gpu.smem_per_block}"
+        elif blocks * (smem + _SMEM_RESERVED) > gpu.smem_per_sm:
+            lost = f"{blocks} blocks need {blocks * (smem + _SMEM_RESERVED)} bytes of shared memory, an SM has {gpu.smem_per_sm}"
+        elif best is not None:
+            lost = f"{best[1].warps} warps, {best[1].stages} stages, {best[1].blocks_per_sm} blocks an SM come first"
+        candidate = DecodeCandidate(warps, stages, blocks, q_in_smem, smem, lost)
+        if not lost:
+            best = (in_flight, candidate)
+        candidates.append(candidate)
+    assert best is not None  # the smallest shape fits any supported head_dim
+    won = best[1]
+    config = DecodeConfig(arch_name, paged, won.warps, won.stages, won.blocks_per_sm, won.q_in_smem, 2, split, won.smem_bytes)
+    return DecodeChoice(config, tuple(candidates))
+
+
+def decode_smem_bytes(d: int, dv: int, warps: int, stages: int, staged_queries: int, softmax: bool) -> int:
+    """Size of ``Shared`` in decode.cu: ring, staged queries, where the warps' results meet, a flag."""
+    ring = warps * stages * 32 * (d + dv)
+    queries = staged_queries * 32 * d
+    meet = warps * 8 * (4 * (dv + 4) + (8 if softmax else 0))
+    return -(-(ring + queries + meet + 4) // 128) * 128
+
+
+def check_head_dims(d: int, dv: int) -> None:
+    """Raises UnsupportedError unless both head dims are multiples of 16 in 32 ... 256."""
+    for name, size in (("head_dim", d), ("head_dim_v", dv)):
+        if size % 16 or not 32 <= size <= 256:
+            raise UnsupportedError(
+                f"{name} {size} on CUDA.\n  required: a multiple of 16 from 32 to 256\n  found: {size}\n"
+                f"  do: pad the heads with zeros, or use the CPU backend (multiples of 8)"
+            )
+
+
+@dataclass(frozen=True)
+class TileClass:
+    """A row-tile class as the planner sees it."""
+
+    bm: int  # packed rows of a tile
+    bn: int  # keys of a block
+    unit_cost: int  # in blocks
+    split: int = 0  # keys of a fixed piece, a multiple of bn; 0: none
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """A planner: the classes of the kernels that it plans for, smallest tile first."""
+
+    arch: str
+    classes: tuple[TileClass, ...]
+
+    def __str__(self) -> str:
+        return f"arch={self.arch} " + " ".join(
+            f"{k.bm}x{k.bn}+{k.unit_cost}" + (f"/{k.split}" if k.split else "") for k in self.classes
+        )

@@ -1,0 +1,27 @@
+"""Rendering of the CUDA kernels: ``{file name: text}`` from a template, its holes and its configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .abi import Layout
+from .emit import Hooks
+from .paths import templates_dir
+from .render import _environment
+from .spec import Problem
+
+
+def render_cuda(
+    name: str, hooks: Hooks | None, config: Any, layout: Layout, problem: Problem | None, title: str,
+    compiled: Path | None = None,
+) -> dict[str, str]:  # fmt: skip
+    """The source of kernel ``name`` ("plan", "decode", "append" ...) and the headers it includes; ``compiled`` as in
+    ``render_cpu``."""
+    folder = templates_dir() / "cuda"
+    template = _environment(compiled).get_template(f"cuda/{name}.cu.jinja")
+    text = template.render(
+        hooks=hooks, config=config, params=layout.fields, params_size=layout.size, problem=problem, title=title
+    )
+    headers = (path for path in sorted(folder.glob("*.cuh")) if f'#include "{path.name}"' in text or path.name == "ptx.cuh")
+    return {f"{name}.cu": text, **{path.name: path.read_text(encoding="utf-8") for path in headers}}

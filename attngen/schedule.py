@@ -1,0 +1,450 @@
+"""The schedule of a batch: row tiles, units of work, equal shares for the workers.
+
+This is the planner of ``templates/cuda/plan.cu.jinja`` in plain Python, record for record, with the walk of
+``work.cuh`` over its result. It serves the CPU backend and the tests; ``pack`` writes what the device would have written.
+
+A row-tile class has ``bm`` packed rows (token * group + head in group) a tile. A unit is one tile and one KV head; its
+cost is its KV blocks plus ``unit_cost``. The units of a class lie on a line, and worker w of n owns the cost interval
+[w * total / n, (w + 1) * total / n): only its first and its last unit can be partial, so that partial results have fixed
+slots, 2w and 2w + 1. With a fixed split, tiles are cut beforehand into pieces that are units of their own.
+"""
+
+from __future__ import annotations
+
+import bisect
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .bounds import TileBounds
+from .choose_cuda import PlanConfig, TileClass
+from .errors import ParameterError
+from .expr import Node
+from .interp import evaluate
+
+INT32_MAX = 2**31 - 1
+REQUEST = struct.Struct("=6iq")
+TILE = struct.Struct("=32s10iq")
+WORKER = struct.Struct("=3q6i80s")
+assert (REQUEST.size, TILE.size, WORKER.size) == (32, 80, 128)  # as work.cuh asserts
+
+# Bits of the status word; the request's number stands above them.
+BAD_Q_INDPTR, BAD_KV_INDPTR, OVER_CAPACITY, BAD_PAGE = 1, 2, 4, 8
+STATUS_TEXT = {
+    BAD_Q_INDPTR: "q_indptr is negative or decreases",
+    BAD_KV_INDPTR: "kv_indptr decreases, a length is negative, or kv_last_page_len is not in 1 ... page_size",
+    OVER_CAPACITY: "more query tokens, keys or pages than the capacities given at construction",
+    BAD_PAGE: "a page number past the end of the cache",
+}
+
+
+# ---------------------------------------------------------------- the batch
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request. ``kv_base``: its first index in the page table, or the row of its first key; negative: bad."""
+
+    q_start: int
+    q_len: int
+    kv_len: int  # of the sequence; keys are at positions kv_start ... kv_len - 1
+    kv_start: int
+    q_offset: int
+    kv_token: int  # packed row of the key at position 0
+    kv_base: int
+
+    @property
+    def num_keys(self) -> int:
+        """Cached keys."""
+        return self.kv_len - self.kv_start
+
+    def pack(self) -> bytes:
+        """As in work.cuh."""
+        return REQUEST.pack(
+            self.q_start, self.q_len, self.kv_len, self.kv_start, self.q_offset, self.kv_token, self.kv_base
+        )
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """A batch's lengths as the planner takes them; sequences of ints on the host. See PLAN_FIELDS in abi_cuda.py."""
+
+    num_requests: int
+    q_indptr: Sequence[int] | None = None
+    q_lens: Sequence[int] | None = None
+    q_len: int = 1
+    q_positions: Sequence[int] | None = None
+    kv_indptr: Sequence[int] | None = None
+    kv_last_page_len: Sequence[int] | None = None
+    kv_lens: Sequence[int] | None = None
+    kv_len: int = 0
+    kv_starts: Sequence[int] | None = None
+    page_size: int = 1
+    block_table_stride: int = 0
+    kv_capacity: int = INT32_MAX
+    max_q_tokens: int = INT32_MAX
+    max_q_len: int = INT32_MAX
+
+
+def read_requests(batch: Lengths) -> tuple[list[Request], int]:
+    """The requests of a batch and the status word: 0, or the first error as a bit | request << 8."""
+    requests, status, kv_tokens = [], 0, 0
+    paged = batch.kv_last_page_len is not None or batch.block_table_stride > 0
+    for i in range(batch.num_requests):
+        request, error = _read_request(batch, i)
+        if paged:
+            request = Request(**{**vars(request), "kv_token": kv_tokens - request.kv_start})
+        kv_tokens += request.num_keys
+        requests.append(request)
+        status = status or (error and error | i << 8)
+    return requests, status
+
+
+def _read_request(b: Lengths, i: int) -> tuple[Request, int]:
+    q0 = i * b.q_len
+    q1 = q0 + (b.q_lens[i] if b.q_lens is not None else b.q_len)
+    if b.q_indptr is not None:
+        q0, q1 = b.q_indptr[i], b.q_indptr[i + 1]
+    bad_q = q0 < 0 or q1 < q0
+    error = BAD_Q_INDPTR if bad_q else OVER_CAPACITY if q1 > b.max_q_tokens or q1 - q0 > b.max_q_len else 0
+    if bad_q:
+        q0 = q1 = 0
+    q0, q1 = min(q0, b.max_q_tokens), min(q1, b.max_q_tokens)
+
+    token, valid = 0, True
+    if b.kv_indptr is not None:
+        base = b.kv_indptr[i]
+        keys = b.kv_indptr[i + 1] - base
+        valid, fits = base >= 0 and keys >= 0, base + keys <= b.kv_capacity
+        if b.kv_last_page_len is None:
+            token = base
+        elif keys > 0:
+            last = b.kv_last_page_len[i]
+            valid = valid and 1 <= last <= b.page_size
+            keys = (keys - 1) * b.page_size + last
+    else:
+        base, keys = i * b.block_table_stride, b.kv_lens[i] if b.kv_lens is not None else b.kv_len
+        valid, fits = keys >= 0, keys <= b.kv_capacity
+        if not b.block_table_stride:
+            base, token = 0, i * b.kv_len
+    kv_start = b.kv_starts[i] if b.kv_starts is not None else 0
+    valid = valid and kv_start >= 0 and kv_start + keys <= INT32_MAX
+    error = error or (BAD_KV_INDPTR if not valid else 0 if fits else OVER_CAPACITY)
+    if error:
+        keys, base, kv_start = 0, -1, 0
+    kv_len, q_len = kv_start + keys, q1 - q0
+    q_offset = b.q_positions[i] if b.q_positions is not None else kv_len - q_len
+    return Request(q0, q_len, kv_len, kv_start, q_offset, token - kv_start, base), error
+
+
+# ---------------------------------------------------------------- which keys a row tile reaches
+
+
+@dataclass(frozen=True)
+class Reach:
+    """A variant's closed bounds with the parameters that they read: what keys a row tile can attend to."""
+
+    bounds: TileBounds
+    params: Mapping[str, Any] = field(default_factory=dict)
+    num_heads: int = 1
+    num_kv_heads: int = 1
+    head_offset: int = 0
+    total_heads: int | None = None
+
+    def slots(self, index: int, r: Request, q_lo: int, q_hi: int) -> tuple[int, int]:
+        """Cache slots [begin, end) that queries at positions q_lo ... q_hi can reach, over all KV heads."""
+        ranges = [self._range(index, r, head, q_lo, q_hi) for head in range(self.num_kv_heads if self._per_head else 1)]
+        ranges = [(b, e) for b, e in ranges if b < e]
+        if not ranges:
+            return 0, 0
+        begin, end = max(min(b for b, _ in ranges) - r.kv_start, 0), max(e for _, e in ranges) - r.kv_start
+        return (begin, end) if begin < end else (0, 0)
+
+    @property
+    def _per_head(self) -> bool:
+        return any("kv_head" in node.symbols for found in self.bounds.closed for _, node in found.terms)
+
+    def _range(self, index: int, r: Request, head: int, q_lo: int, q_hi: int) -> tuple[int, int]:
+        group, total = self.num_heads // self.num_kv_heads, self.total_heads or self.num_heads
+        symbols = {
+            "request": index, "kv_head": self.head_offset // group + head, "q_len": r.q_len, "kv_len": r.kv_len,
+            "num_heads": total, "num_kv_heads": total // group,
+        }  # fmt: skip
+        tensors = {name: torch.tensor(value, dtype=torch.int32) for name, value in symbols.items()}
+        begin, end = 0, r.kv_len
+        for found in self.bounds.closed:
+            terms = [sign * int(evaluate(node, tensors, self.params, frozenset())) for sign, node in found.terms]
+            weight = sum(map(abs, terms)) + found.wq * (abs(r.q_offset) + r.q_len) + found.wk * r.kv_len
+            if weight >= 2**31 and not _harmless(found.terms, found.wq, found.wk):
+                continue  # the mask's own i32 arithmetic may wrap
+            best = found.cq * (q_hi if found.cq > 0 else q_lo) + sum(terms)
+            if found.ck > 0:
+                begin = max(begin, -(best // found.ck))
+            elif found.ck < 0:
+                end = min(end, best // -found.ck + 1)
+            elif best < 0:
+                end = min(end, 0)
+        return (begin, end) if begin < end else (0, 0)
+
+
+def _harmless(terms: Sequence[tuple[int, Node]], wq: int, wk: int) -> bool:
+    """Whether emission drops the guard too: positions stay below 2**30 and the constants are small."""
+    return all(n.op == "const" for _, n in terms) and wq <= 1 and wk <= 1 and abs(sum(s * n.attr for s, n in terms)) < 2**20
+
+
+# ---------------------------------------------------------------- tiles and workers
+
+
+@dataclass(frozen=True)
+class WorkTile:
+    """A row tile, or with a fixed split a piece of one. ``index`` is negative (~index) for a bad request."""
+
+    request: Request
+    index: int
+    row0: int
+    rows: int
+    block0: int
+    blocks: int
+    piece: int
+    pieces: int
+    prefix: int
+
+    def pack(self) -> bytes:
+        """As in work.cuh."""
+        return TILE.pack(
+            self.request.pack(), self.index, self.row0, self.rows, self.block0, self.blocks, self.piece, self.pieces,
+            0, 0, 0, self.prefix,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A worker's part of a unit: blocks [begin, end) counted from the tile's block0.
+
+    ``pieces`` > 1: the result is partial, goes to slot ``slot``, and the last of the pieces to arrive at ``counter``
+    merges the slots ``merge`` in this order.
+    """
+
+    tile: WorkTile
+    kv_head: int
+    begin: int
+    end: int
+    pieces: int
+    slot: int
+    counter: int
+    merge: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ClassPlan:
+    """The work list of one row-tile class."""
+
+    shape: TileClass
+    num_kv_heads: int
+    num_workers: int
+    tiles: tuple[WorkTile, ...]
+    total: int
+
+    @property
+    def active_workers(self) -> int:
+        """Workers with a share: all, unless there is less work than that."""
+        return min(self.num_workers, self.total)
+
+    def share(self, worker: int) -> tuple[int, int]:
+        """The cost interval of a worker."""
+        return self.total * worker // self.active_workers, self.total * (worker + 1) // self.active_workers
+
+    def owner(self, place: int) -> int:
+        """The worker whose share holds a place on the line."""
+        return ((place + 1) * self.active_workers - 1) // self.total
+
+    def first_unit(self, worker: int) -> tuple[int, int]:
+        """Tile and KV head at which a worker's share begins."""
+        begin = self.share(worker)[0]
+        tile = bisect.bisect_right(self.tiles, begin, key=lambda t: t.prefix) - 1
+        return tile, (begin - self.tiles[tile].prefix) // (self.tiles[tile].blocks + self.shape.unit_cost)
+
+    def walk(self, worker: int) -> Iterator[Unit]:
+        """The units that a worker computes, in order."""
+        if worker >= self.active_workers:
+            return
+        lo, hi = self.share(worker)
+        index, head = self.first_unit(worker)
+        cost = self.shape.unit_cost
+        while index < len(self.tiles):
+            tile = self.tiles[index]
+            start = tile.prefix + head * (tile.blocks + cost)
+            if start >= hi:
+                return
+            if self.shape.split:
+                begin, end = 0, tile.blocks if start >= lo else 0
+            else:
+                begin, end = max(lo - start - cost, 0), min(max(hi - start - cost, 0), tile.blocks)
+            if begin < end or (tile.blocks == 0 and start >= lo):
+                yield self._unit(worker, index, head, start, begin, end)
+            index, head = (index, head + 1) if head + 1 < self.num_kv_heads else (index + 1, 0)
+
+    def _unit(self, worker: int, index: int, head: int, start: int, begin: int, end: int) -> Unit:
+        tile, heads = self.tiles[index], self.num_kv_heads
+        if self.shape.split:
+            first = (index - tile.piece) * heads + head
+            merge = tuple(first + i * heads for i in range(tile.pieces))
+            return Unit(tile, head, begin, end, tile.pieces, index * heads + head, first, merge)
+        if (begin, end) == (0, tile.blocks):
+            return Unit(tile, head, begin, end, 1, 0, 0, ())
+        w0 = self.owner(start + self.shape.unit_cost)
+        w1 = self.owner(start + self.shape.unit_cost + tile.blocks - 1)
+        merge = (2 * w0 + 1, *(2 * w for w in range(w0 + 1, w1 + 1)))
+        return Unit(tile, head, begin, end, len(merge), 2 * worker + (begin == 0), w0, merge)
+
+    def pack_tiles(self) -> bytes:
+        """The tile records as the device writes them."""
+        return b"".join(tile.pack() for tile in self.tiles)
+
+    def pack_workers(self) -> bytes:
+        """The worker records as the device writes them."""
+        records = []
+        for w in range(self.num_workers):
+            if w >= self.active_workers:
+                records.append(WORKER.pack(0, 0, 0, 0, 0, -1, 0, 0, 0, bytes(TILE.size)))
+                continue
+            index, head = self.first_unit(w)
+            records.append(WORKER.pack(
+                *self.share(w), self.total, w, self.active_workers, index, head, len(self.tiles), 0, self.tiles[index].pack()
+            ))  # fmt: skip
+        return b"".join(records)
+
+
+def class_of(classes: Sequence[TileClass], launched: Sequence[bool], rows: int) -> int:
+    """The class of a request with ``rows`` packed rows: the smallest launched one that holds them in one tile, else the
+    largest launched one."""
+    found = -1
+    for i, on in enumerate(launched):
+        if on and (found < 0 or rows > classes[found].bm):
+            found = i
+    return found
+
+
+def plan(
+    config: PlanConfig,
+    batch: Lengths,
+    reach: Reach,
+    num_workers: Sequence[int],
+    max_tiles: Sequence[int] | None = None,
+) -> tuple[list[ClassPlan], int]:
+    """The work lists of all classes and the status word.
+
+    Args:
+        num_workers: workers of each class (its kernel's grid); 0: the class is not launched.
+        max_tiles: capacity of each class's tile list; None: unlimited.
+    """
+    if len(num_workers) != len(config.classes) or not any(num_workers):
+        raise ParameterError(
+            f"num_workers {list(num_workers)} for {len(config.classes)} row-tile classes.\n"
+            f"  required: one count a class, at least one of them above 0"
+        )
+    requests, status = read_requests(batch)
+    launched = [n > 0 for n in num_workers]
+    group = reach.num_heads // reach.num_kv_heads
+    plans = []
+    for i, shape in enumerate(config.classes):
+        tiles: list[WorkTile] = []
+        line, limit = 0, max_tiles[i] if max_tiles is not None else INT32_MAX
+        for index, r in enumerate(requests):
+            rows = r.q_len * group
+            if not launched[i] or rows == 0 or class_of(config.classes, launched, rows) != i:
+                continue
+            for tile in _tiles(shape, index, r, rows, group, reach.slots):
+                if len(tiles) == limit:
+                    status = status or OVER_CAPACITY | index // 1024 * 1024 << 8
+                    break
+                tiles.append(WorkTile(**{**vars(tile), "prefix": line}))
+                line += (tile.blocks + shape.unit_cost) * reach.num_kv_heads
+        plans.append(ClassPlan(shape, reach.num_kv_heads, num_workers[i], tuple(tiles), line))
+    return plans, status
+
+
+def _tiles(
+    shape: TileClass, index: int, r: Request, rows: int, group: int, slots: Callable[..., tuple[int, int]]
+) -> Iterator[WorkTile]:
+    first, pieces = 0, 1
+    if shape.split:
+        begin, end = slots(index, r, r.q_offset, r.q_offset + (rows - 1) // group)
+        first = begin // shape.split
+        pieces = (end - 1) // shape.split + 1 - first if begin < end else 1
+    for row0 in range(0, rows, shape.bm):
+        count = min(rows - row0, shape.bm)
+        reached = slots(index, r, r.q_offset + row0 // group, r.q_offset + (row0 + count - 1) // group)
+        for piece in range(pieces):
+            begin, end = reached
+            if shape.split:
+                begin, end = max(begin, (first + piece) * shape.split), min(end, (first + piece + 1) * shape.split)
+            block0 = begin // shape.bn if begin < end else 0
+            blocks = (end - 1) // shape.bn + 1 - block0 if begin < end else 0
+            yield WorkTile(r, ~index if r.kv_base < 0 else index, row0, count, block0, blocks, piece, pieces, 0)
+
+
+# ---------------------------------------------------------------- workspace
+
+
+@dataclass(frozen=True)
+class ClassSpace:
+    """Byte offsets in the workspace of one class's lists, and their lengths."""
+
+    workers: int
+    tiles: int
+    counters: int
+    num_workers: int
+    max_tiles: int
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Byte offsets of everything that plan and run write, beside the outputs. Partial results are shared by the classes,
+    whose kernels run one after another."""
+
+    classes: tuple[ClassSpace, ...]
+    status: int
+    partial_out: int
+    partial_lse: int
+    num_bytes: int
+
+
+def max_tiles(shape: TileClass, max_requests: int, max_q_tokens: int, group: int, max_kv_len: int) -> int:
+    """How many tiles a class can have: every request may end in a tile that is not full, and with a fixed split every
+    tile is cut into ceil(max_kv_len / split) pieces."""
+    tiles = max_requests + max_q_tokens * group // shape.bm
+    return tiles * max(1, -(-max_kv_len // shape.split)) if shape.split else tiles
+
+
+def workspace(
+    config: PlanConfig,
+    num_workers: Sequence[int],
+    *,
+    max_requests: int,
+    max_q_tokens: int,
+    max_kv_len: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim_v: int,
+) -> Workspace:
+    """The layout of the workspace: a function of capacities alone. ``max_kv_len`` matters only with a fixed split."""
+    offset = 256  # the status word has the first line to itself
+
+    def take(size: int) -> int:
+        nonlocal offset
+        start, offset = offset, offset + -(-size // 256) * 256
+        return start
+
+    classes, rows = [], 0
+    for shape, workers in zip(config.classes, num_workers):
+        tiles = max_tiles(shape, max_requests, max_q_tokens, num_heads // num_kv_heads, max_kv_len) if workers else 0
+        slots = tiles * num_kv_heads if shape.split else 2 * workers
+        counters = tiles * num_kv_heads if shape.split else workers
+        rows = max(rows, slots * shape.bm)
+        classes.append(ClassSpace(take(WORKER.size * workers), take(TILE.size * tiles), take(4 * counters), workers, tiles))
+    partial_out, partial_lse = take(4 * rows * head_dim_v), take(4 * rows)
+    return Workspace(tuple(classes), 0, partial_out, partial_lse, offset)

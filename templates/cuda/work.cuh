@@ -1,0 +1,142 @@
+// Files of the shelf: ptx.cuh, rope.cuh, work.cuh (this), math.cuh, and variant.cuh.jinja, which decode and attention templates
+// include by jinja for Params, Call, Tile, Row, Col, hooks, score(), kept(), finish_row(), store_final(), merge_pieces().
+//
+// The work list: what plan.cu writes and every attention kernel walks.
+//
+// A row-tile class has BM packed rows (token * group + head in group) a tile. A unit is one tile and one KV head; its cost
+// is its KV blocks plus UNIT_COST. The units of a class lie on a line, tile by tile, KV head by KV head, and worker w of n
+// owns the cost interval [w * total / n, (w + 1) * total / n). So a unit may be cut into pieces, but only the first and the
+// last piece of a worker can be partial: partial results have fixed slots, 2w for a unit that began in an earlier worker
+// and 2w + 1 for one that goes on in the next. The last worker to finish a piece merges them, in the workers' order.
+// With a fixed split (batch_invariant) a tile is cut beforehand into pieces that are units of their own, never cut again.
+#pragma once
+#include <stdint.h>
+
+struct alignas(16) Request {
+  int32_t q_start;   // first packed query token
+  int32_t q_len;
+  int32_t kv_len;    // length of the sequence: the last key is at position kv_len - 1
+  int32_t kv_start;  // position of the first cached key: older ones were dropped
+  int32_t q_offset;  // position of the first query
+  int32_t kv_token;  // packed row of the key at position 0
+  int64_t kv_base;   // paged: index of its first page in the page table; else the row of its first cached key
+};
+
+struct alignas(16) WorkTile {
+  Request request;
+  int32_t request_index;  // negative: the request is bad, its rows become NaN
+  int32_t row0, rows;     // packed rows [row0, row0 + rows) of the request
+  int32_t block0, blocks; // blocks of BN cache slots (slot j holds the key at position kv_start + j)
+  int32_t piece, pieces;  // with a fixed split: which piece of its tile this is; else 0 of 1
+  int32_t reserved[3];
+  int64_t prefix;         // cost of all units of earlier tiles
+};
+static_assert(sizeof(Request) == 32 && sizeof(WorkTile) == 80, "the planner in attngen/schedule.py writes the same layout");
+
+struct alignas(16) Worker {
+  int64_t begin, end, total;  // its interval, and the length of the line
+  int32_t index, workers;
+  int32_t tile, kv_head;      // the unit that holds `begin`; tile < 0: nothing to do
+  int32_t tiles, reserved;
+  WorkTile first;             // a copy of that tile: one trip to memory less before the first load
+};
+static_assert(sizeof(Worker) == 128, "the planner in attngen/schedule.py writes the same layout");
+
+// A record in 16-byte words.
+template <typename T> __device__ __forceinline__ T load_record(const T* source) {
+  static_assert(sizeof(T) % 16 == 0, "records are read as 16-byte words");
+  T record;
+#pragma unroll
+  for (int i = 0; i < (int)(sizeof(T) / 16); ++i) ((int4*)&record)[i] = ((const int4*)source)[i];
+  return record;
+}
+
+// Where cp.async reads the keys and values of a page that is not there. All-ones is NaN in bf16 and in f16.
+#define AG_NAN4 {~0u, ~0u, ~0u, ~0u}, {~0u, ~0u, ~0u, ~0u}, {~0u, ~0u, ~0u, ~0u}, {~0u, ~0u, ~0u, ~0u}
+static __device__ const uint4 NAN_ROW[32] = {AG_NAN4, AG_NAN4, AG_NAN4, AG_NAN4, AG_NAN4, AG_NAN4, AG_NAN4, AG_NAN4};
+
+// One after another the units of a worker. FETCH_AHEAD keeps the tile after the current one at hand.
+template <int UNIT_COST, bool FIXED_SPLIT, bool FETCH_AHEAD = false> struct Cursor {
+  WorkTile tile, next;     // next: only with FETCH_AHEAD
+  int32_t index, kv_head;  // of the tile; of the unit
+  int32_t begin, end;      // this worker's blocks of the unit, counted from tile.block0
+  int64_t start;           // of the unit on the cost line
+
+  __device__ __forceinline__ void enter(const Worker& w) {
+    if (FIXED_SPLIT) {  // units are never cut: the worker that holds a unit's start has it whole
+      begin = 0, end = start >= w.begin ? tile.blocks : 0;
+      return;
+    }
+    const int64_t from = w.begin - start - UNIT_COST, to = w.end - start - UNIT_COST;
+    begin = from > 0 ? (int32_t)from : 0;
+    end = to < 0 ? 0 : to < tile.blocks ? (int32_t)to : tile.blocks;
+  }
+  __device__ __forceinline__ void fetch_next(const Worker& w, const WorkTile* tiles) {
+    if (FETCH_AHEAD) next = load_record(tiles + (index + 1 < w.tiles ? index + 1 : index));
+  }
+  __device__ __forceinline__ void open(const Worker& w, const WorkTile* tiles) {
+    tile = w.first, index = w.tile, kv_head = w.kv_head;
+    start = tile.prefix + (int64_t)kv_head * (tile.blocks + UNIT_COST);
+    enter(w);
+    fetch_next(w, tiles);
+  }
+  // False at the end of the worker's interval.
+  __device__ __forceinline__ bool advance(const Worker& w, const WorkTile* tiles, int num_kv_heads) {
+    start += tile.blocks + UNIT_COST;
+    if (start >= w.end) return false;
+    if (++kv_head == num_kv_heads) {
+      kv_head = 0, ++index;
+      tile = FETCH_AHEAD ? next : load_record(tiles + index);
+      fetch_next(w, tiles);
+    }
+    enter(w);
+    return true;
+  }
+  // A unit without blocks belongs to the worker that holds its start; its rows are written all the same.
+  __device__ __forceinline__ bool owns_empty(const Worker& w) const { return tile.blocks == 0 && start >= w.begin; }
+};
+
+// Where the pieces of a unit are, in the order in which they are merged.
+struct Pieces {
+  int32_t count;    // 1: the unit is whole and its result final
+  int32_t mine;     // slot of the calling worker's piece
+  int32_t counter;  // counts the pieces that have arrived
+  int32_t first, base, stride;  // slot of piece 0; slot of piece i > 0 is base + i * stride
+
+  __device__ __forceinline__ int32_t slot(int i) const { return i ? base + i * stride : first; }
+};
+
+template <int UNIT_COST, bool FIXED_SPLIT>
+__device__ __forceinline__ Pieces find_pieces(const Cursor<UNIT_COST, FIXED_SPLIT>& u, const Worker& w, int num_kv_heads) {
+  if (FIXED_SPLIT) {  // each piece is a unit of its own, with a slot of its own
+    const int32_t first = (u.index - u.tile.piece) * num_kv_heads + u.kv_head;
+    return {u.tile.pieces, u.index * num_kv_heads + u.kv_head, first, first, first, num_kv_heads};
+  }
+  // The worker that owns a place on the line, which is the last w with w * total / n <= place.
+  const auto owner = [&](int64_t place) { return (int32_t)(((place + 1) * w.workers - 1) / w.total); };
+  if (u.begin == 0 && u.end == u.tile.blocks) return {1, 0, 0, 0, 0, 0};
+  const int32_t w0 = owner(u.start + UNIT_COST), w1 = owner(u.start + UNIT_COST + u.tile.blocks - 1);
+  return {w1 - w0 + 1, u.begin > 0 ? 2 * w.index : 2 * w.index + 1, w0, 2 * w0 + 1, 2 * w0, 2};
+}
+
+// Announces a piece whose results all threads of the block have written. True, in all threads, for the last piece of the
+// unit: every other piece is then visible, and the counter is 0 again for the next launch or graph replay.
+__device__ __forceinline__ bool arrive_last(int32_t* counter, int32_t pieces, int32_t* shared_flag) {
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    const bool last = atomicAdd(counter, 1) == pieces - 1;
+    if (last) *counter = 0;
+    *shared_flag = last;
+  }
+  __syncthreads();
+  const bool last = *shared_flag;
+  if (last) __threadfence();
+  return last;
+}
+
+// The device's verdict on its input: the first error wins. Bits 0-7 say what, the rest is the request's number.
+enum Status : int32_t { BAD_Q_INDPTR = 1, BAD_KV_INDPTR = 2, OVER_CAPACITY = 4, BAD_PAGE = 8 };
+__device__ __forceinline__ void report(int32_t* status, int32_t what, int32_t request) {
+  atomicCAS(status, 0, what | request << 8);
+}

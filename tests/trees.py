@@ -1,0 +1,67 @@
+"""Random expression trees for property tests.
+
+A tree is a leaf (a Node) or (op name, result type, arguments); ``build`` makes nodes of it, simplified or not.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Union
+
+from attngen import expr
+from attngen.expr import Node, const, load, param, symbol
+from attngen.ops import BOOL, F32, I32, I32_MAX, I32_MIN, OPS
+from hypothesis import strategies as st
+
+Tree = Union[Node, tuple[str, str, tuple[Any, ...]]]
+Row = tuple[str, tuple[str, ...]]  # op, argument types
+
+FUNCTIONS = {"exp", "exp2", "log", "log2", "tanh", "sigmoid", "rsqrt"}  # not exact: a few ulp
+ALL_ROWS: list[Row] = [(name, types) for name, op in OPS.items() for types in op.signature]
+EXACT_ROWS = [row for row in ALL_ROWS if row[0] not in FUNCTIONS]
+
+# The fields of a random variant and what is read of them.
+FIELDS = {"a": F32, "n": I32}
+TABLES = {"table": (F32, ("heads",)), "ids": (I32, ("requests", "positions")), "flags": (BOOL, ("heads", 5))}
+
+
+def leaves(symbols: tuple[str, ...]) -> dict[str, st.SearchStrategy[Tree]]:
+    """Leaves over integer symbols, scalar and tensor fields and constants."""
+    ints = [symbol(name) for name in symbols]
+    loads = [
+        load("table", F32, ("heads",), (symbol("head"),)), load("ids", I32, ("requests", "positions"), (symbol("request"), symbol("kv"))),
+        load("ids", I32, ("requests", "positions"), (symbol("request"), symbol("q"))),
+        load("flags", BOOL, ("heads", 5), (symbol("head"), symbol("kv") & 7)),
+    ]  # fmt: skip
+    small = st.integers(-40, 40) | st.sampled_from([I32_MIN, I32_MAX, 2**20, 64, 128])
+    floats = st.sampled_from([0.0, 1.0, -1.0, 0.5, 3.25, -7.5, 1e-3, 100.0])
+    return {
+        I32: st.sampled_from([*ints, param("n", I32), *(x for x in loads if x.dtype == I32)]) | small.map(const),
+        F32: st.sampled_from([param("a", F32), *(x for x in loads if x.dtype == F32)]) | floats.map(const),
+        BOOL: st.sampled_from([x for x in loads if x.dtype == BOOL]) | st.booleans().map(const),
+    }
+
+
+def trees(dtype: str, leaf: dict[str, st.SearchStrategy[Tree]], rows: list[Row], depth: int) -> st.SearchStrategy[Tree]:
+    """Trees of ``dtype`` with ops from ``rows``, up to ``depth`` ops deep."""
+    memo: dict[tuple[str, int], st.SearchStrategy[Tree]] = {}
+
+    def at(kind: str, left: int) -> st.SearchStrategy[Tree]:
+        if (kind, left) not in memo:
+            options = [leaf[kind]]
+            for name, types in rows if left else ():
+                if OPS[name].signature[types] == kind:
+                    arguments = st.tuples(*(at(t, left - 1) for t in types))
+                    options.append(st.tuples(st.just(name), st.just(kind), arguments))
+            memo[kind, left] = st.one_of(options)
+        return memo[kind, left]
+
+    return at(dtype, depth)
+
+
+def build(tree: Tree, simplify: bool = True) -> Node:
+    """The tree as a node; without ``simplify`` each op is interned as it stands."""
+    if isinstance(tree, Node):
+        return tree
+    name, dtype, args = tree
+    nodes = tuple(build(a, simplify) for a in args)
+    return expr.apply(name, *nodes) if simplify else expr._intern(name, nodes, None, dtype)

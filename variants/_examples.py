@@ -1,0 +1,110 @@
+"""Example parameters: values at which a variant shows its effect on inputs of the given sizes.
+
+Tests, `attngen check` and benchmarks call ``ag.attention(q, k, v, Variant(), **example_params(Variant, ...))``. Any
+variant works, a user's too: tensor fields get random values of their type, and Scalars keep their defaults, except
+where `_SPECIAL` knows better for one of the library.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import attngen as ag
+import torch
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of a call; lengths are the padded ones."""
+
+    requests: int
+    q_len: int
+    kv_len: int
+    num_heads: int
+    num_kv_heads: int
+
+
+def example_params(
+    variant: ag.Variant | type[ag.Variant],
+    *,
+    requests: int,
+    q_len: int,
+    kv_len: int,
+    num_heads: int,
+    num_kv_heads: int,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Parameters for a call of ``variant``: every tensor that it does not bind, and Scalars fit for the sizes.
+
+    Equal arguments give equal values. A Scalar without a default, of a variant that is not the library's, is left out.
+    """
+    sizes = Sizes(requests, q_len, kv_len, num_heads, num_kv_heads)
+    random = torch.Generator().manual_seed(seed)
+    cls = variant if isinstance(variant, type) else type(variant)
+    ours = cls.__module__.split(".")[:2] == ["attngen", "variants"]
+    params = dict(_SPECIAL[cls.__name__](sizes, random)) if ours and cls.__name__ in _SPECIAL else {}
+    trace = variant.trace if isinstance(variant, ag.Variant) else None
+    for name, field in (cls.fields if trace is None else trace.fields).items():
+        bound = getattr(variant, name, None)
+        if field.kind == "tensor" and name not in params and not isinstance(bound, torch.Tensor):
+            params[name] = _tensor(field, sizes, random)
+    return params
+
+
+def _tensor(field: Any, sizes: Sizes, random: torch.Generator) -> torch.Tensor:
+    known = {
+        "heads": sizes.num_heads, "kv_heads": sizes.num_kv_heads, "requests": sizes.requests, "positions": sizes.kv_len,
+        "q_tokens": sizes.requests * sizes.q_len, "kv_tokens": sizes.requests * sizes.kv_len,
+    }  # fmt: skip
+    shape = [axis if isinstance(axis, int) else known.get(axis, max(sizes.q_len, sizes.kv_len)) for axis in field.axes]
+    if field.dtype == "f32":
+        return torch.randn(shape, generator=random)
+    if field.dtype == "i32":
+        return torch.randint(0, 4, shape, generator=random, dtype=torch.int32)
+    return torch.rand(shape, generator=random) < 0.5
+
+
+def _documents(sizes: Sizes, random: torch.Generator) -> dict[str, Any]:
+    """Documents of about 8 tokens, numbered downwards: nothing may rest on ids that rise from 0."""
+    starts = torch.rand(sizes.requests, sizes.kv_len, generator=random) < 1 / 8
+    return {"doc": 1000 - starts.cumsum(1).to(torch.int32)}
+
+
+def _tree(sizes: Sizes, random: torch.Generator) -> dict[str, Any]:
+    """A random tree a request: each node's parent is an earlier node, or the context."""
+    nodes = max(sizes.q_len, 1)
+    ancestors = torch.eye(nodes, dtype=torch.bool).repeat(sizes.requests, 1, 1)
+    for tree in ancestors:
+        for node in range(nodes):
+            parent = int(torch.randint(-1, node, (), generator=random)) if node else -1
+            if parent >= 0:
+                tree[node] |= tree[parent]
+    return {"ancestors": ancestors}
+
+
+def _part(n: int, of: int) -> int:
+    return max(1, n // of)
+
+
+_SPECIAL: dict[str, Callable[[Sizes, torch.Generator], dict[str, Any]]] = {
+    "SlidingWindow": lambda n, _: {"window": _part(n.kv_len, 3)},
+    "SoftCap": lambda n, _: {"cap": 2.0},
+    "Gemma2": lambda n, _: {"cap": 2.0, "window": _part(n.kv_len, 3)},
+    "ALiBiSlopes": lambda n, random: {"slopes": torch.rand(n.num_heads, generator=random)},
+    "PrefixLM": lambda n, random: {
+        "prefix_len": torch.randint(0, n.kv_len + 1, (n.requests,), generator=random, dtype=torch.int32)
+    },
+    "Document": _documents,
+    "Chunked": lambda n, _: {"chunk": _part(n.kv_len, 3)},
+    "GptOss": lambda n, _: {"window": _part(n.kv_len, 3)},
+    "Streaming": lambda n, _: {"sinks": _part(n.kv_len, 10), "window": _part(n.kv_len, 4)},
+    "DilatedWindow": lambda n, _: {"window": _part(n.kv_len, 6), "dilation": 3},
+    "Sigmoid": lambda n, _: {"bias": -math.log(max(n.kv_len, 1))},
+    "TreeMask": _tree,
+    "Llama4Temperature": lambda n, _: {"floor_scale": _part(n.kv_len, 8), "attn_scale": 0.25},
+    "Grok": lambda n, _: {"cap": 2.0, "temperature_len": max(2, n.kv_len // 2)},
+    "StreamingLLM": lambda n, _: {"sinks": _part(n.kv_len, 10), "window": _part(n.kv_len, 4)},
+}
