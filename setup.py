@@ -6,17 +6,21 @@ from pathlib import Path
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import find_namespace_packages, find_packages, setup
 
-HOST = "attngen/csrc/host.cpp"
+CSRC = Path("attngen/csrc")
 
 # templates/ and variants/ stand at the top level of the repository and inside the package of a wheel.
 PACKAGE_DIR = {"attngen": "attngen", "attngen.templates": "templates", "attngen.variants": "variants"}
 
+# What attngen.load compares: a build that is older than its source is not loaded.
+DIGEST = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(CSRC.iterdir()))).hexdigest()
+
 host = Pybind11Extension(
     "attngen._host",
-    [HOST],
+    [str(CSRC / "host.cpp")],
+    depends=[str(path) for path in sorted(CSRC.iterdir())],
     cxx_std=17,
     extra_compile_args=["-O2"],
-    define_macros=[("ATTNGEN_HOST_DIGEST", f'"{hashlib.sha256(Path(HOST).read_bytes()).hexdigest()}"')],
+    define_macros=[("ATTNGEN_HOST_DIGEST", f'"{DIGEST}"')],
     # A machine without a compiler or Python's headers still installs; attngen.load says what is missing, when needed.
     optional=True,
 )
@@ -30,7 +34,7 @@ setup(
         *(f"attngen.variants.{name}" for name in find_packages("variants")),
     ],
     package_dir=PACKAGE_DIR,
-    package_data={"attngen": ["py.typed", "csrc/*.cpp"], "attngen.templates": ["**/*"]},
+    package_data={"attngen": ["py.typed", "csrc/*"], "attngen.templates": ["**/*"]},
     ext_modules=[host],
     cmdclass={"build_ext": build_ext},
     zip_safe=False,

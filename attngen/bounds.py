@@ -67,9 +67,11 @@ def _inequalities(term: Node) -> list[Inequality] | None:
     if term.op not in ("lt", "le", "eq") or term.args[0].dtype != I32:
         return None
     a, b = term.args
-    forward = _linear(b, 1) + _linear(a, -1)
-    if None in forward:
+    right = _linear(b, 1)
+    left = None if right is None else _linear(a, -1)
+    if left is None:
         return None
+    forward = right + left
     strict = [(-1, const(1))] if term.op == "lt" else []
     found = [_collect(forward + strict, term)]
     if term.op == "eq":
@@ -77,19 +79,23 @@ def _inequalities(term: Node) -> list[Inequality] | None:
     return found
 
 
-def _linear(node: Node, sign: int) -> list[tuple[int, Node] | None]:
-    """``sign * node`` as (coefficient, atom) pairs; [None] where it is not linear in q and kv."""
-    if node.op == "add":
-        return _linear(node.args[0], sign) + _linear(node.args[1], sign)
-    if node.op == "sub":
-        return _linear(node.args[0], sign) + _linear(node.args[1], -sign)
+_MAX_TERMS = 64  # of an inequality; a longer sum is not worth its closed form
+_MAX_COEFFICIENT = 1024  # far from where int64 arithmetic on positions could overflow
+
+
+def _linear(node: Node, sign: int, depth: int = 0) -> list[tuple[int, Node]] | None:
+    """``sign * node`` as (coefficient, atom) pairs; None where it is not linear in q and kv."""
+    if depth > _MAX_TERMS:
+        return None
+    if node.op in ("add", "sub"):
+        left = _linear(node.args[0], sign, depth + 1)
+        right = None if left is None else _linear(node.args[1], sign if node.op == "add" else -sign, depth + 1)
+        return None if right is None or len(left + right) > _MAX_TERMS else left + right
     if node.op == "neg":
-        return _linear(node.args[0], -sign)
-    if node.op == "mul" and node.args[1].op == "const" and 0 < abs(node.args[1].attr) <= 1024:
-        return _linear(node.args[0], sign * node.args[1].attr)
-    if node is _Q or node is _KV or node.level <= TILE:
-        return [(sign, node)]
-    return [None]
+        return _linear(node.args[0], -sign, depth + 1)
+    if node.op == "mul" and node.args[1].op == "const" and 0 < abs(sign * node.args[1].attr) <= _MAX_COEFFICIENT:
+        return _linear(node.args[0], sign * node.args[1].attr, depth + 1)
+    return [(sign, node)] if node is _Q or node is _KV or node.level <= TILE else None
 
 
 _Q, _KV = symbol("q"), symbol("kv")

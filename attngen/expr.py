@@ -108,6 +108,16 @@ class Node:
     def __repr__(self) -> str:
         return text(self)
 
+    # A copy, and what comes out of a pickle, is the interned node itself.
+    def __copy__(self) -> Node:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Node:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _intern, (self.op, self.args, self.attr, self.dtype)
+
     # ---- operators
     def __add__(self, other: Scalarish) -> Node: return _binary("add", self, other)
     def __radd__(self, other: Scalarish) -> Node: return _binary("add", other, self)
@@ -534,10 +544,19 @@ def substitute(root: Node, replace: Mapping[Node, Node]) -> Node:
 
 
 def conjuncts(node: Node) -> list[Node]:
-    """The terms of a conjunction."""
-    if node.op == "and" and node.dtype == BOOL:
-        return [term for a in node.args for term in conjuncts(a)]
-    return [node]
+    """The different terms of a conjunction, in order."""
+    found: dict[Node, None] = {}
+    seen, stack = set(), [node]
+    while stack:
+        term = stack.pop()
+        if term in seen:
+            continue
+        seen.add(term)
+        if term.op == "and" and term.dtype == BOOL:
+            stack.extend(reversed(term.args))
+        else:
+            found[term] = None
+    return list(found)
 
 
 def discrete_inputs(roots: Iterable[Node]) -> set[Node]:
@@ -567,15 +586,26 @@ _INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "floordiv": "//", "mod
           "xor": "^", "shl": "<<", "shr": ">>", "lt": "<", "le": "<=", "eq": "=="}  # fmt: skip
 
 
+_MAX_TEXT = 2000  # characters of one subexpression: a hook that shares values may be exponentially long when written out
+
+
 def text(node: Node) -> str:
-    """The expression as a user would write it."""
+    """The expression as a user would write it, with the middle of very long ones left out."""
+    written: dict[Node, str] = {}
+    for part in walk(node):
+        whole = _written(part, [written[a] for a in part.args])
+        half = _MAX_TEXT // 2
+        written[part] = whole if len(whole) <= _MAX_TEXT else f"{whole[:half]} ... {whole[-half:]}"
+    return written[node]
+
+
+def _written(node: Node, args: list[str]) -> str:
     if node.op == "const":
         return f"{node.attr:g}" if node.dtype == F32 else str(node.attr)
     if node.op == "sym":
         return node.attr if node.attr in ("s", "o") else f"at.{node.attr}"
     if node.op == "param":
         return f"self.{node.attr[0]}"
-    args = [text(a) for a in node.args]
     if node.op == "load":
         return f"self.{node.attr[0]}[{', '.join(args)}]"
     if node.op in _INFIX:
@@ -583,5 +613,3 @@ def text(node: Node) -> str:
     if node.op in ("neg", "not"):
         return f"{'-' if node.op == 'neg' else '~'}{args[0]}"
     return f"{node.op}({', '.join(args)})"
-
-

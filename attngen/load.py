@@ -36,7 +36,7 @@ from .paths import PACKAGE
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-HOST_SOURCE = PACKAGE / "csrc" / "host.cpp"
+HOST_SOURCES = sorted((PACKAGE / "csrc").iterdir())  # host.cpp and what it includes
 HOST_FLAGS = ("-O2", "-std=c++17", "-fvisibility=hidden", "-g0")
 # cpp_extension links torch's libraries. Nothing here needs them, if libstdc++ comes first: libc10 exports parts of it.
 HOST_LINK = ("-s", "-Wl,--as-needed", "-lstdc++")
@@ -96,7 +96,7 @@ def host() -> ModuleType:
 
 
 def _find_host() -> ModuleType:
-    digest = hashlib.sha256(HOST_SOURCE.read_bytes()).hexdigest()
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in HOST_SOURCES)).hexdigest()  # as setup.py
     try:
         packaged = importlib.import_module("attngen._host")
     except ImportError as error:
@@ -105,7 +105,7 @@ def _find_host() -> ModuleType:
     else:
         if packaged.digest == digest:
             return packaged
-        log.info("the host extension at %s is older than %s", packaged.__file__, HOST_SOURCE)
+        log.info("the host extension at %s is older than %s", packaged.__file__, HOST_SOURCES[0].parent)
     key = _host_key(digest)
     entry, hit = cache.default().get_or_build(key, functools.partial(_build_host, digest), shelf="host")
     log.info("host extension %s at %s", "found" if hit else "built", entry.artifact)
@@ -140,7 +140,9 @@ def _build_host(digest: str, folder: Path) -> dict[str, Any]:
     wrapper = folder / "cxx"
     wrapper.write_text(f'#!/bin/sh\nexec {shlex.join(compiler.argv)} "$@"\n')
     wrapper.chmod(0o700)
-    (folder / "host.cpp").write_bytes(HOST_SOURCE.read_bytes())
+    names = [path.name for path in HOST_SOURCES]
+    for path in HOST_SOURCES:
+        (folder / path.name).write_bytes(path.read_bytes())
     flags = [*HOST_FLAGS, shlex.quote(f'-DATTNGEN_HOST_DIGEST="{digest}"')]
     program = f"""
 import pybind11
@@ -165,14 +167,14 @@ load(name="_host", sources=["host.cpp"], build_directory=".", with_cuda=False, e
     seconds = time.perf_counter() - start
     if status != 0 or not (folder / "_host.so").is_file():
         raise BuildError(
-            f"the host extension does not build.\n  required: {HOST_SOURCE} compiled by {compiler.version} through "
+            f"the host extension does not build.\n  required: {HOST_SOURCES[0].parent} compiled by {compiler.version} through "
             f"torch.utils.cpp_extension\n  found: {'no end in time' if status is None else f'exit status {status}'}\n"
             f"  do: mend what the message below names, or install attngen from a wheel\n\n{text.strip()[-6000:]}"
         )
     for path_left in folder.iterdir():
-        if path_left.name not in ("host.cpp", "_host.so", "build.ninja"):
+        if path_left.name not in (*names, "_host.so", "build.ninja"):
             path_left.unlink()
-    return {"kind": "host", "artifact": "_host.so", "sources": ["host.cpp"], "seconds": seconds,
+    return {"kind": "host", "artifact": "_host.so", "sources": names, "seconds": seconds,
             "compiler": compiler.version, "python": PYTHON_ABI}  # fmt: skip
 
 

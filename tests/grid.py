@@ -92,7 +92,7 @@ class Call:
 
 
 def make_call(
-    shape: Shape, variant: ag.Variant | type[ag.Variant], dtype: torch.dtype, head_dim: int = 64, head_dim_v: int | None = None
+    shape: Shape, variant: ag.Variant, dtype: torch.dtype, head_dim: int = 64, head_dim_v: int | None = None
 ) -> Call:
     """Random inputs for ``variant`` in ``shape``: the same for equal arguments."""
     seed = zlib.crc32(f"{shape.name} {head_dim} {head_dim_v}".encode())

@@ -169,7 +169,7 @@ def run_bare(checkout: Path, cache: Path, **env: str) -> subprocess.Popen[str]:
     """HOST in that checkout, without .pth files (-S): an editable install would lend it a built extension."""
     path = os.pathsep.join([str(checkout), sysconfig.get_path("purelib")])
     return subprocess.Popen(
-        [sys.executable, "-S", "-c", HOST], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        [sys.executable, "-S", "-c", HOST], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=checkout,
         env={**os.environ, "PYTHONPATH": path, "ATTNGEN_CACHE_DIR": str(cache), **env},
     )  # fmt: skip
 
@@ -187,7 +187,7 @@ def test_a_bare_checkout_builds_the_host_extension_once(tmp_path):
 
 def test_a_host_extension_that_does_not_build_shows_the_compilers_message(tmp_path, monkeypatch):
     (tmp_path / "host.cpp").write_text("int x = undeclared;\n")
-    monkeypatch.setattr(load, "HOST_SOURCE", tmp_path / "host.cpp")
+    monkeypatch.setattr(load, "HOST_SOURCES", [tmp_path / "host.cpp"])
     build = lambda folder: load._build_host("0", folder)  # noqa: E731
     for _ in range(2):  # and again: cpp_extension alone hides the message on a second try
         with pytest.raises(BuildError, match="(?s)host extension does not build.*'undeclared' was not declared"):

@@ -33,7 +33,7 @@ for name in names:
     assert sys.modules[f"attngen.variants.{name}"].__name__ == f"attngen.variants.{name}"
 assert list((paths.templates_dir() / "cpu").glob("*.jinja")), paths.templates_dir()
 assert paths.variants_dir().joinpath("__init__.py").samefile(attngen.variants.__file__)
-assert load.HOST_SOURCE.is_file()
+assert all(path.is_file() for path in load.HOST_SOURCES)
 print(attngen.__file__, paths.templates_dir(), load.host().__spec__.origin, sep="|")
 """
 

@@ -176,7 +176,7 @@ def test_masks_of_the_caller() -> None:
 
 
 def test_unknown_mask_functions_are_evaluated(caplog: pytest.LogCaptureFixture) -> None:
-    """Image tokens of Gemma 3 see each other: a disjunction, which no declaration here says. It says that it is slow."""
+    """Image tokens of Gemma 3 see each other: a disjunction, which no declaration here says. A warning says so."""
     from transformers.masking_utils import create_causal_mask
 
     from attngen.integrations import transformers as adapter

@@ -97,10 +97,10 @@ def test_t5_buckets_are_transformers(bidirectional: bool, max_distance: int) -> 
     assert lse.tolist() == wanted.tolist()
 
 
-@pytest.mark.parametrize(
-    "kernel", [KernelCase(n, F32) for n in ("SlidingWindow", "Gemma2", "GptOss", "Streaming", "DilatedWindow", "StreamingLLM")],
-    ids=str,
-)  # fmt: skip
+WINDOWS = ("SlidingWindow", "Gemma2", "GptOss", "Streaming", "DilatedWindow", "StreamingLLM")
+
+
+@pytest.mark.parametrize("kernel", [KernelCase(name, F32) for name in WINDOWS], ids=str)
 @pytest.mark.usefixtures("kernels")
 def test_a_window_counts_its_keys(kernel: KernelCase) -> None:
     """window = W admits W keys, the query's own included: W of transformers and vLLM, FlashInfer's window_left + 1."""
@@ -273,7 +273,7 @@ def test_compositions() -> None:
         (variants.Causal() & ~variants.SlidingWindow(9), variants.Causal() & Beyond(), {}),
         (variants.SlidingWindow(9) | Beyond(), variants.Causal(), {}),
     ]
-    call = make_call(SMALL, variants.Full, F32)
+    call = make_call(SMALL, VARIANTS["Full"], F32)
     for composed, named, params in cases:
         a = ag.reference(call.q, call.k, call.v, composed, **call.keywords, **params)
         b = ag.reference(call.q, call.k, call.v, named, **call.keywords, **params)
@@ -324,8 +324,8 @@ def test_examples_are_complete_and_repeatable() -> None:
     assert {n: tuple(t.shape) for n, t in example_params(User, **sizes).items()} == {
         "table": (8, 2, 3, 17, 3), "rows": (15,), "keys": (51, 17),
     }  # fmt: skip
-    bound = variants.Sinks(torch.zeros(8))
-    assert example_params(bound, **sizes) == {}
+    assert example_params(variants.Sinks(torch.zeros(8)), **sizes) == {}
+    assert set(example_params(variants.Gemma2(window=3), **sizes)) == {"cap"}
     assert set(example_params(ag.compose(variants.Sinks(), variants.ALiBiSlopes()), **sizes)) == {"sinks", "slopes"}
     for variant in VARIANTS.values():
         first, again = example_params(variant, **sizes), example_params(variant, **sizes)

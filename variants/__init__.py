@@ -29,8 +29,8 @@ from .t5_bias import T5Bias
 from .tree_mask import TreeMask
 
 ALL = (
-    Full, Causal, SlidingWindow, SoftCap, Gemma2, ALiBi, ALiBiSlopes, T5Bias, PrefixLM, Document, Chunked, Sinks, GptOss,
-    Streaming, DilatedWindow, Sigmoid, TreeMask, Llama3RoPE, Llama4Temperature, Grok, StreamingLLM,
+    Full, Causal, SlidingWindow, SoftCap, Gemma2, ALiBi, ALiBiSlopes, T5Bias, PrefixLM, Document, Chunked, Sinks,
+    GptOss, Streaming, DilatedWindow, Sigmoid, TreeMask, Llama3RoPE, Llama4Temperature, Grok, StreamingLLM,
 )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import attngen as ag
 import torch
+from attngen.spec import Composed
 
 
 @dataclass(frozen=True)
@@ -37,20 +38,26 @@ def example_params(
     num_kv_heads: int,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Parameters for a call of ``variant``: every tensor that it does not bind, and Scalars fit for the sizes.
+    """Parameters for a call of ``variant``: every tensor, and Scalars fit for the sizes, except what an instance binds.
 
     Equal arguments give equal values. A Scalar without a default, of a variant that is not the library's, is left out.
     """
-    sizes = Sizes(requests, q_len, kv_len, num_heads, num_kv_heads)
+    return _example(variant, Sizes(requests, q_len, kv_len, num_heads, num_kv_heads), seed)
+
+
+def _example(variant: ag.Variant | type[ag.Variant], sizes: Sizes, seed: int) -> dict[str, Any]:
+    if isinstance(variant, Composed):
+        return {name: value for part in variant.parts for name, value in _example(part, sizes, seed).items()}
     random = torch.Generator().manual_seed(seed)
     cls = variant if isinstance(variant, type) else type(variant)
     ours = cls.__module__.split(".")[:2] == ["attngen", "variants"]
     params = dict(_SPECIAL[cls.__name__](sizes, random)) if ours and cls.__name__ in _SPECIAL else {}
-    trace = variant.trace if isinstance(variant, ag.Variant) else None
-    for name, field in (cls.fields if trace is None else trace.fields).items():
-        bound = getattr(variant, name, None)
-        if field.kind == "tensor" and name not in params and not isinstance(bound, torch.Tensor):
+    for name, field in cls.fields.items():
+        if field.kind == "tensor" and name not in params:
             params[name] = _tensor(field, sizes, random)
+    if isinstance(variant, cls):
+        bound = {name for name, value in variant.values.items() if value is not getattr(cls, name, None)}
+        params = {name: value for name, value in params.items() if name not in bound}
     return params
 
 

@@ -8,7 +8,7 @@ class ALiBi(ag.Variant):
     With n heads, a power of two, slope[h] = 2 ** (-8 (h + 1) / n). Otherwise p, the power of two below n, gives the
     first p slopes, and the others are every second slope of 2p heads: 2 ** (-4 (2 (h - p) + 1) / p).
 
-    Source: Press et al. 2022, "Train Short, Test Long", section 3, and ``get_slopes`` of their code; BLOOM, MPT, Falcon.
+    Source: Press et al. 2022, "Train Short, Test Long", section 3, and ``get_slopes`` of their code; BLOOM, MPT.
     """
 
     def logits(self, s, at):

@@ -2,7 +2,7 @@ import attngen as ag
 
 
 class Llama3RoPE(ag.Variant):
-    """Causal attention with Llama 3.1's rotary embedding fused into it: s = rotate(q, q_pos) . rotate(k, kv_pos) * scale.
+    """Causal attention with Llama 3.1's rotary embedding fused in: s = rotate(q, q_pos) . rotate(k, kv_pos) * scale.
 
     Pair i of head_dim / 2 turns by theta ** (-2i / head_dim) a position; wavelengths above original / low_freq_factor
     are stretched by factor, those below original / high_freq_factor are kept, those between are blended.

@@ -4,11 +4,11 @@ import attngen as ag
 class Llama4Temperature(ag.Variant):
     """Queries sharpened with their position: q' = q * (1 + attn_scale * log(1 + floor((q_pos + 1) / floor_scale))).
 
-    Llama 4's layers without RoPE are ``ag.compose(Llama4Temperature(), Causal())``. Positions before the sequence, which
-    a q_len above kv_len makes, keep a factor of 1.
+    Llama 4's layers without RoPE are ``ag.compose(Llama4Temperature(), Causal())``. Positions before the sequence,
+    which a q_len above kv_len makes, keep a factor of 1.
 
-    Source: Llama 4 (``attn_temperature_tuning``, ``floor_scale``, ``attn_scale`` of transformers' ``Llama4TextAttention``);
-    Nakanishi 2025, "Scalable-Softmax".
+    Source: Llama 4 (``floor_scale`` and ``attn_scale`` of transformers' ``Llama4TextAttention``); Nakanishi 2025,
+    "Scalable-Softmax Is Superior for Attention".
     """
 
     floor_scale: ag.Scalar[int] = 8192

@@ -20,7 +20,7 @@ class GptOss(Sinks):
     """gpt-oss's banded layers: sinks, causal, window of 128 keys, the query's own included. Its dense layers, every
     second one, are ``ag.compose(Sinks(), Causal())``.
 
-    Source: OpenAI 2025, "gpt-oss-120b & gpt-oss-20b Model Card", section 2.2.
+    Source: OpenAI 2025, "gpt-oss-120b & gpt-oss-20b Model Card".
     """
 
     window: ag.Scalar[int] = 128

@@ -5,8 +5,8 @@ class T5Bias(ag.Variant):
     """T5's learned bias of the distance: s' = s + table[head, bucket(kv - q)], scale 1. Masks nothing.
 
     With b buckets a side (16 for each sign where bidirectional, the upper 16 for kv > q; else 32 for kv <= q), distance
-    d has bucket d below b / 2, and from there on b/2 + floor(log(2d / b) / log(2 max_distance / b) * b/2), at most b - 1.
-    Each step of that logarithm is found here in exact integers, so no rounding ever moves a distance to another bucket.
+    d has bucket d below b/2, and from there on b/2 + floor(log(2d / b) / log(2 max_distance / b) * b/2), b - 1 at most.
+    Each step of that logarithm is found here in exact integers: no rounding ever moves a distance to another bucket.
 
     Source: Raffel et al. 2020 (T5), section 2.1, and ``_relative_position_bucket`` of mesh-tensorflow and transformers.
 

@@ -5,6 +5,8 @@
 
 #include <pybind11/pybind11.h>
 
+#include "driver.h"
+
 #include <condition_variable>
 #include <cstdint>
 #include <mutex>
@@ -117,7 +119,7 @@ void launch_cpu(std::uintptr_t kernel, py::handle params) {
 }  // namespace
 
 #ifndef ATTNGEN_HOST_DIGEST
-#error "define ATTNGEN_HOST_DIGEST as the sha256 of this file: a build that is older than its source is not loaded"
+#error "define ATTNGEN_HOST_DIGEST as the sha256 of the files of this folder: a build that is older than its source is not loaded"
 #endif
 
 PYBIND11_MODULE(_host, m) {
@@ -125,5 +127,6 @@ PYBIND11_MODULE(_host, m) {
     m.attr("digest") = ATTNGEN_HOST_DIGEST;
     m.def("load_cpu", &load_cpu, py::arg("path"), py::arg("abi"));
     m.def("launch_cpu", &launch_cpu, py::arg("kernel"), py::arg("params"));
+    driver::bind(m);
     pthread_atfork(nullptr, nullptr, after_fork_in_child);
 }

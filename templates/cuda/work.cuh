@@ -55,9 +55,9 @@ template <typename T> __device__ __forceinline__ T load_record(const T* source) 
 #define AG_NAN4 {~0u, ~0u, ~0u, ~0u}, {~0u, ~0u, ~0u, ~0u}, {~0u, ~0u, ~0u, ~0u}, {~0u, ~0u, ~0u, ~0u}
 static __device__ const uint4 NAN_ROW[32] = {AG_NAN4, AG_NAN4, AG_NAN4, AG_NAN4, AG_NAN4, AG_NAN4, AG_NAN4, AG_NAN4};
 
-// One after another the units of a worker. FETCH_AHEAD keeps the tile after the current one at hand.
-template <int UNIT_COST, bool FIXED_SPLIT, bool FETCH_AHEAD = false> struct Cursor {
-  WorkTile tile, next;     // next: only with FETCH_AHEAD
+// One after another the units of a worker.
+template <int UNIT_COST, bool FIXED_SPLIT> struct Cursor {
+  WorkTile tile;
   int32_t index, kv_head;  // of the tile; of the unit
   int32_t begin, end;      // this worker's blocks of the unit, counted from tile.block0
   int64_t start;           // of the unit on the cost line
@@ -71,14 +71,10 @@ template <int UNIT_COST, bool FIXED_SPLIT, bool FETCH_AHEAD = false> struct Curs
     begin = from > 0 ? (int32_t)from : 0;
     end = to < 0 ? 0 : to < tile.blocks ? (int32_t)to : tile.blocks;
   }
-  __device__ __forceinline__ void fetch_next(const Worker& w, const WorkTile* tiles) {
-    if (FETCH_AHEAD) next = load_record(tiles + (index + 1 < w.tiles ? index + 1 : index));
-  }
-  __device__ __forceinline__ void open(const Worker& w, const WorkTile* tiles) {
+  __device__ __forceinline__ void open(const Worker& w) {
     tile = w.first, index = w.tile, kv_head = w.kv_head;
     start = tile.prefix + (int64_t)kv_head * (tile.blocks + UNIT_COST);
     enter(w);
-    fetch_next(w, tiles);
   }
   // False at the end of the worker's interval.
   __device__ __forceinline__ bool advance(const Worker& w, const WorkTile* tiles, int num_kv_heads) {
@@ -86,8 +82,7 @@ template <int UNIT_COST, bool FIXED_SPLIT, bool FETCH_AHEAD = false> struct Curs
     if (start >= w.end) return false;
     if (++kv_head == num_kv_heads) {
       kv_head = 0, ++index;
-      tile = FETCH_AHEAD ? next : load_record(tiles + index);
-      fetch_next(w, tiles);
+      tile = load_record(tiles + index);
     }
     enter(w);
     return true;
