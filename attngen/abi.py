@@ -67,9 +67,14 @@ class Layout:
         self.index = {f.name: i for i, f in enumerate(placed)}
 
 
-def parameter_fields(fields: Mapping[str, Field], storage: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+def parameter_fields(
+    fields: Mapping[str, Field], storage: Mapping[str, str], device_scalars: bool = False
+) -> tuple[tuple[str, str], ...]:
     """The user's parameters as struct fields: 8-byte fields first, so that nothing is padded; by name within each, since
-    variants that differ only in the order of their fields share a key."""
+    variants that differ only in the order of their fields share a key.
+
+    ``device_scalars`` gives each scalar ``x`` a pointer ``param_x_at`` too: where it is set, the kernel reads x there.
+    """
     wide: list[tuple[str, str]] = []
     narrow: list[tuple[str, str]] = []
     for name, f in sorted(fields.items()):
@@ -78,7 +83,10 @@ def parameter_fields(fields: Mapping[str, Field], storage: Mapping[str, str]) ->
             wide += [("int64_t", f"param_{name}_stride{i}") for i in range(len(f.axes))]
             narrow += [("int32_t", f"param_{name}_size{i}") for i in range(len(f.axes))]
         else:
-            narrow.append(("int32_t" if f.dtype == I32 else "float", f"param_{name}"))
+            ctype = "int32_t" if f.dtype == I32 else "float"
+            narrow.append((ctype, f"param_{name}"))
+            if device_scalars:
+                wide.append((f"const {ctype}*", f"param_{name}_at"))
     return (*wide, *narrow)
 
 

@@ -45,15 +45,17 @@ PLAN_FIELDS: tuple[tuple[str, str], ...] = (
     ("int32_t", "max_q_len"),
 )  # fmt: skip
 
-# append_kv: new keys and values, packed [tokens, kv_heads, head_dim], into pages. A token goes to slot_mapping[token]
-# (page * page_size + slot, negative: skipped), or, where slot_mapping is null, to its request's page table.
+# append_kv: new keys and values, packed [tokens, kv_heads, head_dim | head_dim_v], into the pages of a cache. A token goes
+# to slot_mapping[token] = page * page_size + slot, or, where that is null, to positions[token] of request_of[token], whose
+# pages start at page_indptr[request] or at request * block_table_stride of page_table. Negative slots, positions and
+# pages are skipped. With RoPE, keys are rotated to positions[token], by row rope_table[request_of[token]] of inv_freq.
 APPEND_FIELDS: tuple[tuple[str, str], ...] = (
     ("const void*", "k"), ("const void*", "v"), ("void*", "k_cache"), ("void*", "v_cache"),
     *(("int64_t", f"{x}_stride_{d}") for x in "kv" for d in "th"),
     *(("int64_t", f"{x}_cache_stride_{d}") for x in "kv" for d in "bsh"),
     ("const int64_t*", "slot_mapping"), ("const int32_t*", "request_of"), ("const int32_t*", "positions"),
-    ("const int32_t*", "page_table"), ("const int32_t*", "page_indptr"), ("int64_t", "block_table_stride"),
-    ("const float*", "rope_inv_freq"), ("int32_t*", "status"),
+    ("const int32_t*", "page_table"), ("const int32_t*", "page_indptr"), ("const float*", "rope_inv_freq"),
+    ("const int32_t*", "rope_table"), ("int32_t*", "status"), ("int64_t", "block_table_stride"),
     ("int32_t", "num_tokens"), ("int32_t", "num_kv_heads"), ("int32_t", "page_size"), ("int32_t", "num_pages"),
     ("float", "rope_mscale"), ("int32_t", "reserved"),
 )  # fmt: skip

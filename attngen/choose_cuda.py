@@ -35,7 +35,7 @@ ARCHS = {
     )
 }
 _SMEM_RESERVED = 1024  # of the SM's shared memory, for each block
-_REGISTERS_PER_SM = 65536
+_OTHER_REGISTERS = 145  # of a decode thread, beside O and Q: scores, two cursors, addresses
 
 
 def arch(name: str) -> Arch:
@@ -130,8 +130,7 @@ def choose_decode(problem: Problem, arch_name: str, hooks: Hooks, paged: bool = 
     candidates: list[DecodeCandidate] = []
     best: tuple[int, DecodeCandidate] | None = None
     for warps, stages, blocks in _DECODE_SHAPES:
-        # Registers: O, Q, scores, two cursors and addresses.
-        q_in_smem = hooks.rope is not None or dv // 2 + d // 4 + 100 > 255
+        q_in_smem = hooks.rope is not None or dv // 2 + d // 4 + _OTHER_REGISTERS > 255
         smem = decode_smem_bytes(d, dv, warps, stages, kinds if q_in_smem else 0, hooks.softmax)
         in_flight = min(blocks * warps * stages * 32 * (d + dv), gpu.smem_per_sm)
         lost = ""
@@ -169,6 +168,111 @@ def check_head_dims(d: int, dv: int) -> None:
             )
 
 
+# ---- attention: row tiles of 64 and 128 ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """An attention kernel (attention_sm80.cu), beside its hooks and problem."""
+
+    arch: str
+    paged: bool
+    block_m: int  # packed rows of a tile
+    block_n: int  # keys of a block
+    warps: int  # each has block_m / warps rows
+    stages: int  # buffers of keys and of values
+    blocks_per_sm: int
+    unit_cost: int  # fixed cost of a unit, in blocks of keys
+    split: int  # keys of a fixed piece (batch_invariant), a multiple of block_n; 0: pieces end where the workers' shares end
+    smem_bytes: int
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 32 * self.warps
+
+    def __str__(self) -> str:
+        return " ".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))
+
+
+@dataclass(frozen=True)
+class AttentionCandidate:
+    """A shape that was considered; ``lost`` says why it was not taken, and is empty for the winner."""
+
+    block_n: int
+    warps: int
+    stages: int
+    blocks_per_sm: int
+    smem_bytes: int
+    lost: str
+
+
+@dataclass(frozen=True)
+class AttentionChoice:
+    """The chosen configuration and every candidate, in the order of preference."""
+
+    config: AttentionConfig
+    candidates: tuple[AttentionCandidate, ...]
+
+
+# (block_n, warps, stages, blocks an SM), best first, as measured on an H100. Four warps of 32 rows read keys and values from
+# shared memory half as often as eight of 16, but hold twice the output: up to head_dim_v 128 it fits in registers.
+_ATTENTION_SHAPES = {
+    # block_m, head_dim_v up to
+    (128, 128): ((64, 4, 2, 2), (64, 4, 1, 2), (64, 4, 2, 1), (64, 4, 1, 1), (32, 4, 1, 1), (16, 4, 1, 1)),
+    (128, 256): ((64, 8, 2, 1), (64, 8, 1, 1), (32, 8, 1, 1), (16, 8, 1, 1)),
+    (64, 128): ((64, 4, 2, 3), (64, 4, 2, 2), (64, 4, 1, 2), (64, 4, 1, 1), (32, 4, 1, 1)),
+    (64, 256): ((64, 4, 2, 1), (64, 4, 1, 1), (32, 4, 1, 1), (16, 4, 1, 1)),
+}
+
+
+def choose_attention(
+    problem: Problem, arch_name: str, hooks: Hooks, block_m: int = 128, paged: bool = True, split: int = 0
+) -> AttentionChoice:
+    """The attention kernel for ``problem`` on ``arch_name`` with tiles of ``block_m`` (64 or 128) rows. ``split``: keys of a
+    fixed piece, 0 for none."""
+    gpu = arch(arch_name)
+    d, dv = problem.head_dim, problem.head_dim_v
+    check_head_dims(d, dv)
+    candidates: list[AttentionCandidate] = []
+    won: AttentionCandidate | None = None
+    for block_n, warps, stages, blocks in _ATTENTION_SHAPES[block_m, 128 if dv <= 128 else 256]:
+        smem = attention_smem_bytes(d, dv, block_m, block_n, stages, hooks)
+        lost = ""
+        if smem > gpu.smem_per_block:
+            lost = f"needs {smem} bytes of shared memory, a block has {gpu.smem_per_block}"
+        elif blocks * (smem + _SMEM_RESERVED) > gpu.smem_per_sm:
+            lost = f"{blocks} blocks need {blocks * (smem + _SMEM_RESERVED)} bytes of shared memory, an SM has {gpu.smem_per_sm}"
+        elif won is not None:
+            lost = f"{won.block_n} keys, {won.warps} warps, {won.stages} stages, {won.blocks_per_sm} blocks an SM come first"
+        candidate = AttentionCandidate(block_n, warps, stages, blocks, smem, lost)
+        won = won if lost else candidate
+        candidates.append(candidate)
+    if won is None:
+        raise UnsupportedError(
+            f"attention with tiles of {block_m} rows at head_dim {d}/{dv} on sm_{arch_name}: "
+            f"no tile shape fits its shared memory.\n  required: at most {gpu.smem_per_block} bytes\n"
+            f"  found: {candidates[-1].smem_bytes}\n  do: launch tiles of 64 rows instead"
+        )
+    config = AttentionConfig(
+        arch_name, paged, block_m, won.block_n, won.warps, won.stages, won.blocks_per_sm, 4, split, won.smem_bytes
+    )
+    return AttentionChoice(config, tuple(candidates))
+
+
+def attention_smem_bytes(d: int, dv: int, block_m: int, block_n: int, stages: int, hooks: Hooks) -> int:
+    """No less than the size of ``Shared`` in attention_sm80.cu, which asserts it: queries once per kind of rotation, keys and
+    values, what is computed once per row, column and tile, the work list's records."""
+    kinds = len(hooks.rope.q_positions) if hooks.rope else 1
+    pitch, pitch_v = 2 * d + 16, 2 * dv + 16
+    tiles = kinds * block_m * max(pitch, pitch_v) + stages * block_n * (pitch + pitch_v)
+    values = 4 * block_m * (4 + len(hooks.row)) + 8 * block_n * (2 + len(hooks.col)) + 8 * (len(hooks.call) + len(hooks.tile))
+    return -(-(tiles + values + 768) // 128) * 128
+
+
+# ---- plan and append ---------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class TileClass:
     """A row-tile class as the planner sees it."""
@@ -186,7 +290,29 @@ class PlanConfig:
     arch: str
     classes: tuple[TileClass, ...]
 
+    threads = 320  # of a block; one block a class. As many as an H100 has workers, since each thread places one
+
     def __str__(self) -> str:
         return f"arch={self.arch} " + " ".join(
             f"{k.bm}x{k.bn}+{k.unit_cost}" + (f"/{k.split}" if k.split else "") for k in self.classes
         )
+
+
+@dataclass(frozen=True)
+class AppendConfig:
+    """The kernel that writes new keys and values into pages: a grid of ``blocks(tokens, heads)`` blocks."""
+
+    arch: str
+    head_dim: int
+    head_dim_v: int
+    dtype: str
+    threads: int = 256
+    vectors: int = 4  # of 16 bytes, that a thread has in flight
+
+    def blocks(self, num_tokens: int, num_kv_heads: int) -> int:
+        """The grid: a thread writes ``vectors`` vectors of 8 elements."""
+        total = num_tokens * num_kv_heads * (self.head_dim + self.head_dim_v) // 8
+        return -(-total // (self.threads * self.vectors))
+
+    def __str__(self) -> str:
+        return " ".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))

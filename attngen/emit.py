@@ -96,10 +96,13 @@ class Hooks:
     bounds: BoundsHoles = BoundsHoles("0", "t.kv_len", "true", True)
 
 
-def emit(trace: Trace, storage: Mapping[str, str], head_dim: int, dialect: str = "cpp") -> Hooks:
-    """Fill the holes for ``trace``. ``storage`` gives each tensor parameter's stored dtype; ``dialect`` is cpp or cuda."""
+def emit(
+    trace: Trace, storage: Mapping[str, str], head_dim: int, dialect: str = "cpp", device_scalars: bool = False
+) -> Hooks:
+    """Fill the holes for ``trace``. ``storage`` gives each tensor parameter's stored dtype; ``dialect`` is cpp or cuda;
+    ``device_scalars`` as in ``abi.parameter_fields``."""
     logits, weight, output = (_reciprocals(getattr(trace, name)) for name in ("logits", "weight", "output"))
-    return _Emitter(replace(trace, logits=logits, weight=weight, output=output), storage, dialect).hooks(head_dim)
+    return _Emitter(replace(trace, logits=logits, weight=weight, output=output), storage, dialect, device_scalars).hooks(head_dim)
 
 
 def _reciprocals(root: Node | None) -> Node | None:
@@ -124,7 +127,8 @@ _SYMBOL_TEXT = {
 
 
 class _Emitter:
-    def __init__(self, trace: Trace, storage: Mapping[str, str], dialect: str) -> None:
+    def __init__(self, trace: Trace, storage: Mapping[str, str], dialect: str, device_scalars: bool) -> None:
+        self.device_scalars = device_scalars
         self.trace, self.storage, self.dialect = trace, storage, dialect
         self.exact = discrete_inputs(trace.roots().values())
         self.out = Hooks(softmax=trace.weight is None)
@@ -180,6 +184,8 @@ class _Emitter:
         if node not in self.stored:
             if node.op == "param":
                 name, text = self.name(node.attr[0]), f"p.param_{node.attr[0]}"
+                if self.device_scalars:
+                    text = f"{text}_at ? *{text}_at : {text}"
             elif node.op == "sym":
                 name = text = node.attr
             else:

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import build, cache
 from .abi import LAUNCH_ABI
+from .abi_cuda import CUDA_ABI
 from .errors import BuildError, LoadError
 from .paths import PACKAGE
 
@@ -80,6 +81,26 @@ def load_kernel(entry: cache.Entry) -> LoadedKernel:
     except RuntimeError as error:
         raise _unloadable(entry.artifact, f"a library of launch ABI {LAUNCH_ABI}", str(error)) from None
     return LoadedKernel(entry, functools.partial(module.launch_cpu, address))
+
+
+def load_cubin(
+    entry: cache.Entry, symbol: str, device: int, threads: int, shared_bytes: int, dependent: bool
+) -> Any:
+    """Loads a cubin on CUDA device `device`: a `CudaKernel` with .launch(params, grid_x, grid_y, stream) and
+    .blocks_per_sm(). `dependent` launches may overlap the end of the kernel before them on the stream.
+
+    Raises LoadError for an entry of another kind or launch ABI, or where the driver refuses it.
+    """
+    kind, abi = entry.manifest.get("kind"), entry.manifest.get("abi")
+    if (kind, abi) != ("cubin", CUDA_ABI):
+        raise _unloadable(entry.artifact, f"kind cubin, launch ABI {CUDA_ABI}", f"kind {kind}, launch ABI {abi}")
+    try:
+        return host().CudaKernel(
+            entry.artifact.read_bytes(), symbol, device=device, threads=threads, shared_bytes=shared_bytes,
+            dependent=dependent,
+        )  # fmt: skip
+    except RuntimeError as error:
+        raise _unloadable(entry.artifact, f"a cubin for CUDA device {device}", str(error)) from None
 
 
 def host() -> ModuleType:

@@ -21,7 +21,8 @@ def render_cuda(
     folder = templates_dir() / "cuda"
     template = _environment(compiled).get_template(f"cuda/{name}.cu.jinja")
     text = template.render(
-        hooks=hooks, config=config, params=layout.fields, params_size=layout.size, problem=problem, title=title
+        hooks=hooks, config=config, params=layout.fields, params_size=layout.size, problem=problem, title=title,
+        rope=hooks.rope if hooks else None,
     )
     headers = (path for path in sorted(folder.glob("*.cuh")) if f'#include "{path.name}"' in text or path.name == "ptx.cuh")
     return {f"{name}.cu": text, **{path.name: path.read_text(encoding="utf-8") for path in headers}}

@@ -29,6 +29,7 @@ FORMAT = 1  # of the key; a change voids every cached kernel
 MAX_LENGTH = 2**30  # positions and lengths stay below it, so that q - kv never wraps
 _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16",
                 torch.int32: "int32", torch.int64: "int64", torch.uint8: "uint8", torch.bool: "bool"}  # fmt: skip
+F32_MAX = torch.finfo(torch.float32).max
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # The rooms whose text decides what a kernel's source says.
 _COMPILER_ROOMS = ("ops", "expr", "bounds", "trace", "rope", "spec", "abi", "choose", "emit", "render", "build")
@@ -87,6 +88,12 @@ class Kernel:
 _kernels: dict[tuple[Any, ...], Kernel] = {}
 _records: list[BuildRecord] = []
 _records_lock = threading.Lock()
+
+
+def record_build(record: BuildRecord) -> None:
+    """Add to the log."""
+    with _records_lock:
+        _records.append(record)
 
 
 def build_log() -> list[BuildRecord]:
@@ -203,8 +210,7 @@ def _compile_uncached(variant: Variant, problem: Problem) -> Kernel:
     record = BuildRecord(
         key, variant.name, problem, hit, 0.0 if hit else built - start, time.perf_counter() - loading
     )
-    with _records_lock:
-        _records.append(record)
+    record_build(record)
     return Kernel(variant, problem, choice, key, struct_layout, loaded)
 
 
@@ -265,7 +271,7 @@ def attention(
     _POINTERS.pack_into(
         buffer, 0, q.data_ptr(), k.data_ptr(), v.data_ptr(), result.data_ptr(), 0 if lse is None else lse.data_ptr()
     )
-    _THREADS.pack_into(buffer, _THREADS_OFFSET, torch.get_num_threads(), site.scale if scale is None else scale)
+    _THREADS.pack_into(buffer, _THREADS_OFFSET, torch.get_num_threads(), site.scale if scale is None else _scale(variant, scale, site.head_dim))
     keep = None
     if q_lens is not None or kv_lens is not None or q_offset is not None or site.rope_needs_lens:
         keep = site.bind_lengths(buffer, q_lens, kv_lens, q_offset)
@@ -298,8 +304,13 @@ def reference(
     values = {}
     for name, f in variant.trace.used().items():
         value = _value(variant, name, params)
-        values[name] = shape.check_tensor(name, value, lens_kv) if f.kind == "tensor" else _check_scalar(variant, name, value)
+        values[name] = shape.check_tensor(name, value, lens_kv) if f.kind == "tensor" else check_scalar(variant, name, value)
     _check_unknown(variant, params)
+    free, named = _free_axes(variant), {}
+    for name, f in variant.trace.used().items():
+        for axis, size in zip(f.axes, values[name].shape if f.kind == "tensor" else ()):
+            if axis in free and named.setdefault(axis, (name, size))[1] != size:
+                raise _unequal_axis(axis, named[axis], (name, size))
     order = (0, 2, 1, 3) if layout == "bhsd" else (0, 1, 2, 3)
     out, lse = reference_attention(
         variant.trace, q.permute(order), k.permute(order), v.permute(order), q_lens=lens_q, kv_lens=lens_kv,
@@ -480,10 +491,12 @@ class _Site(_Shape):
         if not isinstance(out, torch.Tensor) or tuple(out.shape) != tuple(self.out_shape) or out.dtype != self.dtype:
             found = f"{tuple(out.shape)} {out.dtype}" if isinstance(out, torch.Tensor) else type(out).__name__
             raise ParameterError(f"out is {found}: required {tuple(self.out_shape)} {self.dtype}")
+        if out.requires_grad and torch.is_grad_enabled():
+            raise UnsupportedError("out requires grad, and attngen has no backward yet: detach it")
         if out.device.type != "cpu" or not out.is_contiguous():
             raise ParameterError(f"out is on {out.device} with strides {out.stride()}: required a contiguous CPU tensor")
         storage = out.untyped_storage().data_ptr()
-        if storage in {t.untyped_storage().data_ptr() for t in (q, k, v)}:
+        if storage and storage in {t.untyped_storage().data_ptr() for t in (q, k, v)}:
             raise ParameterError("out shares memory with q, k or v: give another tensor")
         return out
 
@@ -512,7 +525,7 @@ class _Site(_Shape):
             value = _value(self.variant, name, params)
             at = self.offsets[f"param_{name}"]
             if f.kind != "tensor":
-                struct.pack_into("=f" if f.dtype == F32 else "=i", buffer, at, _check_scalar(self.variant, name, value))
+                struct.pack_into("=f" if f.dtype == F32 else "=i", buffer, at, check_scalar(self.variant, name, value))
                 continue
             self.check_tensor(name, value, None)
             held.append(value)
@@ -522,10 +535,7 @@ class _Site(_Shape):
                 struct.pack_into("=q", buffer, self.offsets[f"param_{name}_stride{i}"], value.stride(i))
                 struct.pack_into("=i", buffer, self.offsets[f"param_{name}_size{i}"], value.shape[i])
                 if axis in self.free_axes and named.setdefault(axis, (name, value.shape[i]))[1] != value.shape[i]:
-                    other, size = named[axis]
-                    raise ParameterError(
-                        f"axis {axis!r} has {size} entries in {other} and {value.shape[i]} in {name}: required equal"
-                    )
+                    raise _unequal_axis(axis, named[axis], (name, value.shape[i]))
         return held
 
 
@@ -540,7 +550,7 @@ def _site(variant: Variant, q: Any, k: Any, v: Any, layout: str, params: Mapping
         ident = (q.dtype, q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), k.dtype, v.dtype, q.device,
                  k.device, v.device, layout, storage)  # fmt: skip
         site = sites.get(ident)
-    except AttributeError:
+    except (AttributeError, TypeError):  # no tensor, or an unhashable layout: _Site says what is wrong
         site, ident = None, None
     if site is None:
         site = _Site(variant, q, k, v, layout, dict(storage))
@@ -592,7 +602,7 @@ def _check_unknown(variant: Variant, params: Mapping[str, Any]) -> None:
         raise ParameterError(f"{variant.name} has no parameter {', '.join(unknown)}: it has {known}")
 
 
-def _check_scalar(variant: Variant, name: str, value: Any) -> int | float:
+def check_scalar(variant: Variant, name: str, value: Any) -> int | float:
     dtype = variant.trace.fields[name].dtype
     if isinstance(value, torch.Tensor) and value.dim() == 0:
         value = value.item()
@@ -604,6 +614,8 @@ def _check_scalar(variant: Variant, name: str, value: Any) -> int | float:
         return value
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ParameterError(f"{variant.name}.{name} is {value!r}: required a number")
+    if F32_MAX < abs(value) < math.inf:
+        raise ParameterError(f"{variant.name}.{name} is {value}: required a number that fits f32, at most {F32_MAX:.6g}")
     return float(value)
 
 
@@ -632,6 +644,12 @@ def _scale(variant: Variant, given: float | None, head_dim: int) -> float:
 def _storage_message(variant: Variant, name: str, dtype: str, found: torch.dtype) -> str:
     allowed = ", ".join(str(t) for t in STORAGE[dtype])
     return f"{variant.name}.{name} has dtype {found}: the field is {dtype}, stored as {allowed}; cast it"
+
+
+def _unequal_axis(axis: str, first: tuple[str, int], second: tuple[str, int]) -> ParameterError:
+    return ParameterError(
+        f"axis {axis!r} has {first[1]} entries in {first[0]} and {second[1]} in {second[0]}: required equal"
+    )
 
 
 def _free_axes(variant: Variant) -> set[str]:

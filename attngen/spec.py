@@ -89,6 +89,10 @@ class Tensor(Field):
         super().__init__("tensor", _DTYPES[dtype], axes)
 
 
+# A call passes parameters by name beside its own arguments.
+_CALL_ARGUMENTS = frozenset("q k v out variant layout q_lens kv_lens q_offset return_lse lse".split())
+
+
 # ---------------------------------------------------------------- the traced form
 
 
@@ -337,10 +341,11 @@ def _check_trace(owner: str, trace: Trace) -> None:
 def _check_name(cls: type, name: str, declared: Mapping[str, Field]) -> None:
     """A public method whose name nearly is a hook's is a typo, not a helper: it would be dropped silently."""
     known = [*HOOKS, "scale", "rope"]
-    reserved = {"fields", "trace", "values", "explain", "structure_hash", "name"}
+    reserved = {"fields", "trace", "values", "explain", "structure_hash", "name", *_CALL_ARGUMENTS}
     if name in declared and (name in known or name in reserved or not name.isascii() or name.startswith("__")):
         raise fail(
-            f"field `{name}` of {cls.__name__} is no ASCII name or is that of a hook or attribute of Variant", "Rename it"
+            f"field `{name}` of {cls.__name__} is no ASCII name or is that of a hook, of an attribute of Variant or of an "
+            "argument of ag.attention", "Rename it"
         )
     if name.startswith("_") or name in known or name in declared or name in dir(Variant):
         return

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from test_layering import STREET
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -50,6 +51,11 @@ def test_links_lead_somewhere(path: Path) -> None:
     links = [link.partition("#")[0] for link in _LINK.findall(path.read_text(encoding="utf-8")) if "://" not in link]
     missing = [link for link in links if link and not (path.parent / link).exists()]
     assert not missing, f"{path.name} links to {missing}"
+
+
+def test_the_tour_goes_down_the_street() -> None:
+    rooms = re.findall(r"^\| \[(\w+)\.py\]", (ROOT / "docs" / "tour.md").read_text(encoding="utf-8"), re.M)
+    assert len(rooms) >= 16 and rooms == [room for room in STREET if room in rooms]
 
 
 def test_expected_output_can_fail() -> None:

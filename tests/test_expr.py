@@ -114,7 +114,7 @@ def any_tree(draw: st.DrawFn) -> Tree:
     return draw(trees(draw(st.sampled_from([F32, I32, BOOL])), leaves(("q", "kv", "head", "request", "kv_len")), EXACT_ROWS, 4))
 
 
-@settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(tree=any_tree(), seed=st.integers(0, 4))
 def test_simplification_keeps_the_meaning(tree, seed):
     simple, plain = build(tree), build(tree, simplify=False)
@@ -126,14 +126,7 @@ def test_simplification_keeps_the_meaning(tree, seed):
     if found.is_floating_point():
         same = same | (found.isnan() & expected.isnan())
     assert same.all(), f"{text(plain)}\nbecame {text(simple)}"
-
-
-@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(tree=any_tree())
-def test_substituting_nothing_changes_nothing(tree):
-    node = build(tree)
-    assert substitute(node, {}) is node
-    assert substitute(node, {symbol("q_token"): const(1)}) is node
+    assert substitute(simple, {symbol("q_token"): const(1)}) is simple
 
 
 def test_simplifications():
@@ -174,7 +167,8 @@ def test_walk_visits_shared_nodes_once_and_arguments_first():
     for _ in range(60):  # 2**60 paths
         node = node + node
     order = list(walk(node))
-    assert len(order) == 61 and all(order.index(x) > order.index(y) for x in order for y in x.args)
+    place = {x: i for i, x in enumerate(order)}
+    assert len(order) == 61 and all(place[y] < place[x] for x in order for y in x.args)
     assert node.key and substitute(node, {s: s * 2.0}).op == "add" and len(discrete_inputs([node])) == 0
 
 
@@ -187,8 +181,8 @@ def test_substitute_simplifies_on_the_way_up():
 
 def test_conjuncts():
     x, y, z = q < kv, kv < n, q < n
-    assert conjuncts((x & y) & z) == [x, y, z] if False else [c is d for c, d in zip(conjuncts((x & y) & z), (x, y, z))] == [True] * 3
-    assert conjuncts(x | y)[0] is (x | y)
+    assert list(map(text, conjuncts((x & y) & (z & x)))) == list(map(text, (x, y, z)))
+    assert list(map(text, conjuncts(x | y))) == [text(x | y)]
 
 
 def test_discrete_inputs_are_what_decides():

@@ -12,7 +12,8 @@ from attngen.paths import PACKAGE
 # Top to bottom; a room may import from those above it.
 STREET = (
     "errors", "paths", "ops", "expr", "bounds", "trace", "rope", "spec", "interp", "abi", "abi_cuda", "choose",
-    "choose_cuda", "emit", "render", "render_cuda", "build", "cache", "load", "run", "check", "doctor", "cli", "__main__", "integrations",
+    "choose_cuda", "emit", "render", "render_cuda", "build", "cache", "load", "schedule", "run", "cuda",
+    "batch", "check", "doctor", "cli", "__main__", "integrations",
 )  # fmt: skip
 # attngen.variants is the library that users import; these may too, since `import attngen` imports none of them.
 MAY_USE_VARIANTS = {"check", "cli", "integrations"}
@@ -28,9 +29,15 @@ def rooms() -> dict[str, list[ast.Module]]:
 
 
 def imports(tree: ast.Module) -> list[tuple[str, int]]:
-    """(room of attngen, line) of every import, inside functions too."""
+    """(room of attngen, line) of every import that can run, inside functions too."""
     found = []
+    annotations_only = {
+        id(node) for branch in ast.walk(tree) if isinstance(branch, ast.If) and "TYPE_CHECKING" in ast.unparse(branch.test)
+        for statement in branch.body for node in ast.walk(statement)
+    }  # fmt: skip
     for node in ast.walk(tree):
+        if id(node) in annotations_only:
+            continue
         names = []
         if isinstance(node, ast.Import):
             names = [alias.name.removeprefix("attngen.") for alias in node.names if alias.name.startswith("attngen.")]
@@ -60,6 +67,7 @@ def test_a_room_imports_only_from_rooms_before_it(room):
 
 def test_the_scanner_sees_every_form_of_import():
     source = "import attngen.run\nfrom . import cache\nfrom .load import host\ndef f():\n  from attngen.spec import x\n  from attngen import cli\n"
+    source += "if TYPE_CHECKING:\n  from .emit import Hooks\n"
     found = imports(ast.parse(source))
     assert sorted(found) == [("cache", 2), ("cli", 6), ("load", 3), ("run", 1), ("spec", 5)]
 

@@ -65,3 +65,30 @@ def build(tree: Tree, simplify: bool = True) -> Node:
     name, dtype, args = tree
     nodes = tuple(build(a, simplify) for a in args)
     return expr.apply(name, *nodes) if simplify else expr._intern(name, nodes, None, dtype)
+
+
+def masks(depth: int = 3) -> st.SearchStrategy[Node]:
+    """Bool trees whose value every backend computes exactly."""
+    return trees(BOOL, leaves(("q", "kv", "head", "request", "kv_len", "q_len")), EXACT_ROWS, depth).map(build)
+
+
+def smooth(depth: int = 3, of: str | None = "s") -> st.SearchStrategy[Node]:
+    """f32 trees over ``of`` whose value stays near [-4, 4] and moves little when a leaf moves by an ulp, so that float32
+    can be compared with float64. None leaves the keys and the logit out: a row-wise tree."""
+    difference = symbol("q") - (symbol("kv") if of else symbol("kv_len"))
+    some = [param("a", F32), load("table", F32, ("heads",), (symbol("head"),)), expr.tanh(difference * 0.1),
+            expr.sigmoid(expr.to_f32(symbol("head")))]  # fmt: skip
+    leaf = st.sampled_from([symbol(of)] * 3 + some if of else some) | st.sampled_from([0.5, -1.25, 2.0]).map(const)
+    if depth == 0:
+        return leaf
+    x = smooth(depth - 1, of)
+    conditions = st.sampled_from([difference < param("n", I32), symbol("head") % 2 == 0, param("a", F32) < 1.0])
+    one = [expr.tanh, expr.sigmoid, expr.absolute, lambda v: -v, lambda v: expr.log(1 + abs(v)), lambda v: expr.log2(1 + abs(v)),
+           lambda v: expr.exp(-abs(v)), lambda v: expr.exp2(-abs(v)), lambda v: expr.sqrt(abs(v) + 0.01),
+           lambda v: expr.rsqrt(abs(v) + 0.5), lambda v: v / param("a", F32), lambda v: v * v * 0.25]  # fmt: skip
+    two = [lambda v, w: 0.5 * (v + w), lambda v, w: (v - w) * 0.5, lambda v, w: v * expr.tanh(w), expr.minimum, expr.maximum,
+           lambda v, w: v / (1 + abs(w))]  # fmt: skip
+    return st.one_of(
+        leaf, st.builds(lambda f, v: f(v), st.sampled_from(one), x), st.builds(lambda f, v, w: f(v, w), st.sampled_from(two), x, x),
+        st.builds(expr.where, conditions, x, x),
+    )  # fmt: skip

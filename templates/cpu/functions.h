@@ -74,7 +74,8 @@ AG_INLINE int32_t ag_cast_i32(float a) {
   return finite >= 2147483648.0f ? INT32_MAX : cast;
 }
 
-// y * 2^i, i in [-252, 254], in two factors so that results may be subnormal or infinite. `shifted` holds i in its low bits.
+// y * 2^i, i in [-252, 254], in two factors so that results may be subnormal or infinite. `shifted` holds i in its low
+// bits.
 constexpr float ROUND_MAGIC = 12582912.0f;  // adding 1.5 * 2^23 leaves the nearest integer in the low mantissa bits
 AG_INLINE float ag_scale_by_exponent(float y, float shifted) {
   int32_t i = (int32_t)(float_to_bits(shifted) - 0x4b400000u), half = i >> 1;
@@ -155,9 +156,9 @@ AG_INLINE float ag_tanh(float x) {
 
 AG_INLINE float ag_sigmoid(float x) { return 1.0f / (1.0f + ag_exp(-x)); }
 
-// ---- tensor parameters: out of range yields 0; element 0 always exists ---------------------------------------------
-// Written with masks, not branches, so that reads in a vector loop become gathers. Elements of 8 and 16 bits are cut out
-// of the aligned word around them: gathers have no narrower width, and such a word never crosses into another page.
+// ---- tensor parameters: out of range yields 0; element 0 always exists --------------------------------------------
+// Written with masks, not branches, so that reads in a vector loop become gathers. Elements of 8 and 16 bits are cut
+// out of the aligned word around them: gathers have no narrower width, and such a word never crosses into another page.
 
 typedef uint32_t __attribute__((may_alias)) any_uint32;
 typedef int64_t __attribute__((may_alias)) any_int64;

@@ -5,7 +5,8 @@
 
 // acc[r][j] += sum over k of a[r * row + k * step] * b[k * ldb + j * LANES ...]
 template <int MR, int NV, class Word>
-AG_INLINE void multiply(vf (&acc)[MR][NV], const Word* a, int64_t row, int64_t step, const Word* b, int64_t ldb, int steps) {
+AG_INLINE void multiply(vf (&acc)[MR][NV], const Word* a, int64_t row, int64_t step, const Word* b, int64_t ldb,
+                        int steps) {
   for (int k = 0; k < steps; ++k) {
     decltype(vload(b)) bk[NV];
 #pragma GCC unroll 4

@@ -107,8 +107,9 @@ __device__ __forceinline__ Pieces find_pieces(const Cursor<UNIT_COST, FIXED_SPLI
     const int32_t first = (u.index - u.tile.piece) * num_kv_heads + u.kv_head;
     return {u.tile.pieces, u.index * num_kv_heads + u.kv_head, first, first, first, num_kv_heads};
   }
-  // The worker that owns a place on the line, which is the last w with w * total / n <= place.
-  const auto owner = [&](int64_t place) { return (int32_t)(((place + 1) * w.workers - 1) / w.total); };
+  // The worker that owns a place on the line: the last w with w * total / n <= place. The quotient of doubles truncates to
+  // that of the integers: it is below 2^11, and an integer or at least 1 / total away from one.
+  const auto owner = [&](int64_t place) { return (int32_t)((double)((place + 1) * w.workers - 1) / (double)w.total); };
   if (u.begin == 0 && u.end == u.tile.blocks) return {1, 0, 0, 0, 0, 0};
   const int32_t w0 = owner(u.start + UNIT_COST), w1 = owner(u.start + UNIT_COST + u.tile.blocks - 1);
   return {w1 - w0 + 1, u.begin > 0 ? 2 * w.index : 2 * w.index + 1, w0, 2 * w0 + 1, 2 * w0, 2};

@@ -1,0 +1,571 @@
+"""Serving: attention over batches of requests, planned on the device.
+
+    attn = BatchAttention(variant, num_heads=32, num_kv_heads=8, head_dim=128, page_size=16,
+                          max_requests=256, max_q_tokens=8192, max_pages=65536)
+    attn.plan(q_indptr, kv_indptr, kv_indices, kv_last_page_len)      # one small kernel: no sync, no copy
+    out = attn.run(q, (k_cache, v_cache))                             # may be captured together with plan
+
+Everything that a legal batch can need is compiled, loaded and allocated when the object is made.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from . import cuda
+from .choose_cuda import PlanConfig, TileClass, choose_attention, choose_decode
+from .emit import emit
+from .errors import ParameterError, UnsupportedError
+from .ops import F32
+from .run import check_scalar
+from .schedule import STATUS_TEXT, Workspace, workspace
+from .spec import STORAGE, Problem, Variant, as_variant
+
+_DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.int32: "int32",
+          torch.int64: "int64", torch.uint8: "uint8", torch.bool: "bool"}  # fmt: skip
+_INT32_MAX = 2**31 - 1
+_FIXED_SPLIT = 2048  # keys of a piece under batch_invariant: long enough to hide a merge, short enough to fill a GPU
+_POINTERS = struct.Struct("=5Q")  # q, k, v, out, lse: the first fields
+
+
+@dataclass(frozen=True)
+class _Class:
+    """A row-tile class: the kernel that serves it, and how it is launched."""
+
+    bm: int
+    kernel: Any  # host extension's CudaKernel
+    special: cuda.Specialised
+    workers: int
+    slots: Mapping[str, tuple[struct.Struct, int]]  # of each field: how and where it is packed
+
+
+@dataclass
+class _Planned:
+    """What plan leaves for run."""
+
+    requests: int
+    active: tuple[int, ...]  # classes to launch
+    bound: dict[str, Any]  # struct fields that plan decides
+    held: list[torch.Tensor]  # alive as long as the plan
+    decode: bool
+    templates: dict[tuple[int, int], bytes] = field(default_factory=dict)  # by call site and class
+
+
+@dataclass(frozen=True)
+class _Site:
+    """The checked shapes and strides of q and the cache."""
+
+    out_shape: tuple[int, ...]
+    values: Mapping[str, int]
+
+
+class BatchAttention:
+    """Attention of ``variant`` for batches of requests: decode, append, prefill and mixed.
+
+    Args:
+        num_heads, num_kv_heads: of this rank; any ratio.
+        head_dim, head_dim_v: multiples of 16 from 32 to 256; head_dim_v defaults to head_dim.
+        page_size: keys of a page, at least 1; None: k and v are ragged, without pages.
+        dtype: of q, k, v and the output: bfloat16 or float16.
+        max_requests, max_q_tokens: capacities; they fix memory, kernels and graphs.
+        max_pages: the most entries of a page table (``kv_indices``); for ragged keys ``max_kv_tokens``.
+        max_q_len: the most query tokens of one request; default max_q_tokens. 1 makes a decode-only object.
+        kv_layout: of a page: "NHD" [page_size, num_kv_heads, head_dim] or "HND" [num_kv_heads, page_size, head_dim].
+        device: a CUDA device; default the current one.
+        workspace: a uint8 CUDA tensor of ``workspace_bytes`` to use, which several objects may share that are used one
+            after another on one stream; default one of its own.
+        head_offset, total_heads: of a tensor-parallel rank: ``at.head`` counts from head_offset of total_heads.
+        batch_invariant: a request's output bits depend neither on the rest of the batch nor on how its prompt was cut.
+        max_kv_len: the longest request under batch_invariant, which sizes its workspace; default all of the capacity.
+        storage: stored dtype of tensor parameters, by name; default that of a bound tensor, else float32, int32 or bool.
+        scale: of the logits; default the variant's, else head_dim ** -0.5.
+
+    Raises:
+        UnsupportedError, ParameterError: what is required, what was found, what to do.
+    """
+
+    def __init__(
+        self,
+        variant: Variant | type[Variant],
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        max_requests: int,
+        max_q_tokens: int,
+        head_dim_v: int | None = None,
+        page_size: int | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        max_pages: int | None = None,
+        max_kv_tokens: int | None = None,
+        max_q_len: int | None = None,
+        kv_layout: str = "NHD",
+        device: torch.device | str | int | None = None,
+        workspace: torch.Tensor | None = None,
+        head_offset: int = 0,
+        total_heads: int | None = None,
+        batch_invariant: bool = False,
+        max_kv_len: int | None = None,
+        storage: Mapping[str, torch.dtype] | None = None,
+        scale: float | None = None,
+    ) -> None:
+        self.variant = as_variant(variant)
+        self.device = _cuda_device(device)
+        trace = self.variant.trace
+        if dtype not in _DTYPES:
+            raise UnsupportedError(f"dtype {dtype}: the CUDA kernels take torch.bfloat16 or torch.float16")
+        if kv_layout not in ("NHD", "HND"):
+            raise ParameterError(f'kv_layout {kv_layout!r}: required "NHD" or "HND"')
+        if num_kv_heads < 1 or num_heads < 1 or num_heads % num_kv_heads:
+            raise ParameterError(f"num_heads {num_heads}, num_kv_heads {num_kv_heads}: num_kv_heads must divide num_heads")
+        if page_size is not None and page_size < 1:
+            raise ParameterError(f"page_size {page_size}: required at least 1, or None for ragged k and v")
+        for name, value in (("max_requests", max_requests), ("max_q_tokens", max_q_tokens)):
+            if value < 1:
+                raise ParameterError(f"{name} {value}: required at least 1")
+        capacity = max_pages if page_size is not None else max_kv_tokens
+        if capacity is None or capacity < 1:
+            raise ParameterError(
+                f"{'max_pages' if page_size is not None else 'max_kv_tokens'} is {capacity}: required the capacity of the cache"
+            )
+        self.num_heads, self.num_kv_heads, self.group = num_heads, num_kv_heads, num_heads // num_kv_heads
+        self.head_dim, self.head_dim_v = head_dim, head_dim_v or head_dim
+        self.dtype, self.page_size, self.kv_layout = dtype, page_size, kv_layout
+        self.max_requests, self.max_q_tokens, self.capacity = max_requests, max_q_tokens, capacity
+        self.max_q_len = min(max_q_len or max_q_tokens, max_q_tokens)
+        self.head_offset, self.total_heads = head_offset, total_heads or num_heads
+        self.scale = float(scale if scale is not None else trace.scale if trace.scale is not None else head_dim**-0.5)
+        self._fields = dict(trace.used())
+        reads = trace.mask.params if trace.mask is not None else frozenset()
+        self._mask_fields = {n: f for n, f in self._fields.items() if n in reads}
+        self._run_fields = {n: f for n, f in self._fields.items() if n not in reads}
+        stored = _stored(self.variant, storage)
+        name = _DTYPES[dtype]
+        arch = cuda.device_arch(self.device.index)
+        self.problem = Problem("cuda", arch.name, name, name, name, head_dim, self.head_dim_v, tuple(sorted(stored.items())))
+        self._build(arch, _FIXED_SPLIT if batch_invariant else 0)
+
+        kv_len = max_kv_len or capacity * (page_size or 1)
+        self._space = _space(self, self._plan_config, [c.workers for c in self._classes], kv_len)
+        if workspace is None:
+            workspace = torch.empty(self._space.num_bytes, dtype=torch.uint8, device=self.device)
+        elif workspace.device != self.device or workspace.numel() * workspace.element_size() < self._space.num_bytes:
+            raise ParameterError(
+                f"workspace of {workspace.numel() * workspace.element_size()} bytes on {workspace.device}: required "
+                f"{self._space.num_bytes} bytes on {self.device}"
+            )
+        self._workspace = workspace
+        self._base = workspace.data_ptr()
+        if self._base % 256:
+            raise ParameterError("workspace starts at an address that is no multiple of 256: give a tensor of its own")
+        self._status = workspace.view(torch.uint8).flatten()[:4].view(torch.int32)
+        self._status.zero_()
+        rope = trace.rope.rope if trace.rope else None
+        self._rope = rope
+        self._inv_freq = None if rope is None else rope.inv_freq(head_dim).to(self.device).contiguous()
+        self._planned: _Planned | None = None
+        self._sites: dict[Any, Any] = {}
+
+    # ---- construction
+    def _build(self, arch: Any, split: int) -> None:
+        trace, problem = self.variant.trace, self.problem
+        hooks = emit(trace, dict(problem.storage), problem.head_dim, dialect="cuda", device_scalars=True)
+        paged = self.page_size is not None
+        most_rows = self.max_q_len * self.group
+        choices = [("decode", choose_decode(problem, arch.name, hooks, paged=paged, split=split).config)]
+        for bm in (64, 128):
+            if most_rows > choices[-1][1].block_m:
+                choices.append(("attention_sm80", choose_attention(problem, arch.name, hooks, bm, paged=paged, split=split).config))
+        multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
+        self._classes = []
+        for kernel_name, config in choices:
+            special = cuda.specialise(kernel_name, self.variant.name, trace, problem, config, arch.name)
+            kernel = cuda.load(special, self.device.index, config.threads, config.smem_bytes, arch.dependent_launch)
+            blocks = kernel.blocks_per_sm()
+            if blocks == 0:
+                raise UnsupportedError(f"{kernel_name} of {self.variant.name} does not fit {self.device}: {config}")
+            self._classes.append(_Class(config.block_m, kernel, special, blocks * multiprocessors, _slots(special)))
+        shapes = tuple(TileClass(c.block_m, c.block_n, c.unit_cost, c.split) for _, c in choices)
+        self._plan_config = PlanConfig(arch.name, shapes)
+        self._plan_special = cuda.specialise("plan", self.variant.name, trace, problem, self._plan_config, arch.name)
+        self._plan_kernel = cuda.load(self._plan_special, self.device.index, 1024, 0, arch.dependent_launch)
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Bytes of workspace that this object uses."""
+        return self._space.num_bytes
+
+    # ---- plan
+    def plan(
+        self,
+        q_indptr: Any = None,
+        kv_indptr: Any = None,
+        kv_indices: Any = None,
+        kv_last_page_len: Any = None,
+        *,
+        block_table: Any = None,
+        kv_lens: Any = None,
+        q_positions: Any = None,
+        kv_start: Any = None,
+        max_q_len: int | None = None,
+        **params: Any,
+    ) -> None:
+        """Lay out a batch: one kernel on the current stream, without a sync.
+
+        All arguments are int32 tensors on this object's device (a list or a CPU tensor is copied there).
+
+        Args:
+            q_indptr: ``[requests + 1]``, where each request's query tokens begin; None: one token each (decode).
+            kv_indptr, kv_indices, kv_last_page_len: pages as FlashInfer gives them; or
+            block_table, kv_lens: ``[requests, pages]`` and ``[requests]``, as vLLM does; or
+            kv_indptr alone: ragged k and v.
+            q_positions: ``[requests]``, position of the first query token; default kv_len - q_len.
+            kv_start: ``[requests]``, position of the first cached key, where older pages were dropped; default 0.
+            max_q_len: the most query tokens of a request in this batch, a host-side bound that is verified on the device
+                and saves launches; default the object's.
+            **params: values of the fields that the variant's mask reads.
+        """
+        held: list[torch.Tensor] = []
+        values: dict[str, int] = {}
+
+        def give(name: str, given: Any, length: int | None, field: str | None = None) -> int:
+            tensor = self._ints(name, given, length)
+            held.append(tensor)
+            values[field or name] = tensor.data_ptr()
+            return tensor.shape[0]
+
+        requests = None
+        if q_indptr is not None:
+            requests = give("q_indptr", q_indptr, None) - 1
+        page_table = None
+        if self.page_size is None:
+            if kv_indptr is None or not (kv_indices is kv_last_page_len is block_table is kv_lens is None):
+                raise ParameterError("plan of ragged k and v: required kv_indptr alone; for pages, make the object with page_size=")
+            requests = _same(requests, give("kv_indptr", kv_indptr, None) - 1)
+            values["kv_capacity"], values["page_size"] = self.capacity, 1
+        elif block_table is not None:
+            if kv_lens is None or not (kv_indptr is kv_indices is kv_last_page_len is None):
+                raise ParameterError("plan with block_table: required kv_lens beside it, and none of kv_indptr, kv_indices, ...")
+            page_table = self._table(block_table)
+            requests = _same(requests, page_table.shape[0])
+            give("kv_lens", kv_lens, requests)
+            values["block_table_stride"] = page_table.stride(0)
+            values["kv_capacity"], values["page_size"] = page_table.shape[1] * self.page_size, self.page_size
+        else:
+            if kv_indptr is None or kv_indices is None or kv_last_page_len is None or kv_lens is not None:
+                raise ParameterError(
+                    "plan of a paged batch: required kv_indptr, kv_indices and kv_last_page_len, or block_table and kv_lens"
+                )
+            requests = _same(requests, give("kv_indptr", kv_indptr, None) - 1)
+            page_table = self._ints("kv_indices", kv_indices, None)
+            give("kv_last_page_len", kv_last_page_len, requests)
+            values["kv_capacity"], values["page_size"] = page_table.shape[0], self.page_size
+        if requests < 0 or requests > self.max_requests:
+            raise ParameterError(f"{requests} requests: required 0 to max_requests={self.max_requests}")
+        if q_positions is not None:
+            give("q_positions", q_positions, requests)
+        if kv_start is not None:
+            give("kv_start", kv_start, requests, "kv_starts")
+        longest = self.max_q_len if q_indptr is not None else 1
+        if max_q_len is not None:
+            if not 1 <= max_q_len <= self.max_q_len:
+                raise ParameterError(f"max_q_len {max_q_len}: required 1 to the object's {self.max_q_len}")
+            longest = max_q_len
+        launched = [i == 0 or longest * self.group > self._classes[i - 1].bm for i in range(len(self._classes))]
+
+        space, base = self._space, self._base
+        for i, (part, on) in enumerate(zip(space.classes, launched)):
+            values |= {f"tiles{i}": base + part.tiles, f"workers{i}": base + part.workers,
+                       f"counters{i}": base + part.counters, f"num_workers{i}": part.num_workers if on else 0,
+                       f"max_tiles{i}": part.max_tiles}  # fmt: skip
+        values |= {
+            "status": base + space.status, "num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads,
+            "head_offset": self.head_offset, "total_heads": self.total_heads, "num_requests": requests, "q_len": 1,
+            "max_q_tokens": self.max_q_tokens, "max_q_len": longest,
+        }  # fmt: skip
+        bound = self._bind("plan", self._mask_fields, params, requests, held)
+        packed = values | bound
+        layout = self._plan_special.layout
+        buffer = bytearray(layout.size)
+        layout.pack_into(buffer, 0, *(packed.get(f.name, 0) for f in layout.fields))
+        if requests:
+            self._plan_kernel.launch(buffer, len(self._classes), 1, _stream(self.device.index))
+        if page_table is not None:
+            held.append(page_table)
+            bound["page_table"] = page_table.data_ptr()
+        if self._rope is not None:
+            inv_freq = self._inv_freq
+            if self._rope.needs_kv_lens:
+                inv_freq, table = self._rope_tables(kv_indptr, kv_last_page_len, kv_lens)
+                held += [inv_freq, table]
+                bound["rope_table"] = table.data_ptr()
+            bound["rope_inv_freq"] = inv_freq.data_ptr()
+        active = tuple(i for i, on in enumerate(launched) if on) if requests else ()
+        self._planned = _Planned(requests, active, bound, held, q_indptr is None)
+
+    def _rope_tables(self, kv_indptr: Any, last: Any, kv_lens: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """RoPE's tables and each request's row of them, by its length; on the device."""
+        if kv_lens is not None:
+            lens = self._ints("kv_lens", kv_lens, None)
+        else:
+            lens = self._ints("kv_indptr", kv_indptr, None).diff()
+            if last is not None:
+                lens = ((lens - 1) * self.page_size + self._ints("kv_last_page_len", last, None)).clamp(min=0)
+        inv_freq, table = self._rope.tables(self.head_dim, lens)
+        return inv_freq.contiguous(), table.int().contiguous()
+
+    # ---- run
+    def run(
+        self,
+        q: torch.Tensor,
+        kv: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+        *,
+        out: torch.Tensor | None = None,
+        return_lse: bool = False,
+        **params: Any,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Attention of the planned batch.
+
+        Args:
+            q: ``[tokens, num_heads, head_dim]``; rows past the plan's last token are neither read nor written.
+            kv: (k, v), each ``[pages, page_size, num_kv_heads, head_dim]`` (NHD) or ``[pages, num_kv_heads, page_size,
+                head_dim]`` (HND), or both in one tensor with a dimension of 2 after pages; ragged:
+                ``[tokens, num_kv_heads, head_dim]``.
+            out: ``[tokens, num_heads, head_dim_v]``, written and returned.
+            return_lse: also return the natural-log LSE, float32 ``[tokens, num_heads]``.
+            **params: values of the fields that the mask does not read.
+        """
+        planned = self._planned
+        if planned is None:
+            raise ParameterError("run before plan: call plan(...) first")
+        k, v = kv if isinstance(kv, tuple) else (kv[:, 0], kv[:, 1])
+        site = self._site(q, k, v)
+        if return_lse and self.variant.trace.weight is not None:
+            raise UnsupportedError(f"return_lse with {self.variant.name}: its weight hook replaces softmax: there is no LSE")
+        if planned.decode and q.shape[0] < planned.requests:
+            raise ParameterError(f"q has {q.shape[0]} rows: required one for each of the {planned.requests} planned requests")
+        if out is None:
+            out = torch.empty(site.out_shape, dtype=self.dtype, device=self.device)
+        elif out.shape != site.out_shape or out.dtype != self.dtype or out.device != self.device or not out.is_contiguous():
+            raise ParameterError(
+                f"out is {tuple(out.shape)} {out.dtype} on {out.device}: required contiguous {tuple(site.out_shape)} "
+                f"{self.dtype} on {self.device}"
+            )
+        lse = torch.empty(site.out_shape[:2], dtype=torch.float32, device=self.device) if return_lse else None
+        held: list[torch.Tensor] = []
+        bound = self._bind("run", self._run_fields, params, planned.requests, held) if params or self._run_fields else {}
+        pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), 0 if lse is None else lse.data_ptr())
+        stream = _stream(self.device.index)
+        for i in planned.active:
+            template = planned.templates.get((id(site), i))
+            if template is None:
+                template = planned.templates[id(site), i] = self._template(i, site, planned)
+            buffer = bytearray(template)
+            _POINTERS.pack_into(buffer, 0, *pointers)
+            found = self._classes[i]
+            for name, value in bound.items():
+                code, offset = found.slots[name]
+                code.pack_into(buffer, offset, value)
+            found.kernel.launch(buffer, found.workers, 1, stream)
+        return out if lse is None else (out, lse)
+
+    def check(self) -> None:
+        """Wait for the device and raise ParameterError for what only the device could see: an indptr that decreases, a
+        batch over capacity, a page that does not exist. The rows concerned are NaN."""
+        status = int(self._status.item())
+        if status:
+            self._status.zero_()
+            what = STATUS_TEXT.get(status & 0xFF, f"status {status & 0xFF}")
+            raise ParameterError(f"request {status >> 8}: {what}")
+
+    # ---- checks
+    def _ints(self, name: str, given: Any, length: int | None) -> torch.Tensor:
+        """A contiguous int32 vector on the device."""
+        tensor = given
+        if not isinstance(given, torch.Tensor) or given.device != self.device:
+            tensor = torch.as_tensor(given, dtype=torch.int32).to(self.device, non_blocking=True)
+        if tensor.dtype != torch.int32 or tensor.dim() != 1 or not tensor.is_contiguous():
+            raise ParameterError(
+                f"{name} is {tensor.dtype} {tuple(tensor.shape)}, strides {tensor.stride()}: required a contiguous int32 vector"
+            )
+        if length is not None and tensor.shape[0] != length:
+            raise ParameterError(f"{name} has {tensor.shape[0]} entries: required {length}, one a request")
+        return tensor
+
+    def _table(self, given: Any) -> torch.Tensor:
+        tensor = given
+        if not isinstance(given, torch.Tensor) or given.device != self.device:
+            tensor = torch.as_tensor(given, dtype=torch.int32).to(self.device, non_blocking=True)
+        if tensor.dtype != torch.int32 or tensor.dim() != 2 or (tensor.shape[1] > 1 and tensor.stride(1) != 1):
+            raise ParameterError(
+                f"block_table is {tensor.dtype} {tuple(tensor.shape)}: required int32 [requests, pages] with contiguous rows"
+            )
+        return tensor
+
+    def _site(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> _Site:
+        ident = (q.shape, q.stride(), q.dtype, q.device, k.shape, k.stride(), k.dtype, v.shape, v.stride(), v.dtype, k.device,
+                 v.device)  # fmt: skip
+        site = self._sites.get(ident)
+        if site is None:
+            if len(self._sites) >= 256:
+                self._sites.clear()
+                if self._planned:
+                    self._planned.templates.clear()
+            site = self._sites[ident] = self._check_site(q, k, v)
+        if (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:
+            raise ParameterError("q, k or v starts at an address that is no multiple of 16 bytes: give an aligned tensor")
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            raise UnsupportedError("an input requires grad, and attngen has no backward yet: call under torch.no_grad()")
+        return site
+
+    def _check_site(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> _Site:
+        for name, t in (("q", q), ("k", k), ("v", v)):
+            if t.dtype != self.dtype or t.device != self.device:
+                raise ParameterError(f"{name} is {t.dtype} on {t.device}: required {self.dtype} on {self.device}")
+            if t.stride(-1) != 1 or any(s % 8 for s, n in zip(t.stride()[:-1], t.shape) if n > 1):
+                raise ParameterError(
+                    f"{name} has strides {t.stride()}: required a contiguous last dimension and the others multiples of 8"
+                )
+        if q.dim() != 3 or q.shape[1:] != (self.num_heads, self.head_dim):
+            raise ParameterError(f"q has shape {tuple(q.shape)}: required [tokens, {self.num_heads}, {self.head_dim}]")
+        values = {"q_stride_t": q.stride(0), "q_stride_h": q.stride(1)}
+        for name, t, d in (("k", k, self.head_dim), ("v", v, self.head_dim_v)):
+            if self.page_size is None:
+                wanted: tuple[Any, ...] = (t.shape[0] if t.dim() else 0, self.num_kv_heads, d)
+                order = (None, 0, 1)
+            elif self.kv_layout == "NHD":
+                wanted, order = (t.shape[0] if t.dim() else 0, self.page_size, self.num_kv_heads, d), (0, 1, 2)
+            else:
+                wanted, order = (t.shape[0] if t.dim() else 0, self.num_kv_heads, self.page_size, d), (0, 2, 1)
+            if tuple(t.shape) != wanted:
+                raise ParameterError(f"{name} has shape {tuple(t.shape)}: required {('N', *wanted[1:])}, {self.kv_layout}")
+            for letter, i in zip("bsh", order):
+                values[f"{name}_stride_{letter}"] = 0 if i is None else t.stride(i)
+        if k.shape[0] != v.shape[0]:
+            raise ParameterError(f"k has {k.shape[0]} pages and v {v.shape[0]}: required as many")
+        values["num_pages"] = k.shape[0]
+        return _Site((q.shape[0], self.num_heads, self.head_dim_v), values)
+
+    def _template(self, i: int, site: _Site, planned: _Planned) -> bytes:
+        """A class's parameter struct, but for pointers and the parameters of run."""
+        part, base, space = self._space.classes[i], self._base, self._space
+        values = {
+            **site.values, **planned.bound, "out_stride_t": self.num_heads * self.head_dim_v, "out_stride_h": self.head_dim_v,
+            "lse_stride_t": self.num_heads, "lse_stride_h": 1, "tiles": base + part.tiles, "workers": base + part.workers,
+            "counters": base + part.counters, "partial_out": base + space.partial_out,
+            "partial_lse": base + space.partial_lse, "status": base + space.status, "num_heads": self.num_heads,
+            "num_kv_heads": self.num_kv_heads, "head_offset": self.head_offset, "total_heads": self.total_heads,
+            "page_size": self.page_size or 1, "scale": self.scale,
+            "rope_mscale": 1.0 if self._rope is None else self._rope.mscale,
+        }  # fmt: skip
+        layout = self._classes[i].special.layout
+        buffer = bytearray(layout.size)
+        layout.pack_into(buffer, 0, *(values.get(f.name, 0) for f in layout.fields))
+        return bytes(buffer)
+
+    def _bind(
+        self, where: str, fields: Mapping[str, Any], given: Mapping[str, Any], requests: int, held: list[torch.Tensor]
+    ) -> dict[str, Any]:
+        """Struct fields for the parameters that belong to ``where`` ("plan" or "run")."""
+        for name in given:
+            if name not in fields:
+                other = "run" if where == "plan" else "plan"
+                if name in self._fields:
+                    raise ParameterError(
+                        f"{where} got `{name}`, which belongs to {other}: what the mask reads goes to plan, the rest to run"
+                    )
+                raise ParameterError(f"{self.variant.name} has no parameter `{name}`: it has {', '.join(self._fields) or 'none'}")
+        values: dict[str, Any] = {}
+        for name, f in fields.items():
+            value = given.get(name)
+            if value is None:
+                value = self.variant.__dict__.get(name)
+            if value is None:
+                raise ParameterError(f"{self.variant.name} needs `{name}`: pass {name}=... to {where}")
+            if f.kind == "tensor":
+                self._tensor(name, f, value, requests, values)
+                held.append(value)
+            elif isinstance(value, torch.Tensor) and value.device == self.device:
+                wanted = torch.float32 if f.dtype == F32 else torch.int32
+                if value.dim() or value.dtype != wanted:
+                    raise ParameterError(f"{name} is {value.dtype} {tuple(value.shape)}: required a number or a 0-dim {wanted}")
+                held.append(value)
+                values[f"param_{name}_at"] = value.data_ptr()
+            else:
+                values[f"param_{name}"] = check_scalar(self.variant, name, value)
+                values[f"param_{name}_at"] = 0
+        return values
+
+    def _tensor(self, name: str, f: Any, value: Any, requests: int, values: dict[str, Any]) -> None:
+        stored = dict(self.problem.storage)[name]
+        if not isinstance(value, torch.Tensor) or value.dim() != len(f.axes):
+            found = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+            raise ParameterError(f"{self.variant.name}.{name} is {found}: required a tensor {list(f.axes)}")
+        if value.device != self.device or _NAMES.get(value.dtype) != stored:
+            raise ParameterError(
+                f"{self.variant.name}.{name} is {value.dtype} on {value.device}: required {stored} on {self.device} "
+                f"(another dtype: BatchAttention(storage={{{name!r}: ...}}))"
+            )
+        heads = {"heads": (self.num_heads, self.total_heads), "kv_heads": (self.num_kv_heads, self.total_heads // self.group)}
+        for i, (axis, size) in enumerate(zip(f.axes, value.shape)):
+            wanted = (axis,) if isinstance(axis, int) else heads.get(axis) or ((requests,) if axis == "requests" else None)
+            if (wanted is not None and size not in wanted) or size > _INT32_MAX:
+                raise ParameterError(f"{self.variant.name}.{name} has {size} entries on axis {axis!r}: required {wanted}")
+            values[f"param_{name}_stride{i}"], values[f"param_{name}_size{i}"] = value.stride(i), size
+        local = self.head_offset and any(
+            axis in heads and size == heads[axis][0] != heads[axis][1] for axis, size in zip(f.axes, value.shape)
+        )
+        if local:
+            raise UnsupportedError(
+                f"{self.variant.name}.{name} holds this rank's heads alone: give all {self.total_heads}, or head_offset=0"
+            )
+        values[f"param_{name}"] = value.data_ptr()
+
+
+def _slots(special: cuda.Specialised) -> dict[str, tuple[struct.Struct, int]]:
+    codes = {"float": "=f", "int32_t": "=i", "int64_t": "=q"}
+    return {f.name: (struct.Struct(codes.get(f.ctype, "=Q")), f.offset) for f in special.layout.fields}
+
+
+def _stored(variant: Variant, storage: Mapping[str, torch.dtype] | None) -> dict[str, str]:
+    found = {}
+    for name, f in variant.trace.used().items():
+        if f.kind == "tensor":
+            bound = variant.values.get(name)
+            dtype = (storage or {}).get(name) or (bound.dtype if bound is not None else STORAGE[f.dtype][0])
+            if dtype not in STORAGE[f.dtype]:
+                raise ParameterError(f"storage of {name} is {dtype}: required one of {STORAGE[f.dtype]}")
+            found[name] = _NAMES[dtype]
+    return found
+
+
+def _cuda_device(device: Any) -> torch.device:
+    found = torch.device("cuda" if device is None else device)
+    if found.type != "cuda":
+        raise UnsupportedError(f"device {found}: BatchAttention runs on CUDA devices; on the CPU use attngen.attention")
+    if not torch.cuda.is_available():
+        raise UnsupportedError("no CUDA device here: BatchAttention needs one; on the CPU use attngen.attention")
+    return torch.device("cuda", torch.cuda.current_device() if found.index is None else found.index)
+
+
+def _same(known: int | None, found: int) -> int:
+    if known is not None and known != found:
+        raise ParameterError(f"q_indptr is of {known} requests and the key lengths of {found}: required as many")
+    return found
+
+
+def _stream(index: int) -> int:
+    return torch._C._cuda_getCurrentRawStream(index)
+
+
+def _space(owner: BatchAttention, config: PlanConfig, workers: Sequence[int], max_kv_len: int) -> Workspace:
+    return workspace(
+        config, workers, max_requests=owner.max_requests, max_q_tokens=owner.max_q_tokens, max_kv_len=max_kv_len,
+        num_heads=owner.num_heads, num_kv_heads=owner.num_kv_heads, head_dim_v=owner.head_dim_v,
+    )  # fmt: skip

@@ -1,0 +1,130 @@
+"""The CUDA side of the conductor: a trace and a configuration become a cubin in the cache, and a kernel on a device.
+
+Cubins are built by nvcc, with or without a GPU, for a named architecture; the host extension loads and launches them
+through the driver API.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from . import cache
+from .abi import Layout, parameter_fields
+from .abi_cuda import APPEND_FIELDS, ATTENTION_FIELDS, CUDA_ABI, PLAN_FIELDS
+from .choose_cuda import Arch, arch_of, cuda_flags
+from .emit import Hooks, emit
+from .errors import UnsupportedError
+from .load import host, load_cubin
+from .paths import PACKAGE, templates_dir
+from .run import FORMAT, BuildRecord, record_build
+from .spec import Problem, Trace
+
+# The rooms whose text decides what a CUDA kernel's source says.
+_ROOMS = ("ops", "expr", "bounds", "trace", "rope", "spec", "abi", "abi_cuda", "choose_cuda", "emit", "render", "render_cuda",
+          "build")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Specialised:
+    """A kernel before rendering. ``name`` is the template's; the entry point is ``attngen_<name>``."""
+
+    name: str
+    title: str
+    hooks: Hooks | None
+    config: Any
+    layout: Layout
+    problem: Problem | None
+    flags: tuple[str, ...]
+    key: str
+
+
+def specialise(name: str, title: str, trace: Trace, problem: Problem, config: Any, arch_name: str) -> Specialised:
+    """Holes, parameter struct and key of kernel ``name`` for a trace ("plan" reads the mask alone)."""
+    storage = dict(problem.storage)
+    if name == "plan":
+        trace = Trace(mask=trace.mask, fields=trace.fields, where=trace.where)
+    used = trace.used()
+    base = {"plan": PLAN_FIELDS, "append": APPEND_FIELDS}.get(name, ATTENTION_FIELDS)
+    hooks = emit(trace, storage, problem.head_dim, dialect="cuda", device_scalars=True)
+    layout = Layout(base + parameter_fields(used, storage, device_scalars=True))
+    flags = tuple(cuda_flags(arch_name))
+    # A planner depends on the problem only through what its mask reads.
+    facts = {n: storage[n] for n in used if n in storage} if name == "plan" else problem
+    parts = (FORMAT, CUDA_ABI, name, trace.key(problem.head_dim), facts, repr(config), flags, _digest())
+    key = hashlib.sha256(repr(parts).encode()).hexdigest()
+    return Specialised(name, title, hooks, config, layout, problem, flags, key)
+
+
+@lru_cache(maxsize=1)
+def _digest() -> str:
+    return cache.sources_digest(templates_dir() / "cuda", *(PACKAGE / f"{room}.py" for room in _ROOMS))
+
+
+def build(kernel: Specialised) -> tuple[cache.Entry, bool, float]:
+    """The kernel's cubin: from the cache, or compiled now. Returns the entry, whether it was there, and the seconds."""
+    store = cache.default()
+    start = time.perf_counter()
+
+    def compile_now(folder: Any) -> dict[str, Any]:
+        from .build import Recipe, compile_kernel
+        from .render import locate
+        from .render_cuda import render_cuda
+
+        compiled = store.base / "templates"
+        compiled.mkdir(mode=0o700, exist_ok=True)
+        files = render_cuda(
+            kernel.name, kernel.hooks, kernel.config, kernel.layout, kernel.problem, kernel.title, compiled
+        )
+        recipe = Recipe("cubin", (f"{kernel.name}.cu",), kernel.flags, (), "kernel.cubin")
+        result = compile_kernel(
+            files, recipe, folder, locate=lambda file, line: locate(files, file, line), keep_failed=store.failed(kernel.key)
+        )
+        return {
+            "kind": "cubin", "abi": CUDA_ABI, "artifact": result.artifact.name, "sources": list(files),
+            "compiler": result.compiler, "seconds": result.seconds, "flags": list(kernel.flags), "variant": kernel.title,
+            "isa": kernel.config.arch, "problem": kernel.problem.__dict__ if kernel.problem else None,
+            "config": str(kernel.config), "spec_hash": kernel.key, "symbol": f"attngen_{kernel.name}",
+            "params": [[f.ctype, f.name, f.offset] for f in kernel.layout.fields], "params_size": kernel.layout.size,
+        }  # fmt: skip
+
+    entry, hit = store.get_or_build(kernel.key, compile_now)
+    return entry, hit, 0.0 if hit else time.perf_counter() - start
+
+
+_loaded: dict[tuple[str, int], Any] = {}
+_loaded_lock = threading.Lock()
+
+
+def load(kernel: Specialised, device: int, threads: int, shared_bytes: int, dependent: bool) -> Any:
+    """The kernel on CUDA device ``device``: built if need be, loaded once a process."""
+    with _loaded_lock:
+        found = _loaded.get((kernel.key, device))
+    if found is None:
+        entry, hit, seconds = build(kernel)
+        host()
+        start = time.perf_counter()
+        found = load_cubin(entry, f"attngen_{kernel.name}", device, threads, shared_bytes, dependent)
+        record_build(BuildRecord(
+            kernel.key, f"{kernel.title} {kernel.name}", kernel.problem, hit, seconds, time.perf_counter() - start
+        ))  # fmt: skip
+        with _loaded_lock:
+            found = _loaded.setdefault((kernel.key, device), found)
+    return found
+
+
+@lru_cache(maxsize=None)
+def device_arch(index: int) -> Arch:
+    """The architecture whose cubins a CUDA device runs.
+
+    Raises UnsupportedError for a device that has no kernels, and for a torch built for another vendor's GPUs.
+    """
+    if torch.version.hip is not None:
+        raise UnsupportedError("this torch is built for ROCm: attngen's kernels run on NVIDIA GPUs from sm_80, and on CPUs")
+    return arch_of(*torch.cuda.get_device_capability(index))
