@@ -31,8 +31,17 @@ from .spec import Const, Scalar, Tensor, Variant, compose
 
 __version__ = "0.1.0"
 
+
+def __getattr__(name: str) -> object:
+    if name == "BatchAttention":  # what only a GPU needs is imported when it is asked for
+        from .batch import BatchAttention
+
+        return BatchAttention
+    raise AttributeError(f"module 'attngen' has no attribute {name!r}")
+
+
 __all__ = [
-    "AttngenError", "BuildError", "BuildRecord", "CacheError", "CacheWarning", "Const", "DynamicNTK", "Kernel", "Linear",
+    "AttngenError", "BatchAttention", "BuildError", "BuildRecord", "CacheError", "CacheWarning", "Const", "DynamicNTK", "Kernel", "Linear",
     "Llama3", "LoadError", "LongRoPE", "ParameterError", "RoPE", "Scalar", "Tensor", "UnsupportedError", "Variant",
     "VariantError", "YaRN", "abs", "attention", "build_log", "cast", "compile", "compose", "exp", "exp2", "floor", "log",
     "log2", "max", "min", "reference", "rsqrt", "sigmoid", "sqrt", "tanh", "where",

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -182,19 +183,24 @@ class BatchAttention:
         for bm in (64, 128):
             if most_rows > choices[-1][1].block_m:
                 choices.append(("attention_sm80", choose_attention(problem, arch.name, hooks, bm, paged=paged, split=split).config))
+        shapes = tuple(TileClass(c.block_m, c.block_n, c.unit_cost, c.split) for _, c in choices)
+        self._plan_config = PlanConfig(arch.name, shapes)
+        wanted = [*choices, ("plan", self._plan_config)]
+        specials = [cuda.specialise(n, self.variant.name, trace, problem, config, arch.name) for n, config in wanted]
+        with ThreadPoolExecutor(len(specials)) as pool:  # each is a process of nvcc
+            list(pool.map(cuda.build, specials))
         multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
         self._classes = []
-        for kernel_name, config in choices:
-            special = cuda.specialise(kernel_name, self.variant.name, trace, problem, config, arch.name)
+        for special, (_, config) in zip(specials, choices):
             kernel = cuda.load(special, self.device.index, config.threads, config.smem_bytes, arch.dependent_launch)
             blocks = kernel.blocks_per_sm()
             if blocks == 0:
-                raise UnsupportedError(f"{kernel_name} of {self.variant.name} does not fit {self.device}: {config}")
+                raise UnsupportedError(f"{special.name} of {self.variant.name} does not fit {self.device}: {config}")
             self._classes.append(_Class(config.block_m, kernel, special, blocks * multiprocessors, _slots(special)))
-        shapes = tuple(TileClass(c.block_m, c.block_n, c.unit_cost, c.split) for _, c in choices)
-        self._plan_config = PlanConfig(arch.name, shapes)
-        self._plan_special = cuda.specialise("plan", self.variant.name, trace, problem, self._plan_config, arch.name)
-        self._plan_kernel = cuda.load(self._plan_special, self.device.index, 1024, 0, arch.dependent_launch)
+        self._plan_special = specials[-1]
+        self._plan_kernel = cuda.load(
+            self._plan_special, self.device.index, self._plan_config.threads, 0, arch.dependent_launch
+        )
 
     @property
     def workspace_bytes(self) -> int:

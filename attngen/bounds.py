@@ -30,9 +30,13 @@ class Inequality:
     source: Node
 
     def __str__(self) -> str:
-        parts = [f"{c}*{name}" for c, name in ((self.cq, "q"), (self.ck, "kv")) if c]
-        parts += [f"{sign}*{text(term)}" for sign, term in self.terms]
-        return " + ".join(parts) + " >= 0"
+        terms = [(self.cq, "q"), (self.ck, "kv"), *((sign, text(term)) for sign, term in self.terms)]
+        found = ""
+        for factor, name in terms:
+            if factor:
+                size = name if abs(factor) == 1 else f"{abs(factor)}*{name}"
+                found += f" {'-' if factor < 0 else '+'} {size}"
+        return f"{found.removeprefix(' + ').replace(' - ', '-', 1) if found.startswith(' - ') else found.removeprefix(' + ')} >= 0"
 
 
 @dataclass(frozen=True)

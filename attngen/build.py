@@ -3,7 +3,7 @@
     BuildResult = compile_kernel({file name: text}, Recipe, folder)
 
 We write our own build.ninja. `torch.utils.cpp_extension.load` cannot build a .cu file under a CPU-only torch, costs
-90 s where torch's headers meet nvcc, and its lock waits forever after a killed build (docs/building.md). A CPU kernel
+90 s where torch's headers meet nvcc, and its lock waits forever after a killed build (docs/build.md). A CPU kernel
 is compiled and linked by separate edges, so that a floating-point flag of the compiler can never reach the linker,
 where it would turn denormals off for the whole process.
 """

@@ -100,37 +100,43 @@ class Choice:
     candidates: tuple[Candidate, ...]
 
 
-# (lanes, compute): mr, vectors, block_m, block_n, best first. Times are of causal attention, 2048 x 2048, head_dim 64
-# (head_dim 8, 32, 128 and 256 rank them alike), relative to the first, on an EPYC of family 26 (Zen 5).
+# (lanes, compute): mr, vectors, block_m, block_n and why it lost, best first. A ratio is its time over the first's:
+# causal, one thread, CPU time on an EPYC of family 26 (Zen 5), least and greatest over the head_dims measured (8, 64,
+# 128, 256 with AVX-512; 64, 128 else). The first against itself differed by up to 0.02, so less than that is a tie.
 _CANDIDATES: dict[tuple[int, str], tuple[tuple[int, int, int, int, str], ...]] = {
     (16, "float32"): (
         (8, 2, 128, 64, ""),
-        (8, 2, 256, 64, "2% faster on long queries, but coarser work for short ones and many threads"),
-        (8, 2, 64, 64, "keys and values are staged twice as often: 1.12x"),
-        (8, 2, 128, 32, "more passes over O: 1.05x"),
-        (8, 3, 144, 64, "strips of 48 rows cut powers of two badly: 1.02x"),
-        (4, 4, 128, 64, "1.01x, and causal strips of 64 rows waste more"),
+        (8, 2, 256, 64, "0.95-0.99x, but half as many items to share among threads"),
+        (8, 2, 128, 128, "0.98-1.01x: a tie, with larger scratch"),
+        (8, 2, 128, 32, "0.97-1.01x: a tie at head_dim 64 and 128"),
+        (8, 2, 64, 64, "1.01-1.05x"),
+        (8, 3, 144, 64, "1.00-1.05x"),
+        (4, 4, 128, 64, "1.00-1.04x"),
     ),
     (16, "bfloat16"): (
         (8, 2, 128, 128, ""),
-        (8, 2, 256, 128, "2% faster on long queries, but coarser work for short ones and many threads"),
-        (8, 2, 128, 64, "more passes over O: 1.03x"),
-        (8, 2, 64, 128, "keys and values are staged twice as often: 1.06x"),
-        (8, 3, 144, 128, "strips of 48 rows cut powers of two badly: 1.04x"),
+        (8, 2, 256, 128, "0.98-1.00x, but half as many items to share among threads"),
+        (8, 2, 128, 64, "0.99-1.02x: a tie except at head_dim 128"),
+        (8, 2, 64, 128, "1.04-1.06x"),
+        (8, 3, 144, 128, "1.01-1.08x"),
+        (4, 4, 128, 128, "1.00-1.05x"),
     ),
     (8, "float32"): (
         (4, 3, 120, 64, ""),
-        (4, 2, 128, 64, "8 sums do not hide the latency of the multiply-add: 1.05x"),
-        (8, 1, 128, 64, "9 loads for 8 multiply-adds: 1.09x"),
+        (4, 3, 240, 64, "0.99-1.00x: a tie, with half as many items"),
+        (4, 2, 128, 64, "1.06-1.07x"),
+        (8, 1, 128, 64, "1.10x"),
     ),
     (4, "float32"): (
-        (4, 2, 128, 64, ""),
-        (8, 1, 128, 64, "9 loads for 8 products: 1.12x"),
-        (4, 3, 120, 64, "spills, products and sums being apart: 1.21x"),
+        (2, 4, 128, 64, ""),
+        (2, 5, 120, 64, "1.05-1.08x"),
+        (4, 2, 128, 64, "1.09-1.10x"),
+        (8, 1, 128, 64, "1.23-1.24x"),
+        (4, 3, 120, 64, "1.34-1.39x"),
     ),
 }  # fmt: skip
-# Up to so many rows the path with head_dim in the lanes wins: measured at 1024 keys, head_dim 64. At most nr.
-_FEW_ROWS = {(16, "float32"): 16, (16, "bfloat16"): 12, (8, "float32"): 16, (4, "float32"): 8}
+# Items of up to so many rows take the path with head_dim in the lanes; measured at 1024 keys, head_dim 64 and 128.
+_FEW_ROWS = {(16, "float32"): 16, (16, "bfloat16"): 12, (8, "float32"): 16, (4, "float32"): 12}
 _SCRATCH_LIMIT = 1 << 20  # bytes of a thread's tiles: they should stay in its level 2 cache
 
 

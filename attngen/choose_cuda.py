@@ -151,11 +151,11 @@ def choose_decode(problem: Problem, arch_name: str, hooks: Hooks, paged: bool = 
 
 
 def decode_smem_bytes(d: int, dv: int, warps: int, stages: int, staged_queries: int, softmax: bool) -> int:
-    """Size of ``Shared`` in decode.cu: ring, staged queries, where the warps' results meet, a flag."""
+    """No less than the size of ``Shared`` in decode.cu: ring, staged queries, where the warps' results meet, the worker."""
     ring = warps * stages * 32 * (d + dv)
     queries = staged_queries * 32 * d
     meet = warps * 8 * (4 * (dv + 4) + (8 if softmax else 0))
-    return -(-(ring + queries + meet + 4) // 128) * 128
+    return -(-(ring + queries + meet + 128 + 28) // 128) * 128
 
 
 def check_head_dims(d: int, dv: int) -> None:
@@ -219,11 +219,27 @@ class AttentionChoice:
 # shared memory half as often as eight of 16, but hold twice the output: up to head_dim_v 128 it fits in registers.
 _ATTENTION_SHAPES = {
     # block_m, head_dim_v up to
+    (128, 64): ((96, 4, 2, 2), (64, 4, 2, 2), (64, 4, 1, 2), (64, 4, 1, 1)),
     (128, 128): ((64, 4, 2, 2), (64, 4, 1, 2), (64, 4, 2, 1), (64, 4, 1, 1), (32, 4, 1, 1), (16, 4, 1, 1)),
     (128, 256): ((64, 8, 2, 1), (64, 8, 1, 1), (32, 8, 1, 1), (16, 8, 1, 1)),
     (64, 128): ((64, 4, 2, 3), (64, 4, 2, 2), (64, 4, 1, 2), (64, 4, 1, 1), (32, 4, 1, 1)),
     (64, 256): ((64, 4, 2, 1), (64, 4, 1, 1), (32, 4, 1, 1), (16, 4, 1, 1)),
 }
+# Hooks on every score need registers beside 32 rows: the scores of fewer keys at a time. A hook that reads a tensor for
+# every score needs still more: warps of 16 rows.
+_HOOKED_SHAPES = ((32, 4, 2, 2), (32, 4, 1, 2), (32, 4, 2, 1), (32, 4, 1, 1), (16, 4, 1, 1))
+_READING_SHAPES = ((64, 8, 2, 1), (64, 8, 1, 1), (32, 8, 1, 1), (16, 8, 1, 1))
+
+
+def _attention_shapes(block_m: int, dv: int, hooks: Hooks) -> tuple[tuple[int, int, int, int], ...]:
+    functions = [fn for fn in (hooks.logits, hooks.weight, hooks.mask) if fn]
+    if block_m == 128 and dv <= 128:
+        if any("ag_load" in text for fn in functions for text in (fn.result, *(line.expr for line in fn.lines))):
+            return _READING_SHAPES
+        rotates = hooks.rope is not None and hooks.rope.rotate_keys
+        if hooks.logits or hooks.weight or hooks.query_scale or rotates or not hooks.bounds.exact:
+            return _HOOKED_SHAPES
+    return _ATTENTION_SHAPES[block_m, next(size for size in (64, 128, 256) if dv <= size and (block_m, size) in _ATTENTION_SHAPES)]
 
 
 def choose_attention(
@@ -236,10 +252,12 @@ def choose_attention(
     check_head_dims(d, dv)
     candidates: list[AttentionCandidate] = []
     won: AttentionCandidate | None = None
-    for block_n, warps, stages, blocks in _ATTENTION_SHAPES[block_m, 128 if dv <= 128 else 256]:
-        smem = attention_smem_bytes(d, dv, block_m, block_n, stages, hooks)
+    for block_n, warps, stages, blocks in _attention_shapes(block_m, dv, hooks):
+        smem = attention_smem_bytes(d, dv, block_m, block_n, stages, hooks, paged)
         lost = ""
-        if smem > gpu.smem_per_block:
+        if split % block_n:
+            lost = f"pieces of {split} keys are not made of blocks of {block_n}"
+        elif smem > gpu.smem_per_block:
             lost = f"needs {smem} bytes of shared memory, a block has {gpu.smem_per_block}"
         elif blocks * (smem + _SMEM_RESERVED) > gpu.smem_per_sm:
             lost = f"{blocks} blocks need {blocks * (smem + _SMEM_RESERVED)} bytes of shared memory, an SM has {gpu.smem_per_sm}"
@@ -260,14 +278,15 @@ def choose_attention(
     return AttentionChoice(config, tuple(candidates))
 
 
-def attention_smem_bytes(d: int, dv: int, block_m: int, block_n: int, stages: int, hooks: Hooks) -> int:
+def attention_smem_bytes(d: int, dv: int, block_m: int, block_n: int, stages: int, hooks: Hooks, paged: bool) -> int:
     """No less than the size of ``Shared`` in attention_sm80.cu, which asserts it: queries once per kind of rotation, keys and
     values, what is computed once per row, column and tile, the work list's records."""
     kinds = len(hooks.rope.q_positions) if hooks.rope else 1
     pitch, pitch_v = 2 * d + 16, 2 * dv + 16
     tiles = kinds * block_m * max(pitch, pitch_v) + stages * block_n * (pitch + pitch_v)
     values = 4 * block_m * (4 + len(hooks.row)) + 8 * block_n * (2 + len(hooks.col)) + 8 * (len(hooks.call) + len(hooks.tile))
-    return -(-(tiles + values + 768) // 128) * 128
+    places = 40 * block_n if paged else 0
+    return -(-(tiles + values + places + 896) // 128) * 128
 
 
 # ---- plan and append ---------------------------------------------------------------------------------------------
@@ -300,19 +319,28 @@ class PlanConfig:
 
 @dataclass(frozen=True)
 class AppendConfig:
-    """The kernel that writes new keys and values into pages: a grid of ``blocks(tokens, heads)`` blocks."""
+    """The kernel that writes new keys and values into pages, keys rotated in their first ``rotary_dim`` elements (0: none).
+
+    Every thread takes one of ``columns`` of a token through all heads.
+    """
 
     arch: str
     head_dim: int
     head_dim_v: int
     dtype: str
+    rotary_dim: int = 0
     threads: int = 256
-    vectors: int = 4  # of 16 bytes, that a thread has in flight
 
-    def blocks(self, num_tokens: int, num_kv_heads: int) -> int:
-        """The grid: a thread writes ``vectors`` vectors of 8 elements."""
-        total = num_tokens * num_kv_heads * (self.head_dim + self.head_dim_v) // 8
-        return -(-total // (self.threads * self.vectors))
+    @property
+    def columns(self) -> int:
+        """Columns of a token: 16 bytes of keys or values, 16 elements that are rotated, or one pair where the rotated
+        part is no multiple of 16."""
+        pairs = self.rotary_dim // 16 if self.rotary_dim % 16 == 0 else self.rotary_dim // 2
+        return pairs + (self.head_dim - self.rotary_dim + self.head_dim_v) // 8
+
+    def blocks(self, num_tokens: int) -> int:
+        """The grid."""
+        return -(-num_tokens * self.columns // self.threads)
 
     def __str__(self) -> str:
         return " ".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))

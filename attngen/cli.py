@@ -378,29 +378,29 @@ def run(
     case = checking.Case("run", batch, q_len, kv_len or q_len, heads, kv_heads or heads)
     q, k, v = checking.inputs(case, checking.DTYPES[dtype], head_dim)
     params, notes = checking.invent(found, case)
-    before = len(conductor.build_log())
     times = []
     with torch.no_grad(), _stderr().status("compiling") as status:
+        start = time.perf_counter()
+        kernel, cached = checking.compile_for(found, dtype, head_dim)
+        ready = time.perf_counter() - start
         for i in range(repeat + 1):
             start = time.perf_counter()
             conductor.attention(q, k, v, found, **params)
             times.append(time.perf_counter() - start)
             status.update(f"running, call {i + 1} of {repeat + 1}")
-    record = conductor.build_log()[before]
     seconds = median(times[1:])
     work = 4 * batch * heads * q_len * case.kv_len * head_dim  # q.k and p.v over the whole matrix, masked or not
     facts = {
         "variant": found.name, "sizes": str(case).removeprefix("run "), "head_dim": head_dim, "dtype": dtype,
-        "isa": record.problem.isa, "threads": torch.get_num_threads(), "key": record.key,
-        "cache": "hit" if record.hit else "miss", "build_s": record.build_seconds, "load_ms": 1e3 * record.load_seconds,
-        "first_call_s": times[0], "ms": 1e3 * seconds, "gflops": work / seconds / 1e9, "invented": notes,
+        "isa": kernel.problem.isa, "threads": torch.get_num_threads(), "key": kernel.spec_hash,
+        "cache": "hit" if cached else "miss", "ready_s": ready, "first_call_s": times[0], "ms": 1e3 * seconds, "gflops": work / seconds / 1e9, "invented": notes,
     }  # fmt: skip
     if as_json:
         return _print_json(facts)
-    cache_text = "cache hit" if record.hit else f"cache miss, built in {record.build_seconds:.2f} s"
+    cache_text = "cache hit" if cached else f"cache miss, built in {ready:.2f} s"
     out = _stdout()
     out.print(
-        f"{found.name} {facts['sizes']} d={head_dim} {dtype} {record.problem.isa} | {1e3 * seconds:.3f} ms | "
+        f"{found.name} {facts['sizes']} d={head_dim} {dtype} {kernel.problem.isa} | {1e3 * seconds:.3f} ms | "
         f"{facts['gflops']:.1f} GFLOP/s (masked elements counted) | {facts['threads']} threads | {cache_text}",
         markup=False, highlight=False, soft_wrap=True,
     )  # fmt: skip

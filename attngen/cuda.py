@@ -33,7 +33,7 @@ _ROOMS = ("ops", "expr", "bounds", "trace", "rope", "spec", "abi", "abi_cuda", "
 
 @dataclass(frozen=True)
 class Specialised:
-    """A kernel before rendering. ``name`` is the template's; the entry point is ``attngen_<name>``."""
+    """A kernel before rendering; ``name`` is the template's."""
 
     name: str
     title: str
@@ -43,6 +43,11 @@ class Specialised:
     problem: Problem | None
     flags: tuple[str, ...]
     key: str
+
+    @property
+    def symbol(self) -> str:
+        """The entry point: attngen_attention in every attention template."""
+        return f"attngen_{self.name.partition('_')[0]}"
 
 
 def specialise(name: str, title: str, trace: Trace, problem: Problem, config: Any, arch_name: str) -> Specialised:
@@ -90,7 +95,7 @@ def build(kernel: Specialised) -> tuple[cache.Entry, bool, float]:
             "kind": "cubin", "abi": CUDA_ABI, "artifact": result.artifact.name, "sources": list(files),
             "compiler": result.compiler, "seconds": result.seconds, "flags": list(kernel.flags), "variant": kernel.title,
             "isa": kernel.config.arch, "problem": kernel.problem.__dict__ if kernel.problem else None,
-            "config": str(kernel.config), "spec_hash": kernel.key, "symbol": f"attngen_{kernel.name}",
+            "config": str(kernel.config), "spec_hash": kernel.key, "symbol": kernel.symbol,
             "params": [[f.ctype, f.name, f.offset] for f in kernel.layout.fields], "params_size": kernel.layout.size,
         }  # fmt: skip
 
@@ -110,7 +115,7 @@ def load(kernel: Specialised, device: int, threads: int, shared_bytes: int, depe
         entry, hit, seconds = build(kernel)
         host()
         start = time.perf_counter()
-        found = load_cubin(entry, f"attngen_{kernel.name}", device, threads, shared_bytes, dependent)
+        found = load_cubin(entry, kernel.symbol, device, threads, shared_bytes, dependent)
         record_build(BuildRecord(
             kernel.key, f"{kernel.title} {kernel.name}", kernel.problem, hit, seconds, time.perf_counter() - start
         ))  # fmt: skip

@@ -27,6 +27,10 @@ _RESERVED = frozenset(  # names that the template's loops and C++ use beside the
     "private protected template typename this new delete operator errno stdin stdout stderr namespace using try catch "
     "throw friend virtual explicit mutable true false and or not xor nullptr asm".split()
 )
+# Names of the generated locals, of types, of helper functions and of macros: a field of such a name gets another one.
+_MEANINGFUL = re.compile(r"e\d+|\w+_t|ag_\w+|[A-Z][A-Z0-9_]*|assert|offsetof|bf16|f16|std|main")
+_LEVEL_HINT = {CALL: "call", TILE: "tile", ROW: "row", COL: "col"}
+_LONG_TEXT = 400  # characters of one expression: past it, a part gets a name
 # A read indexed by exactly this symbol on this axis cannot be out of range: the call checks the axis's size.
 _SAFE_INDEX = {
     "heads": "head", "kv_heads": "kv_head", "requests": "request", "positions": "kv", "q_tokens": "q_token",
@@ -102,7 +106,12 @@ def emit(
     """Fill the holes for ``trace``. ``storage`` gives each tensor parameter's stored dtype; ``dialect`` is cpp or cuda;
     ``device_scalars`` as in ``abi.parameter_fields``."""
     logits, weight, output = (_reciprocals(getattr(trace, name)) for name in ("logits", "weight", "output"))
-    return _Emitter(replace(trace, logits=logits, weight=weight, output=output), storage, dialect, device_scalars).hooks(head_dim)
+    where = dict(trace.where)
+    for new, old in ((logits, trace.logits), (weight, trace.weight), (output, trace.output)):
+        if old in where:
+            where.setdefault(new, where[old])
+    trace = replace(trace, logits=logits, weight=weight, output=output, where=where)
+    return _Emitter(trace, storage, dialect, device_scalars).hooks(head_dim)
 
 
 def _reciprocals(root: Node | None) -> Node | None:
@@ -189,7 +198,7 @@ class _Emitter:
             elif node.op == "sym":
                 name = text = node.attr
             else:
-                hint = node.attr[0] if node.op == "load" else {CALL: "call", TILE: "tile", ROW: "row", COL: "col"}[level]
+                hint = node.attr[0] if node.op == "load" else _LEVEL_HINT[level]
                 text = self.expression(node, level)
                 name = self.name(hint)
             self.stored[node] = name
@@ -197,8 +206,10 @@ class _Emitter:
         return self.stored[node]
 
     def name(self, hint: str) -> str:
+        if _MEANINGFUL.fullmatch(hint):
+            hint += "_"
         candidate, n = hint, 0
-        while candidate in self.names or re.fullmatch(r"e\d+", candidate):
+        while candidate in self.names:
             n += 1
             candidate = f"{hint}{n}"
         self.names.add(candidate)
@@ -206,26 +217,39 @@ class _Emitter:
 
     # ---- expressions
     def expression(self, root: Node, level: int, lines: list[Value] | None = None) -> str:
-        """C text of ``root`` at ``level``. With ``lines``, values used twice become locals there."""
+        """C text of ``root`` at ``level``. With ``lines``, values used twice become locals there; without, and wherever
+        a text grows long, they become values of the level, so that the text stays linear in the nodes."""
         uses: Counter[Node] = Counter()
         for node in walk(root):
             for a in node.args:
                 uses[a] += 2 if node.op == "load" and a.args else 1
         texts: dict[Node, str] = {}
-
-        def visit(node: Node) -> str:
-            if node not in texts:
+        stack = [(root, False)]
+        while stack:
+            node, ready = stack.pop()
+            if node in texts:
+                continue
+            if not ready:
                 text = self.leaf(node, level) if node is not root or not node.args else None
                 if text is None:
-                    text = self.operation(node, [visit(a) for a in node.args])
-                    if lines is not None and node is not root and uses[node] > 1:
-                        name = f"e{len(lines)}"
-                        lines.append(Value(CTYPE[node.dtype], name, text, self.where(node)))
-                        text = name
-                texts[node] = text
-            return texts[node]
-
-        return visit(root)
+                    stack.append((node, True))
+                    stack.extend((a, False) for a in reversed(node.args))
+                else:
+                    texts[node] = text
+                continue
+            text = self.operation(node, [texts[a] for a in node.args])
+            if node is not root:
+                shared = uses[node] > 1
+                if lines is not None and (shared or len(text) > _LONG_TEXT):
+                    name = f"e{len(lines)}"
+                    lines.append(Value(CTYPE[node.dtype], name, text, self.where(node)))
+                    text = name
+                elif lines is None and len(text) > (_LONG_TEXT // 4 if shared else _LONG_TEXT):
+                    name = self.name(_LEVEL_HINT[level])
+                    self.sections[level].append(Value(CTYPE[node.dtype], name, text, self.where(node)))
+                    text = {CALL: f"c.{name}", TILE: f"t.{name}"}.get(level, name)
+            texts[node] = text
+        return texts[root]
 
     def operation(self, node: Node, args: list[str]) -> str:
         if node.op == "load":

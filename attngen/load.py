@@ -5,7 +5,7 @@
 The host extension does the work. An installed package carries it built; a bare checkout builds it at first use, through
 `torch.utils.cpp_extension` and ninja, but in a child process of ours, inside a private folder and lock of our cache:
 cpp_extension's own lock waits forever for a killed build, serves another source's module under the same name and hides
-the compiler's message on a second try (docs/building.md). None of that can happen to a folder that is used once.
+the compiler's message on a second try (docs/build.md). None of that can happen to a folder that is used once.
 """
 
 from __future__ import annotations

@@ -125,6 +125,10 @@ def compile(  # noqa: A001
     """
     variant = as_variant(variant)
     stored = {}
+    tensors = [name for name, f in variant.trace.fields.items() if f.kind == "tensor"]
+    for name in storage or ():
+        if name not in tensors:
+            raise ParameterError(f"storage of `{name}`: {variant.name} has the tensor fields {', '.join(tensors) or 'none'}")
     for name, f in variant.trace.used().items():
         if f.kind == "tensor":
             bound = variant.values.get(name)
@@ -272,13 +276,13 @@ def attention(
         buffer, 0, q.data_ptr(), k.data_ptr(), v.data_ptr(), result.data_ptr(), 0 if lse is None else lse.data_ptr()
     )
     _THREADS.pack_into(buffer, _THREADS_OFFSET, torch.get_num_threads(), site.scale if scale is None else _scale(variant, scale, site.head_dim))
-    keep = None
+    held: list[torch.Tensor] = []  # alive through the launch
+    longest = site.kv_len
     if q_lens is not None or kv_lens is not None or q_offset is not None or site.rope_needs_lens:
-        keep = site.bind_lengths(buffer, q_lens, kv_lens, q_offset)
+        longest = site.bind_lengths(buffer, q_lens, kv_lens, q_offset, held)
     if site.params:
-        keep = (keep, site.bind(buffer, params))
+        site.bind(buffer, params, longest, held)
     site.kernel.launch(buffer)
-    del keep
     return result if lse is None else (result, lse)
 
 
@@ -304,7 +308,7 @@ def reference(
     values = {}
     for name, f in variant.trace.used().items():
         value = _value(variant, name, params)
-        values[name] = shape.check_tensor(name, value, lens_kv) if f.kind == "tensor" else check_scalar(variant, name, value)
+        values[name] = shape.check_tensor(name, value, max(lens_kv, default=0)) if f.kind == "tensor" else check_scalar(variant, name, value)
     _check_unknown(variant, params)
     free, named = _free_axes(variant), {}
     for name, f in variant.trace.used().items():
@@ -407,8 +411,8 @@ class _Shape:
                 raise ParameterError(f"{name}[{r}] is {x}: required 0 to {limit}, {what}")
         return values
 
-    def check_tensor(self, name: str, value: Any, kv_lens: Sequence[int] | None) -> torch.Tensor:
-        """A tensor parameter of the declared type and axes."""
+    def check_tensor(self, name: str, value: Any, longest: int) -> torch.Tensor:
+        """A tensor parameter of the declared type and axes; ``longest`` kv_len of the call."""
         variant = self.variant
         f = variant.trace.fields[name]
         if not isinstance(value, torch.Tensor):
@@ -426,7 +430,6 @@ class _Shape:
         sizes = self.sizes()
         for axis, size in zip(f.axes, value.shape):
             if axis == "positions":
-                longest = max(kv_lens, default=0) if kv_lens is not None else self.kv_len
                 if size < longest:
                     raise ParameterError(
                         f'{variant.name}.{name} has {size} entries on axis "positions": required the longest kv_len, '
@@ -500,15 +503,16 @@ class _Site(_Shape):
             raise ParameterError("out shares memory with q, k or v: give another tensor")
         return out
 
-    def bind_lengths(self, buffer: bytearray, q_lens: Any, kv_lens: Any, q_offset: Any) -> list[torch.Tensor]:
-        """Write the length pointers; returns the tensors that must live through the launch."""
+    def bind_lengths(
+        self, buffer: bytearray, q_lens: Any, kv_lens: Any, q_offset: Any, held: list[torch.Tensor]
+    ) -> int:
+        """Write the length pointers; returns the longest kv_len."""
         lens_q, lens_kv, offsets = self.lengths(q_lens, kv_lens, q_offset)
-        held = []
         for name, values in (("q_lens", lens_q), ("kv_lens", lens_kv), ("q_offsets", offsets)):
             held.append(torch.tensor(values, dtype=torch.int32))
             struct.pack_into("=Q", buffer, self.offsets[name], held[-1].data_ptr())
         if self.rope_needs_lens:
-            inv_freq, table = self.rope.tables(self.head_dim, held[1].long())
+            inv_freq, table = self.rope.tables(self.head_dim, torch.tensor(lens_kv, dtype=torch.int64))
             inv_freq = inv_freq.contiguous()
             held.append(inv_freq)
             struct.pack_into("=Q", buffer, self.offsets["rope_inv_freq"], inv_freq.data_ptr())
@@ -516,18 +520,20 @@ class _Site(_Shape):
                 table = table.to(torch.int32).contiguous()
                 held.append(table)
                 struct.pack_into("=Q", buffer, self.offsets["rope_table"], table.data_ptr())
-        return held
+        return max(lens_kv, default=0)
 
-    def bind(self, buffer: bytearray, params: Mapping[str, Any]) -> list[torch.Tensor]:
-        """Write the parameters; returns the tensors that must live through the launch."""
-        held, named = [], {}
+    def bind(
+        self, buffer: bytearray, params: Mapping[str, Any], longest: int, held: list[torch.Tensor]
+    ) -> None:
+        """Write the parameters."""
+        named: dict[str, tuple[str, int]] = {}
         for name, f in self.params.items():
             value = _value(self.variant, name, params)
             at = self.offsets[f"param_{name}"]
             if f.kind != "tensor":
                 struct.pack_into("=f" if f.dtype == F32 else "=i", buffer, at, check_scalar(self.variant, name, value))
                 continue
-            self.check_tensor(name, value, None)
+            self.check_tensor(name, value, longest)
             held.append(value)
             empty = value.numel() == 0
             struct.pack_into("=Q", buffer, at, (_ZERO if empty else value).data_ptr())
@@ -536,7 +542,6 @@ class _Site(_Shape):
                 struct.pack_into("=i", buffer, self.offsets[f"param_{name}_size{i}"], value.shape[i])
                 if axis in self.free_axes and named.setdefault(axis, (name, value.shape[i]))[1] != value.shape[i]:
                     raise _unequal_axis(axis, named[axis], (name, value.shape[i]))
-        return held
 
 
 def _site(variant: Variant, q: Any, k: Any, v: Any, layout: str, params: Mapping[str, Any]) -> _Site:

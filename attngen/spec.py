@@ -434,14 +434,17 @@ class Composed(Variant):
                     )
         seen: dict[str, str] = {}
         for part in parts:
-            for name in part.trace.fields:
+            for name in part.trace.used():
                 if name in seen:
                     raise fail(
                         f"{seen[name]} and {part.name} both have a field `{name}`",
                         f"Rename one: subclass it and annotate another name, so that {name}=... at the call is one value",
                     )
                 seen[name] = part.name
-                self.__dict__[name] = part.__dict__.get(name)
+        for part in parts:
+            for name in part.trace.fields:
+                if name in part.trace.used() or name not in seen:
+                    self.__dict__[name] = part.__dict__.get(name)
 
     @property
     def name(self) -> str:
@@ -475,7 +478,7 @@ class Composed(Variant):
         trace = Trace(
             query_scale=query_scale, logits=logits, mask=mask, output=output,
             sink=self._only("sink"), weight=self._only("weight"), rope=self._only("rope"), scale=self._only("scale"),
-            fields={name: f for t in traces for name, f in t.fields.items()},
+            fields={n: f for t in traces for n, f in t.fields.items()} | {n: f for t in traces for n, f in t.used().items()},
             where={node: place for t in traces for node, place in t.where.items()},
         )  # fmt: skip
         _check_trace(self.name, trace)

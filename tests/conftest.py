@@ -33,3 +33,14 @@ def kernels(request: pytest.FixtureRequest) -> None:
     cases = dict.fromkeys(p.params["kernel"] for p in params if p and "kernel" in p.params)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(lambda case: case.compile(), cases))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked gpu run where torch has a CUDA device, and say so where it has none."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))

@@ -60,7 +60,6 @@ def test_renders_every_variant(name: str, paged: bool) -> None:
     source = files["attention_sm80.cu"]
     assert {"math.cuh", "ptx.cuh", "work.cuh"} < files.keys()
     assert "{{" not in source and "{%" not in source
-    assert max(map(len, source.splitlines())) < 400
 
 
 def test_full_blocks_carry_no_mask() -> None:

@@ -97,8 +97,9 @@ def _jobs() -> dict[str, tuple[str, str, dict[str, str], bool]]:
     add("decode", Causal(), "90a", paged=False, no_spill=True)
     add("decode", Causal(), "90a", split=256, no_spill=True)
     for arch in ARCHS:
-        hooks = Hooks(rope=RopeHoles(128, False, True, (), None, None, "")) if arch != "86" else None
-        config = AppendConfig(arch, 128, 128, "bfloat16")
+        rotary = {"80": 0, "86": 40, "89": 64}.get(arch, 128)
+        hooks = Hooks(rope=RopeHoles(rotary, arch == "89", True, (), None, None, "")) if rotary else None
+        config = AppendConfig(arch, 128, 128, "bfloat16", rotary)
         special = cuda.specialise("append", "append", ag.Variant().trace, problem(arch), config, arch)
         jobs[f"append-{arch}"] = ("append", arch, render_cuda("append", hooks, config, special.layout, None, "append"), True)
     return jobs

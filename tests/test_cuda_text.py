@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 from pathlib import Path
 
+import attngen as ag
 import pytest
 import torch
 from attngen.abi import layout
@@ -15,6 +16,7 @@ from attngen.expr import Node, discrete_inputs, text
 from attngen.interp import evaluate
 from attngen.ops import BOOL, F32, I32
 from attngen.spec import Field, Trace
+from compare import compare
 from hypothesis import HealthCheck, given, settings
 from test_ops import headers, has_nvcc
 from trees import masks, smooth
@@ -86,13 +88,13 @@ def source(specs: list[tuple[Node, Node]], include: str) -> str:
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 def test_random_hooks_compile_for_cuda(arch, tmp_path: Path):
     include = '#include "math.cuh"\n#define DEVICE __device__ __forceinline__\n#define ENTRY extern "C" __global__'
-    files = {"hooks.cu": source(drawn(40), include), "math.cuh": headers("cuda")["math.cuh"]}
+    files = {"hooks.cu": source(drawn(60), include), "math.cuh": headers("cuda")["math.cuh"]}
     recipe = Recipe("cubin", ("hooks.cu",), (f"-arch={arch}", "-std=c++17"), artifact="hooks.cubin")
     assert compile_kernel(files, recipe, tmp_path).artifact.stat().st_size > 0
 
 
 def test_random_hooks_compute_what_the_oracle_computes(tmp_path: Path):
-    specs = drawn(60)
+    specs = drawn(100)
     include = '#include "shim.h"\n#include "math.cuh"\n#define DEVICE static inline\n#define ENTRY extern "C"'
     files = {"hooks.cpp": source(specs, include), **headers("cuda")}
     recipe = Recipe("cpu", ("hooks.cpp",), ("-O1", "-std=c++17", "-ffp-contract=off"))
@@ -138,3 +140,36 @@ def test_random_hooks_compute_what_the_oracle_computes(tmp_path: Path):
 def test_types_of_the_emitted_values_are_c_types():
     hooks = emit(Trace(logits=drawn(5)[-1][0], fields=FIELDS), STORAGE, 64, "cuda")
     assert {v.ctype for v in (*hooks.call, *hooks.tile, *hooks.row, *hooks.col)} <= set(CTYPE.values())
+
+
+def test_the_text_of_shared_and_deep_expressions_is_linear():
+    """Written out, the first has 2**60 terms and the second nests 4000 deep."""
+    shared, deep = ag.cast(ag.expr.symbol("q"), float) * 0.01, ag.expr.symbol("s")
+    for _ in range(60):
+        shared = shared + shared * 0.5
+    for i in range(2000):
+        deep = ag.tanh(deep + i % 5 * 0.25)
+    for dialect in ("cpp", "cuda"):
+        hooks = emit(Trace(query_scale=shared, logits=deep), {}, 64, dialect)
+        assert sum(len(v.expr) for v in hooks.row) < 20_000
+        assert sum(len(line.expr) for line in hooks.logits.lines) + len(hooks.logits.result) < 200_000
+
+
+def test_a_long_shared_row_expression_runs(tmp_path: Path):
+    class Shared(ag.Variant):
+        gain: ag.Scalar = 0.7
+
+        def query_scale(self, at):
+            x = ag.cast(at.q, float) * 0.01 + self.gain
+            for _ in range(12):
+                x = ag.tanh(x * 0.9 + x * x * 0.1) + 0.2
+            return x + self._per_call() * 1e-3
+
+        def _per_call(self):
+            y = self.gain
+            for _ in range(8):
+                y = ag.sigmoid(y + y * y)
+            return y
+
+    q = torch.randn(1, 9, 2, 8)
+    compare(ag.attention(q, q, q, Shared()), ag.reference(q, q, q, Shared()))

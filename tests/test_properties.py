@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import attngen as ag
-import pytest
 import torch
 from attngen.expr import Node
 from compare import compare
@@ -117,16 +116,26 @@ def test_the_strategy_reaches_every_hook():
     assert seen == {"mask", "weight", "sink", "logits", "query_scale", "output"}
 
 
-@pytest.mark.parametrize("name", ["NAN", "INFINITY", "NULL", "assert", "INT32_MAX", "AG_INLINE", "HEAD_DIM", "Params", "bf16", "int32_t",
-                                  "size_t", "ag_exp", "e0", "p", "c", "t", "rows", "kv_begin", "LANES", "double", "std", "omp", "main"])  # fmt: skip
-def test_a_field_may_have_any_name(name):
-    """Names that mean something to C++ or to the templates."""
-    hooks = {
-        "logits": lambda self, s, at: s * getattr(self, name) + getattr(self, f"{name}_")[at.head % 3],
-        "mask": lambda self, at: at.kv + getattr(self, f"{name}_stride0") >= 0,
-    }
-    annotations = {name: ag.Scalar, f"{name}_": ag.Tensor("n"), f"{name}_stride0": ag.Scalar[int]}
-    variant = type("Named", (ag.Variant,), {"__annotations__": annotations, **hooks})()
+NAMES = ("NAN INFINITY NULL assert INT32_MAX AG_INLINE HEAD_DIM Params bf16 int32_t size_t ag_exp e0 e1 p c t rows kv_begin LANES "
+         "double class std omp main errno row call x_stride0").split()  # fmt: skip
+
+
+def test_fields_may_have_any_name():
+    """Names that mean something to C++ or to the templates, all in one kernel."""
+    names = [name for name in NAMES if name.isidentifier()]
+
+    def logits(self, s, at):
+        for name in names:
+            s = s * getattr(self, name) + getattr(self, f"{name}_")[at.head % 3]
+        return s
+
+    def mask(self, at):
+        return at.kv + getattr(self, f"{names[0]}_2") >= 0
+
+    annotations = {name: ag.Scalar for name in names} | {f"{name}_": ag.Tensor("n") for name in names}
+    annotations |= {f"{name}_2": ag.Scalar[int] for name in names}
+    variant = type("Named", (ag.Variant,), {"__annotations__": annotations, "logits": logits, "mask": mask})()
     q = torch.randn(1, 9, 2, 8)
-    params = {name: 2.0, f"{name}_": torch.randn(3), f"{name}_stride0": -2}
+    params = {name: 1.0 + i / 64 for i, name in enumerate(names)}
+    params |= {f"{name}_": torch.randn(3) for name in names} | {f"{names[0]}_2": -2}
     compare(ag.attention(q, q, q, variant, **params), ag.reference(q, q, q, variant, **params))

@@ -47,7 +47,7 @@ def trees(dtype: str, leaf: dict[str, st.SearchStrategy[Tree]], rows: list[Row],
 
     def at(kind: str, left: int) -> st.SearchStrategy[Tree]:
         if (kind, left) not in memo:
-            options = [leaf[kind]]
+            options = [leaf[kind]] if left < depth else []  # a tree has an op at its root
             for name, types in rows if left else ():
                 if OPS[name].signature[types] == kind:
                     arguments = st.tuples(*(at(t, left - 1) for t in types))
@@ -88,7 +88,8 @@ def smooth(depth: int = 3, of: str | None = "s") -> st.SearchStrategy[Node]:
            lambda v: expr.rsqrt(abs(v) + 0.5), lambda v: v / param("a", F32), lambda v: v * v * 0.25]  # fmt: skip
     two = [lambda v, w: 0.5 * (v + w), lambda v, w: (v - w) * 0.5, lambda v, w: v * expr.tanh(w), expr.minimum, expr.maximum,
            lambda v, w: v / (1 + abs(w))]  # fmt: skip
-    return st.one_of(
-        leaf, st.builds(lambda f, v: f(v), st.sampled_from(one), x), st.builds(lambda f, v, w: f(v, w), st.sampled_from(two), x, x),
+    ops = st.one_of(
+        st.builds(lambda f, v, w: f(v, w), st.sampled_from(two), x, x), st.builds(lambda f, v: f(v), st.sampled_from(one), x),
         st.builds(expr.where, conditions, x, x),
     )  # fmt: skip
+    return ops if depth > 2 else leaf | ops
