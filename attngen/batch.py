@@ -179,10 +179,16 @@ class BatchAttention:
         hooks = emit(trace, dict(problem.storage), problem.head_dim, dialect="cuda", device_scalars=True)
         paged = self.page_size is not None
         most_rows = self.max_q_len * self.group
-        choices = [("decode", choose_decode(problem, arch.name, hooks, paged=paged, split=split).config)]
-        for bm in (64, 128):
-            if most_rows > choices[-1][1].block_m:
-                choices.append(("attention_sm80", choose_attention(problem, arch.name, hooks, bm, paged=paged, split=split).config))
+        def attention(bm: int) -> tuple[str, Any]:
+            return "attention_sm80", choose_attention(problem, arch.name, hooks, bm, paged=paged, split=split).config
+
+        choices: list[tuple[str, Any]] = []
+        if not split or most_rows <= 16:
+            choices.append(("decode", choose_decode(problem, arch.name, hooks, paged=paged, split=split).config))
+        if split:  # one kernel for all lengths: two would round differently, and a prompt may be cut anywhere
+            choices = choices or [attention(64)]
+        else:
+            choices += [attention(bm) for bm, below in ((64, 16), (128, 64)) if most_rows > below]
         shapes = tuple(TileClass(c.block_m, c.block_n, c.unit_cost, c.split) for _, c in choices)
         self._plan_config = PlanConfig(arch.name, shapes)
         wanted = [*choices, ("plan", self._plan_config)]

@@ -1,4 +1,4 @@
-"""Checking a variant: its kernels against the float64 oracle over a grid of calls. The library behind ``attngen check``.
+"""Checking a variant: its kernels against the float64 oracle over a grid of calls. Behind ``attngen check``.
 
 The yardstick is what plain torch makes of the same inputs in the same dtype: a kernel passes if it is wrong by no more
 than twice that, plus rounding. Slots that a call must not read hold NaN.
@@ -41,7 +41,8 @@ class Case:
 
     def __str__(self) -> str:
         lens = f" kv_lens={','.join(map(str, self.kv_lens))}" if self.kv_lens else ""
-        return f"{self.name} b={self.batch} h={self.num_heads}/{self.num_kv_heads} q={self.q_len} kv={self.kv_len}{lens}"
+        heads = f"h={self.num_heads}/{self.num_kv_heads}"
+        return f"{self.name} b={self.batch} {heads} q={self.q_len} kv={self.kv_len}{lens}"
 
 
 CASES = (
@@ -99,7 +100,8 @@ def check(
 def compile_for(variant: Variant, dtype: str, head_dim: int) -> tuple[run.Kernel, bool]:
     """The kernel for ``variant`` with tensors stored as ``invent`` makes them, and whether it was there already."""
     before = len(run.build_log())
-    storage = {name: value.dtype for name, value in invent(variant, CASES[0])[0].items() if isinstance(value, torch.Tensor)}
+    params, _ = invent(variant, CASES[0])
+    storage = {name: value.dtype for name, value in params.items() if isinstance(value, torch.Tensor)}
     kernel = run.compile(variant, dtype=DTYPES[dtype], head_dim=head_dim, storage=storage)
     return kernel, all(record.hit for record in run.build_log()[before:])
 
@@ -183,7 +185,12 @@ def _random(field: Field, shape: list[int], random: torch.Generator) -> torch.Te
 
 
 def _compare(
-    variant: Variant, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv_lens: Sequence[int] | None, params: dict[str, Any]
+    variant: Variant,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    kv_lens: Sequence[int] | None,
+    params: dict[str, Any],
 ) -> tuple[float, float, float, str]:
     """(error, torch's error, milliseconds of the fastest call, reason to fail or '')."""
     wants_lse = variant.trace.weight is None
@@ -220,11 +227,17 @@ def _fault(what: str, x: torch.Tensor, ref: torch.Tensor, allowed: torch.Tensor)
         return ""
     excess = torch.where(wrong, ((x - ref).abs() / allowed).nan_to_num(torch.inf, torch.inf), -1.0)
     at = tuple(int(i) for i in torch.unravel_index(excess.argmax(), excess.shape))
-    return f"{what}{list(at)} is {x[at]:.6g}, required {ref[at]:.6g}; {int(wrong.sum())} of {wrong.numel()} elements differ"
+    count = f"{int(wrong.sum())} of {wrong.numel()} elements differ"
+    return f"{what}{list(at)} is {x[at]:.6g}, required {ref[at]:.6g}; {count}"
 
 
 def plain_torch(
-    variant: Variant, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv_lens: Sequence[int] | None, params: dict[str, Any]
+    variant: Variant,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    kv_lens: Sequence[int] | None,
+    params: dict[str, Any],
 ) -> torch.Tensor:
     """The variant as one would write it in eager torch: every step rounded to q's dtype, the whole matrix at once."""
     trace, dtype = variant.trace, q.dtype
@@ -241,8 +254,9 @@ def plain_torch(
     head, request, kv, row = (i32(torch.arange(n), axis) for axis, n in ((1, heads), (0, batch), (3, slots), (2, rows)))
     kv_len = i32(lens, 0)
     at = {
-        "head": head, "kv_head": head // (heads // kv_heads), "num_heads": i32(heads, 0), "num_kv_heads": i32(kv_heads, 0),
-        "request": request, "q_len": i32(rows, 0), "kv_len": kv_len, "kv": kv, "kv_token": kv + request * slots,
+        "head": head, "kv_head": head // (heads // kv_heads), "num_heads": i32(heads, 0),
+        "num_kv_heads": i32(kv_heads, 0), "request": request, "q_len": i32(rows, 0), "kv_len": kv_len, "kv": kv,
+        "kv_token": kv + request * slots,
         "q": row + kv_len - rows, "q_token": row + request * rows,
     }  # fmt: skip
 

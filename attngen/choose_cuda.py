@@ -183,7 +183,7 @@ class AttentionConfig:
     stages: int  # buffers of keys and of values
     blocks_per_sm: int
     unit_cost: int  # fixed cost of a unit, in blocks of keys
-    split: int  # keys of a fixed piece (batch_invariant), a multiple of block_n; 0: pieces end where the workers' shares end
+    split: int  # keys of a fixed piece (batch_invariant), a multiple of block_n; 0: none
     smem_bytes: int
 
     @property
@@ -215,44 +215,43 @@ class AttentionChoice:
     candidates: tuple[AttentionCandidate, ...]
 
 
-# (block_n, warps, stages, blocks an SM), best first, as measured on an H100. Four warps of 32 rows read keys and values from
-# shared memory half as often as eight of 16, but hold twice the output: up to head_dim_v 128 it fits in registers.
-_ATTENTION_SHAPES = {
-    # block_m, head_dim_v up to
-    (128, 64): ((96, 4, 2, 2), (64, 4, 2, 2), (64, 4, 1, 2), (64, 4, 1, 1)),
-    (128, 128): ((64, 4, 2, 2), (64, 4, 1, 2), (64, 4, 2, 1), (64, 4, 1, 1), (32, 4, 1, 1), (16, 4, 1, 1)),
-    (128, 256): ((64, 8, 2, 1), (64, 8, 1, 1), (32, 8, 1, 1), (16, 8, 1, 1)),
-    (64, 128): ((64, 4, 2, 3), (64, 4, 2, 2), (64, 4, 1, 2), (64, 4, 1, 1), (32, 4, 1, 1)),
-    (64, 256): ((64, 4, 2, 1), (64, 4, 1, 1), (32, 4, 1, 1), (16, 4, 1, 1)),
-}
-# Hooks on every score need registers beside 32 rows: the scores of fewer keys at a time. A hook that reads a tensor for
-# every score needs still more: warps of 16 rows.
-_HOOKED_SHAPES = ((32, 4, 2, 2), (32, 4, 1, 2), (32, 4, 2, 1), (32, 4, 1, 1), (16, 4, 1, 1))
-_READING_SHAPES = ((64, 8, 2, 1), (64, 8, 1, 1), (32, 8, 1, 1), (16, 8, 1, 1))
+# (block_n, warps, stages, blocks an SM), best first, as measured on an H100. Four warps of 32 rows read keys and values
+# from shared memory half as often as eight of 16, but hold twice the output: up to head_dim_v 128 it fits in registers.
+_NARROW = ((96, 4, 2, 2), (64, 4, 2, 2), (64, 4, 1, 2), (64, 4, 1, 1))
+_USUAL = ((64, 4, 2, 2), (64, 4, 1, 2), (64, 4, 2, 1), (64, 4, 1, 1), (32, 4, 1, 1), (16, 4, 1, 1))
+_WIDE_VALUES = ((64, 8, 2, 1), (64, 8, 1, 1), (32, 8, 1, 1), (16, 8, 1, 1))
+_SMALL = ((64, 4, 2, 3), (64, 4, 2, 2), (64, 4, 1, 2), (64, 4, 2, 1), (64, 4, 1, 1), (32, 4, 1, 1), (16, 4, 1, 1))
+# Hooks on every score, and wide keys, need registers or space beside 32 rows: fewer keys at a time. A hook that reads a
+# tensor for every score needs still more: warps of 16 rows.
+_FEW_KEYS = ((32, 4, 2, 2), (32, 4, 1, 2), (32, 4, 2, 1), (32, 4, 1, 1), (16, 4, 1, 1))
 
 
-def _attention_shapes(block_m: int, dv: int, hooks: Hooks) -> tuple[tuple[int, int, int, int], ...]:
+def _attention_shapes(block_m: int, d: int, dv: int, hooks: Hooks) -> tuple[tuple[int, int, int, int], ...]:
     functions = [fn for fn in (hooks.logits, hooks.weight, hooks.mask) if fn]
-    if block_m == 128 and dv <= 128:
-        if any("ag_load" in text for fn in functions for text in (fn.result, *(line.expr for line in fn.lines))):
-            return _READING_SHAPES
-        rotates = hooks.rope is not None and hooks.rope.rotate_keys
-        if hooks.logits or hooks.weight or hooks.query_scale or rotates or not hooks.bounds.exact:
-            return _HOOKED_SHAPES
-    return _ATTENTION_SHAPES[block_m, next(size for size in (64, 128, 256) if dv <= size and (block_m, size) in _ATTENTION_SHAPES)]
+    reads = any("ag_load" in text for fn in functions for text in (fn.result, *(line.expr for line in fn.lines)))
+    rotates = hooks.rope is not None and hooks.rope.rotate_keys
+    if block_m == 64:
+        return _SMALL
+    if dv > 128 or reads:
+        return _WIDE_VALUES
+    if d > 128 or hooks.logits or hooks.weight or hooks.query_scale or rotates or not hooks.bounds.exact:
+        return _FEW_KEYS
+    if len(hooks.row) > 1:  # values of rows beside their position
+        return (48, 4, 2, 2), *_FEW_KEYS
+    return _NARROW if max(d, dv) <= 64 else _USUAL
 
 
 def choose_attention(
     problem: Problem, arch_name: str, hooks: Hooks, block_m: int = 128, paged: bool = True, split: int = 0
 ) -> AttentionChoice:
-    """The attention kernel for ``problem`` on ``arch_name`` with tiles of ``block_m`` (64 or 128) rows. ``split``: keys of a
-    fixed piece, 0 for none."""
+    """The attention kernel for ``problem`` on ``arch_name`` with tiles of ``block_m`` (64 or 128) rows. ``split``: keys of
+    a fixed piece, 0 for none."""
     gpu = arch(arch_name)
     d, dv = problem.head_dim, problem.head_dim_v
     check_head_dims(d, dv)
     candidates: list[AttentionCandidate] = []
     won: AttentionCandidate | None = None
-    for block_n, warps, stages, blocks in _attention_shapes(block_m, dv, hooks):
+    for block_n, warps, stages, blocks in _attention_shapes(block_m, d, dv, hooks):
         smem = attention_smem_bytes(d, dv, block_m, block_n, stages, hooks, paged)
         lost = ""
         if split % block_n:
@@ -260,9 +259,10 @@ def choose_attention(
         elif smem > gpu.smem_per_block:
             lost = f"needs {smem} bytes of shared memory, a block has {gpu.smem_per_block}"
         elif blocks * (smem + _SMEM_RESERVED) > gpu.smem_per_sm:
-            lost = f"{blocks} blocks need {blocks * (smem + _SMEM_RESERVED)} bytes of shared memory, an SM has {gpu.smem_per_sm}"
+            needed = blocks * (smem + _SMEM_RESERVED)
+            lost = f"{blocks} blocks need {needed} bytes of shared memory, an SM has {gpu.smem_per_sm}"
         elif won is not None:
-            lost = f"{won.block_n} keys, {won.warps} warps, {won.stages} stages, {won.blocks_per_sm} blocks an SM come first"
+            lost = f"{won.block_n} keys, {won.warps} warps, {won.stages} stages, {won.blocks_per_sm} blocks come first"
         candidate = AttentionCandidate(block_n, warps, stages, blocks, smem, lost)
         won = won if lost else candidate
         candidates.append(candidate)
@@ -279,12 +279,13 @@ def choose_attention(
 
 
 def attention_smem_bytes(d: int, dv: int, block_m: int, block_n: int, stages: int, hooks: Hooks, paged: bool) -> int:
-    """No less than the size of ``Shared`` in attention_sm80.cu, which asserts it: queries once per kind of rotation, keys and
-    values, what is computed once per row, column and tile, the work list's records."""
+    """No less than the size of ``Shared`` in attention_sm80.cu, which asserts it: queries once per kind of rotation, keys
+    and values, what is computed once per row, column and tile, the work list's records."""
     kinds = len(hooks.rope.q_positions) if hooks.rope else 1
     pitch, pitch_v = 2 * d + 16, 2 * dv + 16
     tiles = kinds * block_m * max(pitch, pitch_v) + stages * block_n * (pitch + pitch_v)
-    values = 4 * block_m * (4 + len(hooks.row)) + 8 * block_n * (2 + len(hooks.col)) + 8 * (len(hooks.call) + len(hooks.tile))
+    values = 4 * block_m * (4 + len(hooks.row)) + 8 * block_n * (2 + len(hooks.col))
+    values += 8 * (len(hooks.call) + len(hooks.tile))
     places = 40 * block_n if paged else 0
     return -(-(tiles + values + places + 896) // 128) * 128
 

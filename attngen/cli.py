@@ -1,7 +1,7 @@
 """The command line: ``attngen list | show | check | run | cache | doctor``, each with ``--json``.
 
-A VARIANT is a name of the library or a file, ``FILE.py`` or ``FILE.py:Class``. Results go to stdout, progress and errors
-to stderr. Exit status: 0 well, 1 a check failed, 2 an error; ``ATTNGEN_DEBUG=1`` shows an error's traceback.
+A VARIANT is a name of the library or a file, ``FILE.py`` or ``FILE.py:Class``. Results go to stdout, progress and
+errors to stderr. Exit status: 0 well, 1 a check failed, 2 an error; ``ATTNGEN_DEBUG=1`` shows an error's traceback.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def load_variant(spec: str, bound: Sequence[str] = ()) -> Variant:
     found = _from_file(Path(file), name) if file.endswith(".py") or os.sep in file else _from_library(spec)
     if not isinstance(found, type):
         if bound:
-            raise VariantError(f"--set with {spec}, which is an instance: give its class, or bind the values in the file")
+            raise VariantError(f"--set with {spec}, an instance: give its class, or bind the values in the file")
         return found
     return found(**_bindings(found, bound))
 
@@ -109,7 +109,7 @@ def _from_file(path: Path, name: str) -> Any:
     if len(own) != 1:
         names = ", ".join(f"{path}:{cls.__name__}" for cls in own)
         raise VariantError(
-            f"{path} defines {len(own)} subclasses of ag.Variant: " + (f"name one of {names}" if own else "required one")
+            f"{path} defines {len(own)} subclasses of ag.Variant: {f'name one of {names}' if own else 'required one'}"
         )
     return own[0]
 
@@ -211,7 +211,7 @@ def show(
     bound: SetOption = [],  # noqa: B006
     as_json: JsonFlag = False,
 ) -> None:
-    """What attngen makes of a variant: the traced hooks, the chosen config, or the rendered source. Compiles nothing."""
+    """What attngen makes of a variant: traced hooks, chosen config, or rendered source. Compiles nothing."""
     _check_dtypes([dtype])
     found = load_variant(variant, bound)
     if stage == "trace":
@@ -335,15 +335,16 @@ def _print_check(variant: Variant, results: Sequence[Any], notes: Sequence[str])
     out = _stdout()
     several = len({r.head_dim for r in results}) > 1
     table = _table(
-        "case", "dtype", *(["head_dim"] if several else []), ">max error", ">torch's", ">compile s", ">warm ms", "verdict",
+        "case", "dtype", *(["head_dim"] if several else []), ">max error", ">torch's", ">compile s", ">warm ms",
+        "verdict",
         title=f"{variant!r} against the float64 oracle",
     )  # fmt: skip
     for i, r in enumerate(results):
         first = i == 0 or (r.dtype, r.head_dim) != (results[i - 1].dtype, results[i - 1].head_dim)
         compiled = f"{r.compile_seconds:.1f}{' (cached)' if r.cached else ''}" if first else ""
         table.add_row(
-            str(r.case), r.dtype, *([str(r.head_dim)] if several else []), f"{r.error:.1e}", f"{r.torch_error:.1e}", compiled,
-            f"{r.warm_ms:.2f}", "[green]ok[/]" if r.ok else f"[red]{escape(r.reason)}[/]",
+            str(r.case), r.dtype, *([str(r.head_dim)] if several else []), f"{r.error:.1e}", f"{r.torch_error:.1e}",
+            compiled, f"{r.warm_ms:.2f}", "[green]ok[/]" if r.ok else f"[red]{escape(r.reason)}[/]",
         )  # fmt: skip
     out.print(table)
     for note in notes:
@@ -393,7 +394,8 @@ def run(
     facts = {
         "variant": found.name, "sizes": str(case).removeprefix("run "), "head_dim": head_dim, "dtype": dtype,
         "isa": kernel.problem.isa, "threads": torch.get_num_threads(), "key": kernel.spec_hash,
-        "cache": "hit" if cached else "miss", "ready_s": ready, "first_call_s": times[0], "ms": 1e3 * seconds, "gflops": work / seconds / 1e9, "invented": notes,
+        "cache": "hit" if cached else "miss", "ready_s": ready, "first_call_s": times[0],
+        "ms": 1e3 * seconds, "gflops": work / seconds / 1e9, "invented": notes,
     }  # fmt: skip
     if as_json:
         return _print_json(facts)
@@ -431,8 +433,9 @@ def cache_ls(as_json: JsonFlag = False) -> None:
         m = entry.manifest
         problem = m.get("problem") or {}
         rows.append({
-            "key": entry.key, "variant": m.get("variant", ""), "dtype": problem.get("q_dtype", ""), "isa": m.get("isa", ""),
-            "head_dim": problem.get("head_dim", ""), "bytes": entry.size, "compile_s": m.get("seconds", 0.0),
+            "key": entry.key, "variant": m.get("variant", ""), "dtype": problem.get("q_dtype", ""),
+            "isa": m.get("isa", ""), "head_dim": problem.get("head_dim", ""), "bytes": entry.size,
+            "compile_s": m.get("seconds", 0.0),
             "created": m.get("created", 0.0), "path": str(entry.folder),
         })  # fmt: skip
     total = store.size() if store.root.is_dir() else 0
@@ -444,11 +447,12 @@ def cache_ls(as_json: JsonFlag = False) -> None:
         for r in rows:
             built = time.strftime("%Y-%m-%d %H:%M", time.localtime(r["created"]))
             table.add_row(
-                r["key"][:12], escape(r["variant"]), r["dtype"], str(r["head_dim"]), r["isa"], f"{r['bytes'] / 1e3:.0f}",
-                f"{r['compile_s']:.1f}", built,
+                r["key"][:12], escape(r["variant"]), r["dtype"], str(r["head_dim"]), r["isa"],
+                f"{r['bytes'] / 1e3:.0f}", f"{r['compile_s']:.1f}", built,
             )  # fmt: skip
         out.print(table)
-    out.print(f"{len(rows)} kernels, {total / 1e6:.1f} MB in {store.root}", markup=False, highlight=False, soft_wrap=True)
+    summary = f"{len(rows)} kernels, {total / 1e6:.1f} MB in {store.root}"
+    out.print(summary, markup=False, highlight=False, soft_wrap=True)
 
 
 @cache_app.command("clear")

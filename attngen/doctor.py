@@ -66,7 +66,9 @@ def _tool(name: str, required: bool, find: Callable[[], object], show: Callable[
 def _from_error(name: str, required: bool, error: AttngenError) -> Finding:
     """A finding from the found: and do: lines of an error's message."""
     lines = [line.strip() for line in str(error).splitlines()]
-    parts = {key: line.removeprefix(f"{key}: ") for key in ("found", "do") for line in lines if line.startswith(f"{key}:")}
+    parts = {
+        key: line.removeprefix(f"{key}: ") for key in ("found", "do") for line in lines if line.startswith(f"{key}:")
+    }
     return Finding(name, False, required, parts.get("found", lines[0]), parts.get("do", ""))
 
 
@@ -86,14 +88,16 @@ def _openmp() -> Finding:
     """A kernel is compiled with -fopenmp; some clang installations lack its library."""
     from .build import Recipe, compile_kernel
 
-    source = "#include <omp.h>\nextern \"C\" int threads() { return omp_get_max_threads(); }\n"
+    source = '#include <omp.h>\nextern "C" int threads() { return omp_get_max_threads(); }\n'
     recipe = Recipe("cpu", ("probe.cpp",), ("-O0", "-fopenmp"), ("-fopenmp",))
     with tempfile.TemporaryDirectory() as folder:
         try:
             result = compile_kernel({"probe.cpp": source}, recipe, Path(folder))
         except AttngenError as error:
             lines = [line for line in str(error).splitlines() if "error" in line]
-            return Finding("OpenMP", False, True, lines[-1] if lines else "no compiler", "apt install g++ (clang: libomp-dev)")
+            return Finding(
+                "OpenMP", False, True, lines[-1] if lines else "no compiler", "apt install g++ (clang: libomp-dev)"
+            )
     return Finding("OpenMP", True, True, f"a probe compiles and links in {result.seconds:.2f} s")
 
 
@@ -119,7 +123,9 @@ def _cache() -> Finding:
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(b"x" * 4096)
     except OSError as error:
-        return Finding("cache folder", False, True, f"{folder}: {error.strerror}", "set ATTNGEN_CACHE_DIR to a folder of yours")
+        return Finding(
+            "cache folder", False, True, f"{folder}: {error.strerror}", "set ATTNGEN_CACHE_DIR to a folder of yours"
+        )
     return Finding("cache folder", True, True, f"{root} is writable")
 
 

@@ -586,7 +586,7 @@ _INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "floordiv": "//", "mod
           "xor": "^", "shl": "<<", "shr": ">>", "lt": "<", "le": "<=", "eq": "=="}  # fmt: skip
 
 
-_MAX_TEXT = 2000  # characters of one subexpression: a hook that shares values may be exponentially long when written out
+_MAX_TEXT = 2000  # characters of one subexpression: written out, a hook that shares values can be exponentially long
 
 
 def text(node: Node) -> str:

@@ -215,10 +215,15 @@ def test_batch_invariance():
     whole = attn.run(batch.q, (batch.k, batch.v))
     start = 0
     for r, n in enumerate(batch.q_lens):
-        alone = ints([0, n]), ints([0, -(-batch.kv_lens[r] // 16)])
-        pages = batch.table[r, : -(-batch.kv_lens[r] // 16)].cuda().contiguous()
-        attn.plan(*alone, pages, batch.last[r : r + 1].contiguous())
-        assert torch.equal(attn.run(batch.q[start : start + n].contiguous(), (batch.k, batch.v)), whole[start : start + n])
+        for first, count in ((0, n), (0, n // 3), (n // 3, 1), (n - 1, 1)):
+            if count == 0:
+                continue
+            kv_len = batch.kv_lens[r] - n + first + count
+            pages = -(-kv_len // 16)
+            attn.plan(ints([0, count]), ints([0, pages]), batch.table[r, :pages].cuda().contiguous(),
+                      ints([kv_len - (pages - 1) * 16]))  # fmt: skip
+            rows = slice(start + first, start + first + count)
+            assert torch.equal(attn.run(batch.q[rows].contiguous(), (batch.k, batch.v)), whole[rows]), (r, first, count)
         start += n
 
 

@@ -68,7 +68,10 @@ def test_list(attngen):
     assert [row["name"] for row in rows] == list(library())
     assert all(row["doc"] for row in rows)
     gemma = next(row for row in rows if row["name"] == "Gemma2")
-    assert gemma["fields"] == {"cap": "scalar f32 = 50.0", "window": "scalar i32 = 4096"} and gemma["hooks"] == ["logits", "mask"]
+    assert gemma["fields"] == {"cap": "scalar f32 = 50.0", "window": "scalar i32 = 4096"} and gemma["hooks"] == [
+        "logits",
+        "mask",
+    ]
     status, out, _ = attngen("list")
     assert status == 0 and all(name in out for name in library())
 
@@ -82,8 +85,12 @@ def test_show_trace(attngen):
 
 
 def test_show_config_lists_candidates(attngen):
-    facts = read_json(attngen("show", "Causal", "--stage", "config", "--dtype", "bfloat16", "--head-dim", "128", "--json"))
-    assert facts["problem"]["q_dtype"] == "bfloat16" and facts["problem"]["head_dim_v"] == 128 and len(facts["key"]) == 64
+    facts = read_json(
+        attngen("show", "Causal", "--stage", "config", "--dtype", "bfloat16", "--head-dim", "128", "--json")
+    )
+    assert (
+        facts["problem"]["q_dtype"] == "bfloat16" and facts["problem"]["head_dim_v"] == 128 and len(facts["key"]) == 64
+    )
     assert sum(not c["lost"] for c in facts["candidates"]) == 1
     status, out, _ = attngen("show", "Causal", "--stage", "config")
     assert status == 0 and "chosen" in out and "block_n" in out
@@ -101,7 +108,11 @@ def test_check_a_users_file(attngen, mine):
     report = read_json(attngen("check", mine, "--dtype", "float32", "--json"))
     assert report["passed"] and len(report["results"]) == len(checking.CASES)
     assert all(0 <= row["error"] < 1e-5 and row["ok"] and row["compile_seconds"] > 0 for row in report["results"])
-    assert report["invented"] == ["window: a third of kv_len", "bias[heads, buckets]: random floats", "bucket[requests, positions]: random ints 0 to 3"]
+    assert report["invented"] == [
+        "window: a third of kv_len",
+        "bias[heads, buckets]: random floats",
+        "bucket[requests, positions]: random ints 0 to 3",
+    ]
     status, out, _ = attngen("check", f"{mine}:Mine", "--dtype", "float32", "--set", "window=9", "--set", "gain=2")
     assert status == 0 and "Mine(gain=2.0, window=9) against the float64 oracle" in out
     assert "(cached)" in out and "Mine: 5 checks, passed" in out and "window: a third" not in out
@@ -132,7 +143,9 @@ def test_plain_torch_the_yardstick_is_near_the_oracle(name, dtype):
         plain = checking.plain_torch(variant, q, k, v, case.kv_lens, params)
         oracle = checking.run.reference(q, k, v, variant, kv_lens=case.kv_lens, **params)
         assert plain.dtype == dtype and plain.shape == oracle.shape
-        assert (plain.double() - oracle).abs().max() < (1e-5 if dtype == torch.float32 else 0.1) * (1 + oracle.abs().max())
+        assert (plain.double() - oracle).abs().max() < (1e-5 if dtype == torch.float32 else 0.1) * (
+            1 + oracle.abs().max()
+        )
 
 
 def test_bound_tensors_that_fit_the_grid_are_kept(tmp_path):
@@ -198,7 +211,7 @@ ERRORS = {
     "two classes": (["show", "{two}"], "VariantError", ["defines 2 subclasses", "{two}:A", "{two}:B"]),
     "no such class": (["show", "{two}:C"], "VariantError", ["{two}:C", "has no such name"]),
     "no variant": (["show", "{two}:ag"], "VariantError", ["a module of that name"]),
-    "an instance with --set": (["show", "{two}:both", "--set", "x=1"], "VariantError", ["is an instance"]),
+    "an instance with --set": (["show", "{two}:both", "--set", "x=1"], "VariantError", ["an instance: give its class"]),
     "a file that fails": (["show", "{broken}"], "VariantError", ["{broken}:2:", "ZeroDivisionError", "__main__"]),
     "a file that does not parse": (["show", "{syntax}"], "VariantError", ["{syntax}:2:", "SyntaxError"]),
     "a bad hook": (["show", "{hook}"], "VariantError", ["{hook}:4:", "branches on a symbol", "ag.where"]),
@@ -208,16 +221,19 @@ ERRORS = {
     "isa": (["show", "Causal", "--stage", "config", "--isa", "mmx"], "UnsupportedError", ["'mmx'"]),
     "--set of no field": (["show", "SoftCap", "--set", "cup=1"], "ParameterError", ["--set cup=1", "(cap)"]),
     "--set of no number": (["show", "SoftCap", "--set", "cap=big"], "ParameterError", ["--set cap=big", "f32"]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", ERRORS)
 def test_an_error_is_one_message_and_status_2(attngen, tmp_path, name, monkeypatch):
     monkeypatch.delenv("ATTNGEN_DEBUG", raising=False)
     files = {
-        "two": TWO, "broken": "import attngen as ag\n1 / 0\n", "syntax": "import attngen as ag\nclass (:\n",
-        "hook": "import attngen as ag\nclass V(ag.Variant):\n    def logits(self, s, at):\n        return s if s > 0 else -s\n",
-    }  # fmt: skip
+        "two": TWO,
+        "broken": "import attngen as ag\n1 / 0\n",
+        "syntax": "import attngen as ag\nclass (:\n",
+        "hook": "import attngen as ag\nclass V(ag.Variant):\n    def logits(self, s, at):\n"
+        "        return s if s > 0 else -s\n",
+    }
     paths = {stem: tmp_path / f"{stem}.py" for stem in files}
     for stem, text in files.items():
         paths[stem].write_text(text)
@@ -240,7 +256,16 @@ def test_usage_errors_and_help(attngen):
     assert attngen("--help")[0] == 0
     assert attngen("frobnicate")[0] == 2
     assert attngen("run", "Causal", "--q-len", "0")[0] == 2
-    for command in (["list"], ["show"], ["check"], ["run"], ["doctor"], ["cache", "ls"], ["cache", "clear"], ["cache", "path"]):
+    for command in (
+        ["list"],
+        ["show"],
+        ["check"],
+        ["run"],
+        ["doctor"],
+        ["cache", "ls"],
+        ["cache", "clear"],
+        ["cache", "path"],
+    ):
         status, out, _ = attngen(*command, "--help")
         assert status == 0 and "--json" in out
 
@@ -248,7 +273,10 @@ def test_usage_errors_and_help(attngen):
 def test_a_file_may_import_its_neighbours(attngen, tmp_path):
     (tmp_path / "neighbour_of_mine.py").write_text("GAIN = 2.5\n")
     file = tmp_path / "user.py"
-    file.write_text("import attngen as ag\nfrom neighbour_of_mine import GAIN\nclass V(ag.Variant):\n    def logits(self, s, at): return s * GAIN\n")
+    file.write_text(
+        "import attngen as ag\nfrom neighbour_of_mine import GAIN\n"
+        "class V(ag.Variant):\n    def logits(self, s, at): return s * GAIN\n"
+    )
     assert read_json(attngen("show", file, "--json"))["hooks"] == {"logits": "(s * 2.5)"}
 
 

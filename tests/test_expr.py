@@ -23,9 +23,27 @@ from attngen.choose import cpu_flags
 from attngen.emit import emit
 from attngen.errors import VariantError
 from attngen.expr import (
-    CALL, COL, CONST, ELEM, ROW, TILE, Node, apply, cast, conjuncts, const, discrete_inputs, load, param, substitute, symbol,
-    text, verify, walk, where,
-)  # fmt: skip
+    CALL,
+    COL,
+    CONST,
+    ELEM,
+    ROW,
+    TILE,
+    Node,
+    apply,
+    cast,
+    conjuncts,
+    const,
+    discrete_inputs,
+    load,
+    param,
+    substitute,
+    symbol,
+    text,
+    verify,
+    walk,
+    where,
+)
 from attngen.interp import evaluate
 from attngen.ops import BOOL, F32, I32, I32_MAX, I32_MIN
 from attngen.paths import PACKAGE, templates_dir
@@ -61,7 +79,7 @@ def test_no_node_is_kept_alive():
     assert len(ag.expr._interned) == before
 
 
-KEYED = '''
+KEYED = """
 import attngen as ag
 class V(ag.Variant):
     cap: ag.Scalar = 30.0
@@ -71,7 +89,7 @@ class V(ag.Variant):
     def mask(self, at): return (at.kv <= at.q) & (at.q - at.kv < self.window)
 v = V()
 print(v.structure_hash, *(node.key for node in v.trace.roots().values()))
-'''
+"""
 
 
 def test_keys_are_the_same_in_every_process():
@@ -84,9 +102,25 @@ def test_keys_are_the_same_in_every_process():
 
 
 def test_keys_tell_content_apart():
-    forms = [q + kv, q - kv, kv - q, q * kv, q < kv, q <= kv, kv < q, cast(q, float) + s, s + 1.0, s + 2.0, s * 1.5,
-             where(q < kv, s, 0.0), where(q <= kv, s, 0.0), load("t", F32, ("heads",), (head,)),
-             load("t", F32, ("rows",), (head,)), load("u", F32, ("heads",), (head,)), load("t", I32, ("heads",), (head,))]  # fmt: skip
+    forms = [
+        q + kv,
+        q - kv,
+        kv - q,
+        q * kv,
+        q < kv,
+        q <= kv,
+        kv < q,
+        cast(q, float) + s,
+        s + 1.0,
+        s + 2.0,
+        s * 1.5,
+        where(q < kv, s, 0.0),
+        where(q <= kv, s, 0.0),
+        load("t", F32, ("heads",), (head,)),
+        load("t", F32, ("rows",), (head,)),
+        load("u", F32, ("heads",), (head,)),
+        load("t", I32, ("heads",), (head,)),
+    ]
     assert len({node.key for node in forms}) == len(forms)
 
 
@@ -97,21 +131,28 @@ def world(seed: int = 0) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Symbols and parameters for evaluate(): 3 heads, 7 queries at odd positions, 9 keys."""
     random = torch.Generator().manual_seed(seed)
     symbols = {
-        "q": torch.arange(-3, 4, dtype=torch.int32).view(1, -1, 1), "kv": torch.arange(9, dtype=torch.int32).view(1, 1, -1),
-        "head": torch.arange(3, dtype=torch.int32).view(-1, 1, 1), "request": torch.tensor(1, dtype=torch.int32),
-        "kv_len": torch.tensor(9, dtype=torch.int32), "q_len": torch.tensor(7, dtype=torch.int32),
-    }  # fmt: skip
+        "q": torch.arange(-3, 4, dtype=torch.int32).view(1, -1, 1),
+        "kv": torch.arange(9, dtype=torch.int32).view(1, 1, -1),
+        "head": torch.arange(3, dtype=torch.int32).view(-1, 1, 1),
+        "request": torch.tensor(1, dtype=torch.int32),
+        "kv_len": torch.tensor(9, dtype=torch.int32),
+        "q_len": torch.tensor(7, dtype=torch.int32),
+    }
     fields = {
-        "a": 0.75 + seed, "n": [5, -3, 0, I32_MAX, I32_MIN][seed % 5], "table": torch.randn(3, generator=random),
+        "a": 0.75 + seed,
+        "n": [5, -3, 0, I32_MAX, I32_MIN][seed % 5],
+        "table": torch.randn(3, generator=random),
         "ids": torch.randint(-3, 4, (2, 9), generator=random, dtype=torch.int32),
         "flags": torch.rand(3, 5, generator=random) < 0.5,
-    }  # fmt: skip
+    }
     return symbols, fields
 
 
 @st.composite
 def any_tree(draw: st.DrawFn) -> Tree:
-    return draw(trees(draw(st.sampled_from([F32, I32, BOOL])), leaves(("q", "kv", "head", "request", "kv_len")), EXACT_ROWS, 4))
+    return draw(
+        trees(draw(st.sampled_from([F32, I32, BOOL])), leaves(("q", "kv", "head", "request", "kv_len")), EXACT_ROWS, 4)
+    )
 
 
 @settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -132,20 +173,47 @@ def test_simplification_keeps_the_meaning(tree, seed):
 def test_simplifications():
     f = cast(q, float)
     cases = {
-        "x + 0": (q + 0, q), "0 + x": (0 + q, q), "x * 1": (q * 1, q), "x * 0": (q * 0, const(0)), "x - x": (q - q, const(0)),
-        "x // 8": (q // 8, q >> 3), "x % 8": (q % 8, q & 7), "x // 1": (q // 1, q), "x % 1": (q % 1, const(0)),
-        "(x + 1) + 2": ((q + 1) + 2, q + 3), "(x - 1) + 1": ((q - 1) + 1, q), "~~b": (~~(q < kv), q < kv),
-        "~(x < y)": (~(q < kv), kv <= q), "~(f < g)": ((~(f < a)).op, "not"), "x == x": (q == q, const(True)),
-        "x < x": (q < q, const(False)), "f == f keeps NaN": ((f == f).op, "eq"), "b & True": ((q < kv) & True, q < kv),
-        "b & False": ((q < kv) & False, const(False)), "b | True": ((q < kv) | True, const(True)),
-        "where(True)": (where(True, q, kv), q), "where(b, x, x)": (where(q < kv, s, s), s),
-        "where(b, False, True)": (where(q < kv, False, True), kv <= q), "f * 1": (f * 1.0, f), "f + 0 stays": ((f + 0.0).op, "add"),
-        "--x": (-(-q), q), "constants": (const(7) // -2, const(-4)), "wrap": (const(I32_MAX) + 1, const(I32_MIN)),
-        "0 divisor": (const(5) // 0, const(0)), "f32 rounds": (const(0.1) + const(0.2), const(0.30000001192092896)),
-        "x ** 2": (s**2, s * s), "i32 ** 2.0 is f32": (kv**2.0, cast(kv, float) * cast(kv, float)), "x ** 0.5": ((s**0.5).op, "sqrt"),
-        "2 ** x": ((2**s).op, "exp2"), "slope stays unfactored": ((a * kv - a * q).op, "sub"),
-    }  # fmt: skip
-    wrong = [name for name, (found, wanted) in cases.items() if found is not wanted and not (isinstance(wanted, str) and found == wanted)]
+        "x + 0": (q + 0, q),
+        "0 + x": (0 + q, q),
+        "x * 1": (q * 1, q),
+        "x * 0": (q * 0, const(0)),
+        "x - x": (q - q, const(0)),
+        "x // 8": (q // 8, q >> 3),
+        "x % 8": (q % 8, q & 7),
+        "x // 1": (q // 1, q),
+        "x % 1": (q % 1, const(0)),
+        "(x + 1) + 2": ((q + 1) + 2, q + 3),
+        "(x - 1) + 1": ((q - 1) + 1, q),
+        "~~b": (~~(q < kv), q < kv),
+        "~(x < y)": (~(q < kv), kv <= q),
+        "~(f < g)": ((~(f < a)).op, "not"),
+        "x == x": (q == q, const(True)),
+        "x < x": (q < q, const(False)),
+        "f == f keeps NaN": ((f == f).op, "eq"),
+        "b & True": ((q < kv) & True, q < kv),
+        "b & False": ((q < kv) & False, const(False)),
+        "b | True": ((q < kv) | True, const(True)),
+        "where(True)": (where(True, q, kv), q),
+        "where(b, x, x)": (where(q < kv, s, s), s),
+        "where(b, False, True)": (where(q < kv, False, True), kv <= q),
+        "f * 1": (f * 1.0, f),
+        "f + 0 stays": ((f + 0.0).op, "add"),
+        "--x": (-(-q), q),
+        "constants": (const(7) // -2, const(-4)),
+        "wrap": (const(I32_MAX) + 1, const(I32_MIN)),
+        "0 divisor": (const(5) // 0, const(0)),
+        "f32 rounds": (const(0.1) + const(0.2), const(0.30000001192092896)),
+        "x ** 2": (s**2, s * s),
+        "i32 ** 2.0 is f32": (kv**2.0, cast(kv, float) * cast(kv, float)),
+        "x ** 0.5": ((s**0.5).op, "sqrt"),
+        "2 ** x": ((2**s).op, "exp2"),
+        "slope stays unfactored": ((a * kv - a * q).op, "sub"),
+    }
+    wrong = [
+        name
+        for name, (found, wanted) in cases.items()
+        if found is not wanted and not (isinstance(wanted, str) and found == wanted)
+    ]
     assert not wrong
 
 
@@ -155,10 +223,25 @@ def test_simplifications():
 def test_dependence_classes():
     doc = load("doc", I32, ("requests", "positions"), (request, kv))
     levels = {
-        const(1): CONST, n: CALL, n + 1: CALL, symbol("num_heads"): CALL, request: TILE, symbol("kv_len") + n: TILE, head: ROW,
-        q - n: ROW, load("t", F32, ("heads",), (head,)): ROW, load("t", F32, ("x",), (const(0),)): CALL, kv: COL, doc: COL,
-        symbol("kv_token") + request: COL, q - kv: ELEM, doc + q: ELEM, s: ELEM, s * a: ELEM, symbol("dim"): ELEM,
-    }  # fmt: skip
+        const(1): CONST,
+        n: CALL,
+        n + 1: CALL,
+        symbol("num_heads"): CALL,
+        request: TILE,
+        symbol("kv_len") + n: TILE,
+        head: ROW,
+        q - n: ROW,
+        load("t", F32, ("heads",), (head,)): ROW,
+        load("t", F32, ("x",), (const(0),)): CALL,
+        kv: COL,
+        doc: COL,
+        symbol("kv_token") + request: COL,
+        q - kv: ELEM,
+        doc + q: ELEM,
+        s: ELEM,
+        s * a: ELEM,
+        symbol("dim"): ELEM,
+    }
     assert {text(node): node.level for node in levels} == {text(node): level for node, level in levels.items()}
 
 
@@ -196,17 +279,33 @@ def test_discrete_inputs_are_what_decides():
 
 @pytest.mark.parametrize(
     "bad",
-    [lambda: ag.expr._intern("add", (q, s), None, F32), lambda: ag.expr._intern("lt", (q, kv), None, I32),
-     lambda: ag.expr._intern("sym", (), "q", F32), lambda: ag.expr._intern("load", (s,), ("t", ("x",)), F32),
-     lambda: ag.expr._intern("frobnicate", (q,), None, I32), lambda: ag.expr._intern("param", (q,), ("n",), I32)],
-)  # fmt: skip
+    [
+        lambda: ag.expr._intern("add", (q, s), None, F32),
+        lambda: ag.expr._intern("lt", (q, kv), None, I32),
+        lambda: ag.expr._intern("sym", (), "q", F32),
+        lambda: ag.expr._intern("load", (s,), ("t", ("x",)), F32),
+        lambda: ag.expr._intern("frobnicate", (q,), None, I32),
+        lambda: ag.expr._intern("param", (q,), ("n",), I32),
+    ],
+)
 def test_verify_refuses_what_no_stage_may_make(bad):
     with pytest.raises(AssertionError):
         verify([bad()])
 
 
-@pytest.mark.parametrize("op, args", [("add", (q < kv, q)), ("and", (q, q < kv)), ("not", (s,)), ("where", (q, s, s)),
-                                      ("exp", (q,)), ("mod", (s, s)), ("shl", (s, q)), ("lt", (q < kv, q < kv))])  # fmt: skip
+@pytest.mark.parametrize(
+    "op, args",
+    [
+        ("add", (q < kv, q)),
+        ("and", (q, q < kv)),
+        ("not", (s,)),
+        ("where", (q, s, s)),
+        ("exp", (q,)),
+        ("mod", (s, s)),
+        ("shl", (s, q)),
+        ("lt", (q < kv, q < kv)),
+    ],
+)
 def test_ill_typed_operations_are_the_users_error(op, args):
     with pytest.raises(VariantError, match=rf"test_expr.py:\d+: `{op}` got .*It takes"):
         apply(op, *args)
@@ -215,7 +314,9 @@ def test_ill_typed_operations_are_the_users_error(op, args):
 # ---------------------------------------------------------------- tile bounds
 
 
-def closed_range(bounds: TileBounds, q_lo: int, q_hi: int, q_abs: int, kv_len: int, value: Callable[[Node], int]) -> tuple[int, int]:
+def closed_range(
+    bounds: TileBounds, q_lo: int, q_hi: int, q_abs: int, kv_len: int, value: Callable[[Node], int]
+) -> tuple[int, int]:
     """Keys [begin, end) that rows q_lo ... q_hi may attend to, as an inequality is defined to mean."""
     begin, end = 0, kv_len
     for x in bounds.closed:
@@ -232,7 +333,9 @@ def closed_range(bounds: TileBounds, q_lo: int, q_hi: int, q_abs: int, kv_len: i
     return begin, end
 
 
-def tile_is_full(bounds: TileBounds, rows: tuple[int, int], keys: tuple[int, int], q_abs: int, kv_len: int, value: Any) -> bool:
+def tile_is_full(
+    bounds: TileBounds, rows: tuple[int, int], keys: tuple[int, int], q_abs: int, kv_len: int, value: Any
+) -> bool:
     def worst(x: Inequality) -> bool:
         rest, safe = terms(x, q_abs, kv_len, value)
         return safe and min(x.cq * i for i in rows) + min(x.ck * i for i in keys) + rest >= 0
@@ -248,10 +351,15 @@ def terms(x: Inequality, q_abs: int, kv_len: int, value: Callable[[Node], int]) 
 @st.composite
 def masks(draw: st.DrawFn) -> Node:
     """Conjunctions of linear comparisons and terms that no inequality expresses."""
+
     def side() -> Node:
         node = const(draw(st.integers(-12, 12)))
         for _ in range(draw(st.integers(0, 3))):
-            atom = draw(st.sampled_from([q, kv, n, symbol("kv_len"), request * 3, q * 2, kv * -3, 4 * (q - kv), -kv, n * 5, n * n]))
+            atom = draw(
+                st.sampled_from(
+                    [q, kv, n, symbol("kv_len"), request * 3, q * 2, kv * -3, 4 * (q - kv), -kv, n * 5, n * n]
+                )
+            )
             node = node + atom if draw(st.booleans()) else node - atom
         return node
 
@@ -265,9 +373,17 @@ def masks(draw: st.DrawFn) -> Node:
             return side() == side()
         if kind == 8:
             return draw(st.sampled_from([kv <= q, q - kv < n, kv < n, ~(q < kv)]))
-        return draw(st.sampled_from([
-            load("ids", I32, ("requests", "positions"), (request, kv)) <= 1, (q - kv) % 3 == 0, (kv <= q) | (kv < 2), ~(kv == q), head < 2,
-        ]))  # fmt: skip
+        return draw(
+            st.sampled_from(
+                [
+                    load("ids", I32, ("requests", "positions"), (request, kv)) <= 1,
+                    (q - kv) % 3 == 0,
+                    (kv <= q) | (kv < 2),
+                    ~(kv == q),
+                    head < 2,
+                ]
+            )
+        )
 
     mask = term()
     for _ in range(draw(st.integers(0, 2))):
@@ -283,9 +399,14 @@ def grid(offset: int, scalar: int) -> tuple[dict[str, torch.Tensor], dict[str, A
     symbols, fields = world()
     i32 = torch.int32
     return symbols | {
-        "q": (torch.arange(Q_LEN, dtype=i32) + offset).view(1, -1, 1), "kv": torch.arange(KV_LEN, dtype=i32).view(1, 1, -1),
-        "kv_len": torch.tensor(KV_LEN, dtype=i32), "q_len": torch.tensor(Q_LEN, dtype=i32),
-    }, fields | {"n": scalar, "ids": torch.randint(-2, 4, (2, KV_LEN), generator=torch.Generator().manual_seed(3), dtype=i32)}  # fmt: skip
+        "q": (torch.arange(Q_LEN, dtype=i32) + offset).view(1, -1, 1),
+        "kv": torch.arange(KV_LEN, dtype=i32).view(1, 1, -1),
+        "kv_len": torch.tensor(KV_LEN, dtype=i32),
+        "q_len": torch.tensor(Q_LEN, dtype=i32),
+    }, fields | {
+        "n": scalar,
+        "ids": torch.randint(-2, 4, (2, KV_LEN), generator=torch.Generator().manual_seed(3), dtype=i32),
+    }
 
 
 def kept(mask: Node, offset: int, scalar: int) -> torch.Tensor:
@@ -302,11 +423,15 @@ def check_bounds(mask: Node, offset: int, scalar: int, key_range: Any, full: Any
         begin, end = key_range(offset + first, offset + last)
         outside = [k for k in range(KV_LEN) if not begin <= k < end]
         lost = keep[first : last + 1][:, outside]
-        assert not lost.any(), f"{text(mask)} n={scalar} rows {offset + first}..{offset + last}: [{begin}, {end}) loses keys"
+        assert not lost.any(), (
+            f"{text(mask)} n={scalar} rows {offset + first}..{offset + last}: [{begin}, {end}) loses keys"
+        )
         for k0 in range(0, KV_LEN, TILE_KEYS):
             k1 = min(k0 + TILE_KEYS, KV_LEN) - 1
             if full(offset + first, offset + last, k0, k1):
-                assert every[first : last + 1, k0 : k1 + 1].all(), f"{text(mask)} n={scalar}: tile {first},{k0} is not full"
+                assert every[first : last + 1, k0 : k1 + 1].all(), (
+                    f"{text(mask)} n={scalar}: tile {first},{k0} is not full"
+                )
 
 
 @settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -320,9 +445,12 @@ def test_bounds_never_lose_a_kept_element(mask, offset, scalar):
 
     q_abs = abs(offset) + Q_LEN
     check_bounds(
-        mask, offset, scalar, lambda lo, hi: closed_range(bounds, lo, hi, q_abs, KV_LEN, value),
+        mask,
+        offset,
+        scalar,
+        lambda lo, hi: closed_range(bounds, lo, hi, q_abs, KV_LEN, value),
         lambda q0, q1, k0, k1: tile_is_full(bounds, (q0, q1), (k0, k1), q_abs, KV_LEN, value),
-    )  # fmt: skip
+    )
 
 
 def test_bounds_are_tight_where_the_mask_is_linear():
@@ -351,14 +479,15 @@ def test_bounds_of_a_shared_sum_take_no_exponential_time():
 
 # The emitted C text of the same bounds, for a batch of masks in one library.
 HARNESS = """
-static {type} {name}_tile(const Params& p, const Call& c, int request, int kv_head, int q_len, int kv_len, int q_offset) {{
+static {type} {name}_tile(const Params& p, const Call& c, int request, int kv_head, int q_len, int kv_len,
+                          int q_offset) {{
   {type} t;
   t.request = request, t.kv_head = kv_head, t.q_len = q_len, t.kv_len = kv_len, t.q_offset = q_offset;
 {tile}  return t;
 }}
 static Call{name} {name}_call(const Params& p) {{ Call{name} c; {call} return c; }}
-EXPORT void {name}(const Params* params, int q_len, int kv_len, int q_offset, int64_t q_lo, int64_t q_hi, int64_t k_lo, int64_t k_hi,
-                   int64_t* out) {{
+EXPORT void {name}(const Params* params, int q_len, int kv_len, int q_offset, int64_t q_lo, int64_t q_hi, int64_t k_lo,
+                   int64_t k_hi, int64_t* out) {{
   const Params& p = *params;
   const Call{name} c = {name}_call(p);
   const {type} t = {name}_tile(p, c, 1, 0, q_len, kv_len, q_offset);
@@ -381,25 +510,32 @@ def test_the_emitted_bounds_never_lose_a_kept_element(tmp_path):
     struct_layout = layout(fields, storage)
     parts = [
         '#include "functions.h"\n#define EXPORT extern "C" __attribute__((visibility("default")))\nstruct Params {',
-        *(f"  {f.ctype} {f.name};" for f in struct_layout.fields), "};",
-    ]  # fmt: skip
+        *(f"  {f.ctype} {f.name};" for f in struct_layout.fields),
+        "};",
+    ]
     for i, mask in enumerate(drawn):
         hooks = emit(Trace(mask=mask, fields=fields), storage, 64)
         members = "".join(f" {v.ctype} {v.name};" for v in hooks.tile)
         parts.append(f"struct Tile{i} {{ int request, kv_head, q_len, kv_len, q_offset;{members} }};")
         parts.append(f"struct Callm{i} {{ {''.join(f'{v.ctype} {v.name}; ' for v in hooks.call)}}};")
         harness = HARNESS.format(
-            type=f"Tile{i}", name=f"m{i}", tile="".join(f"  t.{v.name} = {v.expr};\n" for v in hooks.tile),
-            call="".join(f"c.{v.name} = {v.expr}; " for v in hooks.call), begin=hooks.bounds.kv_begin,
-            end=hooks.bounds.kv_end, full=hooks.bounds.full,
-        )  # fmt: skip
+            type=f"Tile{i}",
+            name=f"m{i}",
+            tile="".join(f"  t.{v.name} = {v.expr};\n" for v in hooks.tile),
+            call="".join(f"c.{v.name} = {v.expr}; " for v in hooks.call),
+            begin=hooks.bounds.kv_begin,
+            end=hooks.bounds.kv_end,
+            full=hooks.bounds.full,
+        )
         parts.append(harness.replace("const Call& c", f"const Callm{i}& c"))
     files = {"bounds.cpp": "\n".join(parts), **{x.name: x.read_text() for x in (templates_dir() / "cpu").glob("*.h")}}
     flags = (*(f for f in cpu_flags("generic") if f != "-O3"), "-O0")
     library = ctypes.CDLL(str(compile_kernel(files, Recipe("cpu", ("bounds.cpp",), flags), tmp_path).artifact))
     params, out = bytearray(struct_layout.size), (ctypes.c_int64 * 3)()
     offset_of_n = next(f.offset for f in struct_layout.fields if f.name == "param_n")
-    for (i, mask), offset, scalar in itertools.product(enumerate(drawn), [0, -6, 2**29], [5, 0, I32_MAX, I32_MIN + 7, 50000]):
+    for (i, mask), offset, scalar in itertools.product(
+        enumerate(drawn), [0, -6, 2**29], [5, 0, I32_MAX, I32_MIN + 7, 50000]
+    ):
         params[offset_of_n : offset_of_n + 4] = scalar.to_bytes(4, "little", signed=True)
         buffer = (ctypes.c_char * len(params)).from_buffer(params)
 

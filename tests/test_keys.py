@@ -34,18 +34,32 @@ FIELDS = ("cap: ag.Scalar = {cap}", "window: ag.Scalar[int] = 7", 'slopes: ag.Te
 
 
 def declare(
-    name: str = "V", cap: float = 2.0, local: str = "x", s: str = "s", extra: str = "", comment: str = "A variant.",
-    fields: tuple[str, ...] = FIELDS, file: str = "user.py",
-) -> ag.Variant:  # fmt: skip
+    name: str = "V",
+    cap: float = 2.0,
+    local: str = "x",
+    s: str = "s",
+    extra: str = "",
+    comment: str = "A variant.",
+    fields: tuple[str, ...] = FIELDS,
+    file: str = "user.py",
+) -> ag.Variant:
     """A variant made from source: what a key must not see can be varied."""
-    text = SOURCE.format(name=name, fields="\n    ".join(fields).format(cap=cap), local=local, s=s, extra=extra, comment=comment)
+    text = SOURCE.format(
+        name=name, fields="\n    ".join(fields).format(cap=cap), local=local, s=s, extra=extra, comment=comment
+    )
     scope = {"__name__": __name__}
     exec(compile(text, file, "exec", dont_inherit=True), scope)
     return scope[name]()
 
 
-def key(variant: ag.Variant | None = None, dtype: torch.dtype = torch.float32, head_dim: int = 64, head_dim_v: int | None = None,
-        slopes: str = "float32", isa: str | None = None) -> str:  # fmt: skip
+def key(
+    variant: ag.Variant | None = None,
+    dtype: torch.dtype = torch.float32,
+    head_dim: int = 64,
+    head_dim_v: int | None = None,
+    slopes: str = "float32",
+    isa: str | None = None,
+) -> str:
     problem = run.problem_for(dtype, head_dim, head_dim_v or head_dim, {"slopes": slopes}, isa)
     return run.specialise(variant or declare(), problem)[-1]
 
@@ -122,9 +136,16 @@ def test_a_copy_elsewhere_with_other_times_has_the_same_key(copied):
 
 @pytest.mark.parametrize(
     "file",
-    [*(f"attngen/{room}.py" for room in ("ops", "expr", "bounds", "trace", "rope", "spec", "abi", "choose", "emit", "render", "build")),
-     "templates/cpu/attention.cpp.jinja", "templates/cpu/functions.h", "templates/cpu/simd.h"],
-)  # fmt: skip
+    [
+        *(
+            f"attngen/{room}.py"
+            for room in ("ops", "expr", "bounds", "trace", "rope", "spec", "abi", "choose", "emit", "render", "build")
+        ),
+        "templates/cpu/attention.cpp.jinja",
+        "templates/cpu/functions.h",
+        "templates/cpu/simd.h",
+    ],
+)
 def test_the_text_of_each_compiler_room_and_template_is_part_of_the_key(copied, file):
     before = key()
     with open(copied / file, "a") as text:
@@ -176,7 +197,8 @@ def test_every_field_of_the_config_is_part_of_the_key(monkeypatch):
 
 def test_keys_are_the_same_in_every_process():
     program = (
-        "import torch\nfrom attngen import run\nfrom attngen.variants import library\nfrom attngen.spec import STORAGE\n"
+        "import torch\nfrom attngen import run\nfrom attngen.variants import library\n"
+        "from attngen.spec import STORAGE\n"
         "for name, cls in library().items():\n"
         "    v = cls()\n"
         "    storage = {n: str(STORAGE[f.dtype][0])[6:] for n, f in v.trace.used().items() if f.kind == 'tensor'}\n"
@@ -185,7 +207,9 @@ def test_keys_are_the_same_in_every_process():
 
     def keys(seed: str) -> str:
         env = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(PACKAGE.parent)}
-        return subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            [sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True
+        ).stdout
 
     first = keys("0")
     assert first == keys("12345")

@@ -11,10 +11,35 @@ from attngen.paths import PACKAGE
 
 # Top to bottom; a room may import from those above it.
 STREET = (
-    "errors", "paths", "ops", "expr", "bounds", "trace", "rope", "spec", "interp", "abi", "abi_cuda", "choose",
-    "choose_cuda", "emit", "render", "render_cuda", "build", "cache", "load", "schedule", "run", "cuda",
-    "batch", "check", "doctor", "cli", "__main__", "integrations",
-)  # fmt: skip
+    "errors",
+    "paths",
+    "ops",
+    "expr",
+    "bounds",
+    "trace",
+    "rope",
+    "spec",
+    "interp",
+    "abi",
+    "abi_cuda",
+    "choose",
+    "choose_cuda",
+    "emit",
+    "render",
+    "render_cuda",
+    "build",
+    "cache",
+    "load",
+    "schedule",
+    "run",
+    "cuda",
+    "batch",
+    "check",
+    "doctor",
+    "cli",
+    "__main__",
+    "integrations",
+)
 # attngen.variants is the library that users import; these may too, since `import attngen` imports none of them.
 MAY_USE_VARIANTS = {"check", "cli", "integrations"}
 
@@ -32,9 +57,12 @@ def imports(tree: ast.Module) -> list[tuple[str, int]]:
     """(room of attngen, line) of every import that can run, inside functions too."""
     found = []
     annotations_only = {
-        id(node) for branch in ast.walk(tree) if isinstance(branch, ast.If) and "TYPE_CHECKING" in ast.unparse(branch.test)
-        for statement in branch.body for node in ast.walk(statement)
-    }  # fmt: skip
+        id(node)
+        for branch in ast.walk(tree)
+        if isinstance(branch, ast.If) and "TYPE_CHECKING" in ast.unparse(branch.test)
+        for statement in branch.body
+        for node in ast.walk(statement)
+    }
     for node in ast.walk(tree):
         if id(node) in annotations_only:
             continue
@@ -66,15 +94,29 @@ def test_a_room_imports_only_from_rooms_before_it(room):
 
 
 def test_the_scanner_sees_every_form_of_import():
-    source = "import attngen.run\nfrom . import cache\nfrom .load import host\ndef f():\n  from attngen.spec import x\n  from attngen import cli\n"
+    source = "import attngen.run\nfrom . import cache\nfrom .load import host\n"
+    source += "def f():\n  from attngen.spec import x\n  from attngen import cli\n"
     source += "if TYPE_CHECKING:\n  from .emit import Hooks\n"
     found = imports(ast.parse(source))
     assert sorted(found) == [("cache", 2), ("cli", 6), ("load", 3), ("run", 1), ("spec", 5)]
 
 
 def test_importing_attngen_loads_neither_the_library_nor_what_only_a_build_needs():
-    late = ["attngen.variants", "attngen.cli", "attngen.check", "jinja2", "ninja", "filelock", "pybind11", "typer",
-            "rich", "torch.utils.cpp_extension"]  # fmt: skip
-    program = f"import sys, torch; before = set(sys.modules); import attngen; print([m for m in {late} if m in set(sys.modules) - before])"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=PACKAGE.parent, check=True)
+    late = [
+        "attngen.variants",
+        "attngen.cli",
+        "attngen.check",
+        "jinja2",
+        "ninja",
+        "filelock",
+        "pybind11",
+        "typer",
+        "rich",
+        "torch.utils.cpp_extension",
+    ]
+    program = "import sys, torch; before = set(sys.modules); import attngen; new = set(sys.modules) - before; "
+    program += f"print([m for m in {late} if m in new])"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=PACKAGE.parent, check=True
+    )
     assert done.stdout.strip() == "[]"

@@ -24,12 +24,17 @@ from attngen.ops import BOOL, F32, I32, I32_MAX, I32_MIN, OPS, TORCH_DTYPE, c_te
 from attngen.paths import templates_dir
 from trees import ALL_ROWS, FUNCTIONS, Row
 
-INTS = [0, 1, -1, 2, -2, 3, -3, 5, -7, 16, 30, 31, 32, 33, -31, -32, 64, 1000, -1000, 65536, 46341, -46341, 2**24 + 1,
-        2**30, -(2**30), I32_MAX, I32_MAX - 1, I32_MIN, I32_MIN + 1]  # fmt: skip
-FLOATS = [0.0, -0.0, 1.0, -1.0, 0.5, -0.5, 1.5, 2.5, -2.5, 1e-3, 0.1, 0.3, 0.59, 0.61, 9.0, 9.3, -9.3, 20.0, 87.0, -87.0,
-          88.7, 89.5, 104.0, -103.0, -104.5, 127.9, 128.0, -126.5, -149.0, -150.5, 1e-40, -1e-40, 1.17549435e-38,
-          3.4028235e38, -3.4028235e38, 1e20, 16777217.0, 2147483520.0, 2147483648.0, -2147483648.0, -2147483904.0, 4e9,
-          math.inf, -math.inf, math.nan]  # fmt: skip
+INTS = [
+    int(x)
+    for x in "0 1 -1 2 -2 3 -3 5 -7 16 30 31 32 33 -31 -32 64 1000 -1000 65536 46341 -46341 16777217 1073741824 "
+    "-1073741824 2147483647 2147483646 -2147483648 -2147483647".split()
+]
+FLOATS = [
+    float(x)
+    for x in "0 -0 1 -1 .5 -.5 1.5 2.5 -2.5 1e-3 .1 .3 .59 .61 9 9.3 -9.3 20 87 -87 88.7 89.5 104 -103 -104.5 127.9 "
+    "128 -126.5 -149 -150.5 1e-40 -1e-40 1.17549435e-38 3.4028235e38 -3.4028235e38 1e20 16777217 2147483520 2147483648 "
+    "-2147483648 -2147483904 4e9 inf -inf nan".split()
+]
 ULP = {"exp": 3, "exp2": 3, "log": 4, "log2": 4, "tanh": 4, "sigmoid": 4, "rsqrt": 2}
 
 
@@ -74,22 +79,41 @@ def to_i32(x: float) -> int:
 
 
 PYTHON: dict[tuple[str, str], Callable[..., float]] = {
-    ("add", I32): lambda a, b: wrap(a + b), ("sub", I32): lambda a, b: wrap(a - b), ("mul", I32): lambda a, b: wrap(a * b),
-    ("floordiv", I32): lambda a, b: wrap(a // b) if b else 0, ("mod", I32): lambda a, b: a % b if b else 0,
-    ("neg", I32): lambda a: wrap(-a), ("abs", I32): lambda a: wrap(abs(a)), ("min", I32): min, ("max", I32): max,
+    ("add", I32): lambda a, b: wrap(a + b),
+    ("sub", I32): lambda a, b: wrap(a - b),
+    ("mul", I32): lambda a, b: wrap(a * b),
+    ("floordiv", I32): lambda a, b: wrap(a // b) if b else 0,
+    ("mod", I32): lambda a, b: a % b if b else 0,
+    ("neg", I32): lambda a: wrap(-a),
+    ("abs", I32): lambda a: wrap(abs(a)),
+    ("min", I32): min,
+    ("max", I32): max,
     ("shl", I32): lambda a, n: wrap(a << n) if 0 <= n < 32 else 0,
     ("shr", I32): lambda a, n: a >> n if 0 <= n < 32 else (-1 if a < 0 else 0),
-    ("and", I32): lambda a, b: a & b, ("or", I32): lambda a, b: a | b, ("xor", I32): lambda a, b: a ^ b,
-    ("and", BOOL): lambda a, b: a and b, ("or", BOOL): lambda a, b: a or b, ("xor", BOOL): lambda a, b: a != b,
-    ("not", I32): lambda a: ~a, ("not", BOOL): lambda a: not a,
-    ("lt", BOOL): lambda a, b: a < b, ("le", BOOL): lambda a, b: a <= b, ("eq", BOOL): lambda a, b: a == b,
-    ("to_i32", I32): to_i32, ("to_bool", BOOL): lambda a: a != 0, ("to_f32", F32): lambda a: f32(float(a)),
-    ("add", F32): lambda a, b: f32(a + b), ("sub", F32): lambda a, b: f32(a - b), ("mul", F32): lambda a, b: f32(a * b),
-    ("neg", F32): lambda a: -a, ("abs", F32): abs, ("floor", F32): lambda a: float(math.floor(a)) if math.isfinite(a) else a,
+    ("and", I32): lambda a, b: a & b,
+    ("or", I32): lambda a, b: a | b,
+    ("xor", I32): lambda a, b: a ^ b,
+    ("and", BOOL): lambda a, b: a and b,
+    ("or", BOOL): lambda a, b: a or b,
+    ("xor", BOOL): lambda a, b: a != b,
+    ("not", I32): lambda a: ~a,
+    ("not", BOOL): lambda a: not a,
+    ("lt", BOOL): lambda a, b: a < b,
+    ("le", BOOL): lambda a, b: a <= b,
+    ("eq", BOOL): lambda a, b: a == b,
+    ("to_i32", I32): to_i32,
+    ("to_bool", BOOL): lambda a: a != 0,
+    ("to_f32", F32): lambda a: f32(float(a)),
+    ("add", F32): lambda a, b: f32(a + b),
+    ("sub", F32): lambda a, b: f32(a - b),
+    ("mul", F32): lambda a, b: f32(a * b),
+    ("neg", F32): lambda a: -a,
+    ("abs", F32): abs,
+    ("floor", F32): lambda a: float(math.floor(a)) if math.isfinite(a) else a,
     ("min", F32): lambda a, b: math.nan if a != a or b != b else min(a, b),
     ("max", F32): lambda a, b: math.nan if a != a or b != b else max(a, b),
     **{("where", t): lambda c, a, b: a if c else b for t in (F32, I32, BOOL)},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("row", [r for r in ALL_ROWS if (r[0], OPS[r[0]].signature[r[1]]) in PYTHON], ids=row_id)
@@ -146,12 +170,15 @@ EXPORT = 'extern "C" __attribute__((visibility("default")))'
 
 def loops(dialect: str, exact: bool) -> str:
     """C functions, one a row, that apply its text to arrays."""
-    return "\n".join(
-        f'{EXPORT} void {name}_{"_".join(types)}({", ".join(f"const {CTYPE[t]}* x{i}" for i, t in enumerate(types))}, '
-        f"{CTYPE[OPS[name].signature[types]]}* out, long n) {{\n  for (long i = 0; i < n; i++) out[i] = "
-        f"{c_text(OPS[name], dialect, OPS[name].signature[types], types[0], exact).format(*(f'x{j}[i]' for j in range(len(types))))};\n}}"
-        for name, types in ALL_ROWS
-    )
+
+    def loop(name: str, types: tuple[str, ...]) -> str:
+        result = OPS[name].signature[types]
+        params = ", ".join(f"const {CTYPE[t]}* x{i}" for i, t in enumerate(types))
+        text = c_text(OPS[name], dialect, result, types[0], exact).format(*(f"x{i}[i]" for i in range(len(types))))
+        signature = f"{EXPORT} void {name}_{'_'.join(types)}({params}, {CTYPE[result]}* out, long n)"
+        return f"{signature} {{\n  for (long i = 0; i < n; i++) out[i] = {text};\n}}"
+
+    return "\n".join(loop(*row) for row in ALL_ROWS)
 
 
 def headers(dialect: str) -> dict[str, str]:
@@ -217,19 +244,28 @@ def test_nvcc_compiles_every_row(arch, exact, tmp_path: Path):
 
 # ---------------------------------------------------------------- guarded reads
 
-STORED = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "i32": torch.int32, "i64": torch.int64,
-          "u8": torch.uint8}  # fmt: skip
+STORED = {
+    "f32": torch.float32,
+    "bf16": torch.bfloat16,
+    "f16": torch.float16,
+    "i32": torch.int32,
+    "i64": torch.int64,
+    "u8": torch.uint8,
+}
 
 
 @pytest.mark.parametrize("dialect", ["cpp", "cuda"])
 def test_guarded_reads(dialect, tmp_path):
     include = '#include "functions.h"\n' if dialect == "cpp" else '#include "shim.h"\n#include "math.cuh"\n'
     reads = "\n".join(
-        f'{EXPORT} double read_{name}(const void* x, int in_range, long at) {{ return ag_load_{name}(x, in_range != 0, at); }}'
+        f"{EXPORT} double read_{name}(const void* x, int in_range, long at) {{\n"
+        f"  return ag_load_{name}(x, in_range != 0, at);\n}}"
         for name in STORED
     )
     flags = cpu_flags("generic") if dialect == "cpp" else ["-O2", "-std=c++17"]
-    result = compile_kernel({"reads.cpp": include + reads, **headers(dialect)}, Recipe("cpu", ("reads.cpp",), tuple(flags)), tmp_path)
+    result = compile_kernel(
+        {"reads.cpp": include + reads, **headers(dialect)}, Recipe("cpu", ("reads.cpp",), tuple(flags)), tmp_path
+    )
     library = ctypes.CDLL(str(result.artifact))
     for name, dtype in STORED.items():
         stored = torch.tensor([1.5, 0.0, 65504.0, 6e-8]) if dtype.is_floating_point else torch.tensor([7, 0, 200, 3])

@@ -18,24 +18,35 @@ from trees import masks, smooth
 HEAD_DIM = 16
 # (requests, q_len, kv_len, heads, kv_heads, kv_lens, q_offset)
 SHAPES: list[tuple[int, int, int, int, int, list[int] | None, int | None]] = [
-    (1, 1, 1, 1, 1, None, None), (2, 1, 300, 4, 2, [300, 17], None), (1, 70, 70, 2, 2, None, None),
-    (2, 33, 130, 6, 2, [130, 40], None), (1, 40, 12, 3, 1, None, None), (2, 9, 65, 2, 1, [0, 65], None),
-    (1, 20, 150, 2, 2, None, 0), (1, 17, 33, 4, 4, None, -5),
-]  # fmt: skip
+    (1, 1, 1, 1, 1, None, None),
+    (2, 1, 300, 4, 2, [300, 17], None),
+    (1, 70, 70, 2, 2, None, None),
+    (2, 33, 130, 6, 2, [130, 40], None),
+    (1, 40, 12, 3, 1, None, None),
+    (2, 9, 65, 2, 1, [0, 65], None),
+    (1, 20, 150, 2, 2, None, 0),
+    (1, 17, 33, 4, 4, None, -5),
+]
 
 
-def make(hooks: dict[str, Node], storage: Any) -> ag.Variant:
+def make(hooks: dict[str, Node]) -> ag.Variant:
     """A variant with these nodes as hooks."""
+
     def given_node(name: str) -> Any:
         node = hooks[name]
         inputs = {"logits": 1, "weight": 1, "output": 1}.get(name, 0)
         return (lambda self, x, at: node) if inputs else (lambda self, at: node)
 
     annotations = {
-        "a": ag.Scalar, "n": ag.Scalar[int], "table": ag.Tensor("heads"),
-        "ids": ag.Tensor("requests", "positions", dtype=int), "flags": ag.Tensor("heads", 5, dtype=bool),
-    }  # fmt: skip
-    return type("Random", (ag.Variant,), {"__annotations__": annotations, **{name: given_node(name) for name in hooks}})()
+        "a": ag.Scalar,
+        "n": ag.Scalar[int],
+        "table": ag.Tensor("heads"),
+        "ids": ag.Tensor("requests", "positions", dtype=int),
+        "flags": ag.Tensor("heads", 5, dtype=bool),
+    }
+    return type(
+        "Random", (ag.Variant,), {"__annotations__": annotations, **{name: given_node(name) for name in hooks}}
+    )()
 
 
 @st.composite
@@ -60,12 +71,22 @@ def rowwise(node: Node) -> bool:
     return not node.symbols & {"kv", "kv_token", "s"}
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, phases=(Phase.explicit, Phase.generate), suppress_health_check=list(HealthCheck))
-@given(hooks=variants(), dtype=st.sampled_from(["float32", "float32", "bfloat16"]), ids=st.sampled_from([torch.int32, torch.int64, torch.uint8]),
-       table=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))  # fmt: skip
+@settings(
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    phases=(Phase.explicit, Phase.generate),
+    suppress_health_check=list(HealthCheck),
+)
+@given(
+    hooks=variants(),
+    dtype=st.sampled_from(["float32", "float32", "bfloat16"]),
+    ids=st.sampled_from([torch.int32, torch.int64, torch.uint8]),
+    table=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
 def test_random_variants(hooks, dtype, ids, table):
     hooks = {name: node for name, node in hooks.items() if name != "output" or rowwise(node)}
-    variant = make(hooks, None)
+    variant = make(hooks)
     try:
         for seed, shape in enumerate(SHAPES):
             one_call(variant, shape, seed, getattr(torch, dtype), ids, table)
@@ -73,7 +94,9 @@ def test_random_variants(hooks, dtype, ids, table):
         raise AssertionError(f"{variant.explain()}\n{dtype}, {error}") from error
 
 
-def one_call(variant: ag.Variant, shape: Any, seed: int, dtype: torch.dtype, ids: torch.dtype, table: torch.dtype) -> None:
+def one_call(
+    variant: ag.Variant, shape: Any, seed: int, dtype: torch.dtype, ids: torch.dtype, table: torch.dtype
+) -> None:
     requests, q_len, kv_len, heads, kv_heads, kv_lens, q_offset = shape
     random = torch.Generator().manual_seed(seed)
 
@@ -85,19 +108,20 @@ def one_call(variant: ag.Variant, shape: Any, seed: int, dtype: torch.dtype, ids
     for r, n in enumerate(kv_lens or ()):
         k[r, n:] = v[r, n:] = torch.nan
     params = {
-        "a": 0.6 + 0.3 * seed, "n": [3, 0, -2, 64, 2**31 - 1, -(2**31), 17, 5][seed], "table": normal(heads).to(table),
-        "ids": torch.randint(0, 5, (requests, kv_len), generator=random).to(ids), "flags": torch.rand(heads, 5, generator=random) < 0.5,
-    }  # fmt: skip
+        "a": 0.6 + 0.3 * seed,
+        "n": [3, 0, -2, 64, 2**31 - 1, -(2**31), 17, 5][seed],
+        "table": normal(heads).to(table),
+        "ids": torch.randint(0, 5, (requests, kv_len), generator=random).to(ids),
+        "flags": torch.rand(heads, 5, generator=random) < 0.5,
+    }
     softmax = variant.trace.weight is None
     options = dict(kv_lens=kv_lens, q_offset=q_offset, return_lse=softmax, **params)
     found, wanted = ag.attention(q, k, v, variant, **options), ag.reference(q, k, v, variant, **options)
-    # Unnormalised weights sum over the keys, and so do their roundings.
-    room = 1.0 if softmax else max(1.0, kv_len**0.5)
-    like = None if dtype == torch.float32 and softmax else (found[0] if softmax else found).double() * 0 + (wanted[0] if softmax else wanted)
-    if like is not None:
-        like = like + (1e-5 if dtype == torch.float32 else 2**-7) * room
+    out, ref = (found[0], wanted[0]) if softmax else (found, wanted)
+    # Room for rounding p, and for unnormalised weights, which sum over the keys with their roundings.
+    room = (1e-5 if dtype == torch.float32 else 2**-7) * (1.0 if softmax else max(1.0, kv_len**0.5))
     try:
-        compare(found[0] if softmax else found, wanted[0] if softmax else wanted, dtype, like)
+        compare(out, ref, dtype, like=ref + room)
         if softmax:
             compare(found[1], wanted[1], dtype)
     except AssertionError as error:
@@ -116,8 +140,10 @@ def test_the_strategy_reaches_every_hook():
     assert seen == {"mask", "weight", "sink", "logits", "query_scale", "output"}
 
 
-NAMES = ("NAN INFINITY NULL assert INT32_MAX AG_INLINE HEAD_DIM Params bf16 int32_t size_t ag_exp e0 e1 p c t rows kv_begin LANES "
-         "double class std omp main errno row call x_stride0").split()  # fmt: skip
+NAMES = (
+    "NAN INFINITY NULL assert INT32_MAX AG_INLINE HEAD_DIM Params bf16 int32_t size_t ag_exp e0 e1 p c t rows "
+    "kv_begin LANES double class std omp main errno row call x_stride0"
+).split()
 
 
 def test_fields_may_have_any_name():

@@ -5,14 +5,14 @@ A tree is a leaf (a Node) or (op name, result type, arguments); ``build`` makes 
 
 from __future__ import annotations
 
-from typing import Any, Union
+from typing import Any
 
 from attngen import expr
 from attngen.expr import Node, const, load, param, symbol
 from attngen.ops import BOOL, F32, I32, I32_MAX, I32_MIN, OPS
 from hypothesis import strategies as st
 
-Tree = Union[Node, tuple[str, str, tuple[Any, ...]]]
+Tree = Node | tuple[str, str, tuple[Any, ...]]
 Row = tuple[str, tuple[str, ...]]  # op, argument types
 
 FUNCTIONS = {"exp", "exp2", "log", "log2", "tanh", "sigmoid", "rsqrt"}  # not exact: a few ulp
@@ -28,10 +28,11 @@ def leaves(symbols: tuple[str, ...]) -> dict[str, st.SearchStrategy[Tree]]:
     """Leaves over integer symbols, scalar and tensor fields and constants."""
     ints = [symbol(name) for name in symbols]
     loads = [
-        load("table", F32, ("heads",), (symbol("head"),)), load("ids", I32, ("requests", "positions"), (symbol("request"), symbol("kv"))),
+        load("table", F32, ("heads",), (symbol("head"),)),
+        load("ids", I32, ("requests", "positions"), (symbol("request"), symbol("kv"))),
         load("ids", I32, ("requests", "positions"), (symbol("request"), symbol("q"))),
         load("flags", BOOL, ("heads", 5), (symbol("head"), symbol("kv") & 7)),
-    ]  # fmt: skip
+    ]
     small = st.integers(-40, 40) | st.sampled_from([I32_MIN, I32_MAX, 2**20, 64, 128])
     floats = st.sampled_from([0.0, 1.0, -1.0, 0.5, 3.25, -7.5, 1e-3, 100.0])
     return {
@@ -73,23 +74,45 @@ def masks(depth: int = 3) -> st.SearchStrategy[Node]:
 
 
 def smooth(depth: int = 3, of: str | None = "s") -> st.SearchStrategy[Node]:
-    """f32 trees over ``of`` whose value stays near [-4, 4] and moves little when a leaf moves by an ulp, so that float32
-    can be compared with float64. None leaves the keys and the logit out: a row-wise tree."""
+    """f32 trees over ``of`` whose value stays near [-4, 4] and moves little when a leaf moves by an ulp, so that
+    float32 can be compared with float64. None leaves the keys and the logit out: a row-wise tree."""
     difference = symbol("q") - (symbol("kv") if of else symbol("kv_len"))
-    some = [param("a", F32), load("table", F32, ("heads",), (symbol("head"),)), expr.tanh(difference * 0.1),
-            expr.sigmoid(expr.to_f32(symbol("head")))]  # fmt: skip
+    some = [
+        param("a", F32),
+        load("table", F32, ("heads",), (symbol("head"),)),
+        expr.tanh(difference * 0.1),
+        expr.sigmoid(expr.to_f32(symbol("head"))),
+    ]
     leaf = st.sampled_from([symbol(of)] * 3 + some if of else some) | st.sampled_from([0.5, -1.25, 2.0]).map(const)
     if depth == 0:
         return leaf
     x = smooth(depth - 1, of)
     conditions = st.sampled_from([difference < param("n", I32), symbol("head") % 2 == 0, param("a", F32) < 1.0])
-    one = [expr.tanh, expr.sigmoid, expr.absolute, lambda v: -v, lambda v: expr.log(1 + abs(v)), lambda v: expr.log2(1 + abs(v)),
-           lambda v: expr.exp(-abs(v)), lambda v: expr.exp2(-abs(v)), lambda v: expr.sqrt(abs(v) + 0.01),
-           lambda v: expr.rsqrt(abs(v) + 0.5), lambda v: v / param("a", F32), lambda v: v * v * 0.25]  # fmt: skip
-    two = [lambda v, w: 0.5 * (v + w), lambda v, w: (v - w) * 0.5, lambda v, w: v * expr.tanh(w), expr.minimum, expr.maximum,
-           lambda v, w: v / (1 + abs(w))]  # fmt: skip
+    one = [
+        expr.tanh,
+        expr.sigmoid,
+        expr.absolute,
+        lambda v: -v,
+        lambda v: expr.log(1 + abs(v)),
+        lambda v: expr.log2(1 + abs(v)),
+        lambda v: expr.exp(-abs(v)),
+        lambda v: expr.exp2(-abs(v)),
+        lambda v: expr.sqrt(abs(v) + 0.01),
+        lambda v: expr.rsqrt(abs(v) + 0.5),
+        lambda v: v / param("a", F32),
+        lambda v: v * v * 0.25,
+    ]
+    two = [
+        lambda v, w: 0.5 * (v + w),
+        lambda v, w: (v - w) * 0.5,
+        lambda v, w: v * expr.tanh(w),
+        expr.minimum,
+        expr.maximum,
+        lambda v, w: v / (1 + abs(w)),
+    ]
     ops = st.one_of(
-        st.builds(lambda f, v, w: f(v, w), st.sampled_from(two), x, x), st.builds(lambda f, v: f(v), st.sampled_from(one), x),
+        st.builds(lambda f, v, w: f(v, w), st.sampled_from(two), x, x),
+        st.builds(lambda f, v: f(v), st.sampled_from(one), x),
         st.builds(expr.where, conditions, x, x),
-    )  # fmt: skip
+    )
     return ops if depth > 2 else leaf | ops
