@@ -73,20 +73,20 @@ def parameter_fields(
     """The user's parameters as struct fields: 8-byte fields first, so that nothing is padded; by name within each, since
     variants that differ only in the order of their fields share a key.
 
-    ``device_scalars`` gives each scalar ``x`` a pointer ``param_x_at`` too: where it is set, the kernel reads x there.
+    ``device_scalars`` gives each scalar ``x`` a pointer ``at_x`` too: where it is set, the kernel reads x there.
     """
     wide: list[tuple[str, str]] = []
     narrow: list[tuple[str, str]] = []
     for name, f in sorted(fields.items()):
         if f.kind == "tensor":
             wide.append((f"const {STORAGE_CTYPE[storage[name]]}*", f"param_{name}"))
-            wide += [("int64_t", f"param_{name}_stride{i}") for i in range(len(f.axes))]
-            narrow += [("int32_t", f"param_{name}_size{i}") for i in range(len(f.axes))]
+            wide += [("int64_t", f"stride{i}_{name}") for i in range(len(f.axes))]
+            narrow += [("int32_t", f"size{i}_{name}") for i in range(len(f.axes))]
         else:
             ctype = "int32_t" if f.dtype == I32 else "float"
             narrow.append((ctype, f"param_{name}"))
             if device_scalars:
-                wide.append((f"const {ctype}*", f"param_{name}_at"))
+                wide.append((f"const {ctype}*", f"at_{name}"))
     return (*wide, *narrow)
 
 

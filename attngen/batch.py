@@ -508,10 +508,10 @@ class BatchAttention:
                 if value.dim() or value.dtype != wanted:
                     raise ParameterError(f"{name} is {value.dtype} {tuple(value.shape)}: required a number or a 0-dim {wanted}")
                 held.append(value)
-                values[f"param_{name}_at"] = value.data_ptr()
+                values[f"at_{name}"] = value.data_ptr()
             else:
                 values[f"param_{name}"] = check_scalar(self.variant, name, value)
-                values[f"param_{name}_at"] = 0
+                values[f"at_{name}"] = 0
         return values
 
     def _tensor(self, name: str, f: Any, value: Any, requests: int, values: dict[str, Any]) -> None:
@@ -529,7 +529,7 @@ class BatchAttention:
             wanted = (axis,) if isinstance(axis, int) else heads.get(axis) or ((requests,) if axis == "requests" else None)
             if (wanted is not None and size not in wanted) or size > _INT32_MAX:
                 raise ParameterError(f"{self.variant.name}.{name} has {size} entries on axis {axis!r}: required {wanted}")
-            values[f"param_{name}_stride{i}"], values[f"param_{name}_size{i}"] = value.stride(i), size
+            values[f"stride{i}_{name}"], values[f"size{i}_{name}"] = value.stride(i), size
         local = self.head_offset and any(
             axis in heads and size == heads[axis][0] != heads[axis][1] for axis, size in zip(f.axes, value.shape)
         )

@@ -194,7 +194,7 @@ class _Emitter:
             if node.op == "param":
                 name, text = self.name(node.attr[0]), f"p.param_{node.attr[0]}"
                 if self.device_scalars:
-                    text = f"{text}_at ? *{text}_at : {text}"
+                    text = f"p.at_{node.attr[0]} ? *p.at_{node.attr[0]} : {text}"
             elif node.op == "sym":
                 name = text = node.attr
             else:
@@ -263,8 +263,8 @@ class _Emitter:
         for i, (axis, text, arg) in enumerate(zip(axes, index, node.args)):
             safe = arg.op == "sym" and _SAFE_INDEX.get(axis) == arg.attr
             if not safe:
-                checks.append(f"(uint32_t)({text}) < (uint32_t)p.param_{name}_size{i}")
-            offset.append(f"(int64_t)({text}) * p.param_{name}_stride{i}")
+                checks.append(f"(uint32_t)({text}) < (uint32_t)p.size{i}_{name}")
+            offset.append(f"(int64_t)({text}) * p.stride{i}_{name}")
         suffix = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "int32": "i32", "int64": "i64"}.get(stored, "u8")
         # Bitwise and: the checks have no side effects, and loops with && do not vectorise.
         call = f"ag_load_{suffix}(p.param_{name}, {' & '.join(f'({x})' for x in checks) or 'true'}, {' + '.join(offset)})"

@@ -261,14 +261,13 @@ def attention(
         UnsupportedError: no kernel can serve the call.
     """
     variant = _FULL if variant is None else as_variant(variant)
-    site = _site(variant, q, k, v, layout, params)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    if torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in (q, k, v)):
         raise UnsupportedError(
             "an input requires grad, and attngen has no backward yet: call under torch.no_grad() or on detached tensors"
         )
-    trace = variant.trace
-    if return_lse and trace.weight is not None:
+    if return_lse and variant.trace.weight is not None:
         raise UnsupportedError(f"return_lse with {variant.name}: its weight hook replaces softmax, so there is no LSE")
+    site = _site(variant, q, k, v, layout, params)
     result = site.output(q) if out is None else site.check_out(q, k, v, out)
     lse = torch.empty(site.lse_shape, dtype=torch.float32) if return_lse else None
     buffer = bytearray(site.template)
@@ -538,8 +537,8 @@ class _Site(_Shape):
             empty = value.numel() == 0
             struct.pack_into("=Q", buffer, at, (_ZERO if empty else value).data_ptr())
             for i, axis in enumerate(f.axes):
-                struct.pack_into("=q", buffer, self.offsets[f"param_{name}_stride{i}"], value.stride(i))
-                struct.pack_into("=i", buffer, self.offsets[f"param_{name}_size{i}"], value.shape[i])
+                struct.pack_into("=q", buffer, self.offsets[f"stride{i}_{name}"], value.stride(i))
+                struct.pack_into("=i", buffer, self.offsets[f"size{i}_{name}"], value.shape[i])
                 if axis in self.free_axes and named.setdefault(axis, (name, value.shape[i]))[1] != value.shape[i]:
                     raise _unequal_axis(axis, named[axis], (name, value.shape[i]))
 

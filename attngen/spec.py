@@ -13,6 +13,7 @@ import hashlib
 import inspect
 import math
 import sys
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -207,6 +208,9 @@ class Variant(metaclass=_VariantMeta):
                 f"Make another ({type(self).__name__}({name}=...)) or pass {name}=... at the call",
             )
         self.__dict__[name] = value
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_sites"}  # these hold loaded kernels
 
     @property
     def name(self) -> str:
@@ -510,12 +514,17 @@ def compose(*variants: Variant) -> Variant:
     return parts[0] if len(parts) == 1 else Composed("compose", parts)
 
 
+_instances: weakref.WeakKeyDictionary[type[Variant], Variant] = weakref.WeakKeyDictionary()
+
+
 def as_variant(x: Any) -> Variant:
     """A Variant from an instance or a class whose fields need no values."""
     if isinstance(x, Variant):
         return x
     if isinstance(x, type) and issubclass(x, Variant):
-        return x()
+        if x not in _instances:
+            _instances[x] = x()
+        return _instances[x]
     raise fail(f"{x!r} is no variant", "Give an instance of a subclass of ag.Variant, e.g. attngen.variants.Causal()")
 
 

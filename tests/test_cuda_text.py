@@ -132,8 +132,8 @@ def test_random_hooks_compute_what_the_oracle_computes(tmp_path: Path):
     packed |= {f"param_{name}": x for name, x in values.items()}
     for name, tensor in tensors.items():
         packed[f"param_{name}"] = tensor.data_ptr()
-        packed |= {f"param_{name}_stride{i}": n for i, n in enumerate(tensor.stride())}
-        packed |= {f"param_{name}_size{i}": n for i, n in enumerate(tensor.shape)}
+        packed |= {f"stride{i}_{name}": n for i, n in enumerate(tensor.stride())}
+        packed |= {f"size{i}_{name}": n for i, n in enumerate(tensor.shape)}
     params = (ctypes.c_char * LAYOUT.size)()
     LAYOUT.pack_into(params, 0, *(packed.get(f.name, 0) for f in LAYOUT.fields))
 

@@ -164,6 +164,8 @@ inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fsqrt_rn(float a) { return sqrtf(a); }
+inline float __expf(float a) { return expf(a); }
+inline float __fdividef(float a, float b) { return a / b; }
 """
 EXPORT = 'extern "C" __attribute__((visibility("default")))'
 

