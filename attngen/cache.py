@@ -250,9 +250,9 @@ class Cache:
             "created": time.time(),
         }
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        for path in folder.iterdir():
+        # What a lookup checks must be on the disk before the name is; sources and log are for people to read.
+        for path in (folder / described["artifact"], folder / "manifest.json", folder):
             _fsync(path)
-        _fsync(folder)
         final = self.folder(key, shelf)
         final.parent.mkdir(parents=True, exist_ok=True)
         try:

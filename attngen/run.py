@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import math
 import struct
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -160,8 +162,21 @@ def _compile(variant: Variant, problem: Problem) -> Kernel:
     memo = (trace.key(problem.head_dim), problem)
     kernel = _kernels.get(memo)
     if kernel is None:
-        kernel = _kernels[memo] = _compile_uncached(variant, problem)
+        with _collector_paused():
+            kernel = _kernels[memo] = _compile_uncached(variant, problem)
     return kernel
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Without cyclic garbage collection: rendering allocates enough to set off a full one, 90 ms over torch's heap."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def specialise(variant: Variant, problem: Problem) -> tuple[Any, Choice, Layout, tuple[str, ...], str]:
