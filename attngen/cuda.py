@@ -104,7 +104,7 @@ def build(kernel: Specialised) -> tuple[cache.Entry, bool, float]:
 
 
 _loaded: dict[tuple[str, int], Any] = {}
-_loaded_lock = threading.Lock()
+_loaded_lock = threading.Lock()  # no fork to mind: CUDA does not survive one
 
 
 def load(kernel: Specialised, device: int, threads: int, shared_bytes: int, dependent: bool) -> Any:

@@ -14,7 +14,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .bounds import Inequality, analyse
-from .expr import CALL, COL, CONST, ELEM, ROW, TILE, Node, discrete_inputs, substitute, walk
+from .expr import (
+    CALL,
+    COL,
+    CONST,
+    ELEM,
+    ROW,
+    TILE,
+    Node,
+    discrete_inputs,
+    maximum,
+    minimum,
+    substitute,
+    walk,
+    where,
+)
 from .ops import BOOL, F32, I32, OPS, c_text
 from .spec import Trace
 
@@ -25,10 +39,13 @@ _RESERVED = frozenset(  # names that the template's loops and C++ use beside the
     "int float double char short long unsigned signed void auto register static const volatile extern inline return "
     "if else for while do switch case default break continue goto sizeof struct union enum typedef class public "
     "private protected template typename this new delete operator errno stdin stdout stderr namespace using try catch "
-    "throw friend virtual explicit mutable true false and or not xor nullptr asm".split()
+    "throw friend virtual explicit mutable true false and or not xor nullptr asm alignas alignof and_eq bitand bitor "
+    "compl concept consteval constexpr constinit const_cast co_await co_return co_yield decltype dynamic_cast export "
+    "noexcept not_eq or_eq reinterpret_cast requires static_assert static_cast thread_local typeid wchar_t xor_eq sum o2 "
+    "final override import module".split()
 )
 # Names of the generated locals, of types, of helper functions and of macros: a field of such a name gets another one.
-_MEANINGFUL = re.compile(r"e\d+|\w+_t|ag_\w+|[A-Z][A-Z0-9_]*|assert|offsetof|bf16|f16|std|main")
+_MEANINGFUL = re.compile(r"e\d+|q_position\d+|\w+_t|ag_\w+|[A-Z][A-Z0-9_]*|assert|offsetof|bf16|f16|std|main")
 _LEVEL_HINT = {CALL: "call", TILE: "tile", ROW: "row", COL: "col"}
 _LONG_TEXT = 400  # characters of one expression: past it, a part gets a name
 # A read indexed by exactly this symbol on this axis cannot be out of range: the call checks the axis's size.
@@ -125,8 +142,19 @@ def _reciprocals(root: Node | None) -> Node | None:
         if n.op == "div" and n not in exact and n.level == ELEM and n.args[1].level < ELEM
     }  # fmt: skip
     for node, divisor in quotients.items():
-        root = substitute(root, {node: node.args[0] * (1.0 / divisor)})
+        root = substitute(root, {node: node.args[0] * _reciprocal(divisor)})
     return root
+
+
+def _reciprocal(divisor: Node) -> Node:
+    """1 / divisor, kept finite where a divisor near 0 would make it infinite: 0 * inf is NaN where 0 / divisor is 0."""
+    exact = 1.0 / divisor
+    if divisor.op == "const":
+        return exact
+    return where(divisor == 0.0, exact, minimum(maximum(exact, -_F32_MAX), _F32_MAX))
+
+
+_F32_MAX = 3.4028234663852886e38
 
 
 _SYMBOL_TEXT = {
@@ -327,7 +355,7 @@ class _Emitter:
         """The sum of an inequality's uniform terms, and the test that i32 arithmetic could not wrap ('' if it cannot)."""
         constant = sum(sign * node.attr for sign, node in bound.terms if node.op == "const")
         others = [(sign, node) for sign, node in bound.terms if node.op != "const"]
-        if not others and bound.wq <= 1 and bound.wk <= 1 and abs(constant) < 2**20:
+        if not others and bound.wq <= 1 and bound.wk <= 1 and sum(abs(sign * node.attr) for sign, node in bound.terms) < 2**20:
             return (str(constant) if constant else ""), ""  # positions stay below 2^30: the call checks it
         texts = [(sign, f"(int64_t)({self.expression(node, TILE) if node.args else self.leaf(node, TILE)})")
                  for sign, node in others]  # fmt: skip

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import os
 import struct
 import sys
 import threading
@@ -195,6 +196,15 @@ class Node:
 
 _interned: weakref.WeakValueDictionary[tuple[Any, ...], Node] = weakref.WeakValueDictionary()
 _lock = threading.Lock()
+
+
+def _fresh_lock() -> None:
+    """A thread that held the lock in the parent does not exist in a forked child."""
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_fresh_lock)
 
 
 def _attr_text(attr: Any) -> str:

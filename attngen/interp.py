@@ -84,9 +84,11 @@ def reference_attention(
     """
     batch, rows, heads, head_dim = q.shape
     kv_rows, kv_heads, dim_v = k.shape[1], k.shape[2], v.shape[3]
-    group = heads // max(kv_heads, 1)
+    group = heads // kv_heads if kv_heads else 0
     out = torch.zeros(batch, rows, heads, dim_v, dtype=torch.float64)
     lse = torch.full((batch, heads, rows), -torch.inf, dtype=torch.float64)
+    if not heads:
+        return out, lse if trace.weight is None else None
     exact = discrete_inputs(trace.roots().values())
     inv_freq, table = (None, None)
     if trace.rope:
@@ -133,12 +135,17 @@ def reference_attention(
                 o = w @ vf
             else:
                 s = torch.where(keep, s, -torch.inf)
-                total = torch.logsumexp(s, -1) if n_kv else torch.full(s.shape[:2], -torch.inf, dtype=s.dtype)
+                top = s.amax(-1) if n_kv else torch.full(s.shape[:2], -torch.inf, dtype=s.dtype)
+                sink = None
                 if trace.sink is not None:
                     sink = value(trace.sink).double().expand(heads, len(i), 1)[..., 0]
-                    total = torch.logaddexp(total, sink)
-                p = torch.exp(s - torch.where(total == -torch.inf, 0.0, total)[..., None])
-                o = p @ vf
+                    top = torch.maximum(top, sink)
+                # Beside the largest logit, not the LSE: at 1e38 an LSE cannot hold the sum.
+                base = torch.where(top.isfinite(), top, 0.0)
+                p = torch.exp(s - base[..., None])
+                sum_ = p.sum(-1) if sink is None else p.sum(-1) + torch.exp(sink - base)
+                o = (p @ vf) / torch.where(sum_ == 0, 1.0, sum_)[..., None]
+                total = base + torch.log(sum_)
                 lse[b, :, i] = total
             if trace.output is not None:
                 dim = i32(torch.arange(dim_v)).view(1, 1, -1)

@@ -28,7 +28,7 @@ def render_cpu(
     template = _environment(compiled).get_template(f"cpu/{MAIN}.jinja")
     text = template.render(
         hooks=hooks, config=config, params=layout.fields, params_size=layout.size, problem=problem, abi=LAUNCH_ABI,
-        title=title,
+        title=" ".join(title.split()),
     )  # fmt: skip
     return {MAIN: text, **files}
 

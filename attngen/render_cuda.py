@@ -21,7 +21,7 @@ def render_cuda(
     folder = templates_dir() / "cuda"
     template = _environment(compiled).get_template(f"cuda/{name}.cu.jinja")
     text = template.render(
-        hooks=hooks, config=config, params=layout.fields, params_size=layout.size, problem=problem, title=title,
+        hooks=hooks, config=config, params=layout.fields, params_size=layout.size, problem=problem, title=" ".join(title.split()),
         rope=hooks.rope if hooks else None,
     )
     headers = (path for path in sorted(folder.glob("*.cuh")) if f'#include "{path.name}"' in text or path.name == "ptx.cuh")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import math
+import os
 import struct
 import threading
 import time
@@ -15,6 +16,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from . import cache
 from .abi import BASE_FIELDS, LAUNCH_ABI, Layout, layout
@@ -90,6 +92,15 @@ class Kernel:
 _kernels: dict[tuple[Any, ...], Kernel] = {}
 _records: list[BuildRecord] = []
 _records_lock = threading.Lock()
+
+
+def _fresh_lock() -> None:
+    """A thread that held the lock in the parent does not exist in a forked child."""
+    global _records_lock
+    _records_lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_fresh_lock)
 
 
 def record_build(record: BuildRecord) -> None:
@@ -282,21 +293,28 @@ def attention(
         )
     if return_lse and variant.trace.weight is not None:
         raise UnsupportedError(f"return_lse with {variant.name}: its weight hook replaces softmax, so there is no LSE")
+    q, k, v = _plain(q), _plain(k), _plain(v)
     site = _site(variant, q, k, v, layout, params)
     result = site.output(q) if out is None else site.check_out(q, k, v, out)
-    lse = torch.empty(site.lse_shape, dtype=torch.float32) if return_lse else None
+    lse = torch.empty(site.lse_shape, dtype=torch.float32, device="cpu") if return_lse else None
     buffer = bytearray(site.template)
     _POINTERS.pack_into(
         buffer, 0, q.data_ptr(), k.data_ptr(), v.data_ptr(), result.data_ptr(), 0 if lse is None else lse.data_ptr()
     )
-    _THREADS.pack_into(buffer, _THREADS_OFFSET, torch.get_num_threads(), site.scale if scale is None else _scale(variant, scale, site.head_dim))
+    factor = site.scale if scale is None else _scale(variant, scale, site.head_dim)
+    _THREADS.pack_into(buffer, _THREADS_OFFSET, torch.get_num_threads(), factor)
     held: list[torch.Tensor] = []  # alive through the launch
-    longest = site.kv_len
+    longest = site.kv_len if site.batch else 0
     if q_lens is not None or kv_lens is not None or q_offset is not None or site.rope_needs_lens:
         longest = site.bind_lengths(buffer, q_lens, kv_lens, q_offset, held)
     if site.params:
         site.bind(buffer, params, longest, held)
-    site.kernel.launch(buffer)
+        if out is not None and any(_memory(t) == _memory(out) for t in held):
+            raise ParameterError("out shares memory with a parameter: give another tensor")
+    if result.numel():
+        if not (q.data_ptr() and (k.data_ptr() and v.data_ptr() or not k.numel())):
+            raise UnsupportedError("q, k or v has no memory (a fake tensor?): attngen.attention runs on real tensors only")
+        site.kernel.launch(buffer)
     return result if lse is None else (result, lse)
 
 
@@ -330,10 +348,11 @@ def reference(
             if axis in free and named.setdefault(axis, (name, size))[1] != size:
                 raise _unequal_axis(axis, named[axis], (name, size))
     order = (0, 2, 1, 3) if layout == "bhsd" else (0, 1, 2, 3)
-    out, lse = reference_attention(
-        variant.trace, q.permute(order), k.permute(order), v.permute(order), q_lens=lens_q, kv_lens=lens_kv,
-        q_offsets=offsets, scale=_scale(variant, scale, shape.head_dim), params=values,
-    )  # fmt: skip
+    with torch.device("cpu"):  # whatever the default device is
+        out, lse = reference_attention(
+            variant.trace, q.permute(order), k.permute(order), v.permute(order), q_lens=lens_q, kv_lens=lens_kv,
+            q_offsets=offsets, scale=_scale(variant, scale, shape.head_dim), params=values,
+        )  # fmt: skip
     out = out.permute(order)
     if not return_lse:
         return out
@@ -342,13 +361,27 @@ def reference(
     return out, lse
 
 
+def _plain(t: Any) -> Any:
+    """A tensor whose memory holds its values: lazy negation is carried out, forward-mode derivatives are refused."""
+    if isinstance(t, torch.Tensor):
+        if t.is_neg():
+            t = t.resolve_neg()
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None:
+            raise UnsupportedError("an input carries a forward-mode derivative, and attngen has none yet: pass its primal")
+    return t
+
+
+def _memory(t: torch.Tensor) -> int:
+    return t.untyped_storage().data_ptr()
+
+
 _FULL = Variant()
 _POINTERS = struct.Struct("=5Q")
 _BASE = Layout(BASE_FIELDS)
 _THREADS = struct.Struct("=if")  # threads and scale are neighbours
 _THREADS_OFFSET = _BASE.fields[_BASE.index["threads"]].offset
 assert _BASE.fields[_BASE.index["scale"]].offset == _THREADS_OFFSET + 4
-_ZERO = torch.zeros(8, dtype=torch.int64)  # what an empty tensor parameter points to: element 0 must be readable
+_ZERO = torch.zeros(8, dtype=torch.int64, device="cpu")  # what an empty tensor parameter points to: element 0 must be readable
 
 
 class _Shape:
@@ -437,6 +470,12 @@ class _Shape:
             raise ParameterError(f"{variant.name}.{name} is on {value.device} and q on cpu: move it to q's device")
         if value.requires_grad and torch.is_grad_enabled():
             raise UnsupportedError(f"{variant.name}.{name} requires grad: no backward yet; detach it")
+        if value.is_neg():
+            value = value.resolve_neg()
+        if value.data_ptr() % value.element_size():
+            raise ParameterError(
+                f"{variant.name}.{name} starts at an address that is no multiple of its element size: clone it"
+            )
         if value.dim() != len(f.axes):
             raise ParameterError(
                 f"{variant.name}.{name} has shape {tuple(value.shape)}: required {len(f.axes)} axes {list(f.axes)}"
@@ -481,7 +520,8 @@ class _Site(_Shape):
         self.rope = rope
         inv_freq = None
         if rope is not None and not self.rope_needs_lens:
-            inv_freq = rope.inv_freq(self.head_dim).contiguous()
+            with torch.device("cpu"):
+                inv_freq = rope.inv_freq(self.head_dim).contiguous()
         self._keep = inv_freq
         out = torch.empty(self.out_shape, dtype=q.dtype, device="meta")
         strides = {
@@ -501,7 +541,7 @@ class _Site(_Shape):
         self.template = bytes(template)
 
     def output(self, q: torch.Tensor) -> torch.Tensor:
-        return torch.empty(self.out_shape, dtype=self.dtype)
+        return torch.empty(self.out_shape, dtype=self.dtype, device="cpu")
 
     def check_out(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """A caller's output tensor: contiguous, of the right shape and dtype, apart from the inputs."""
@@ -512,8 +552,7 @@ class _Site(_Shape):
             raise UnsupportedError("out requires grad, and attngen has no backward yet: detach it")
         if out.device.type != "cpu" or not out.is_contiguous():
             raise ParameterError(f"out is on {out.device} with strides {out.stride()}: required a contiguous CPU tensor")
-        storage = out.untyped_storage().data_ptr()
-        if storage and storage in {t.untyped_storage().data_ptr() for t in (q, k, v)}:
+        if _memory(out) and _memory(out) in {_memory(t) for t in (q, k, v)}:
             raise ParameterError("out shares memory with q, k or v: give another tensor")
         return out
 
@@ -523,10 +562,11 @@ class _Site(_Shape):
         """Write the length pointers; returns the longest kv_len."""
         lens_q, lens_kv, offsets = self.lengths(q_lens, kv_lens, q_offset)
         for name, values in (("q_lens", lens_q), ("kv_lens", lens_kv), ("q_offsets", offsets)):
-            held.append(torch.tensor(values, dtype=torch.int32))
+            held.append(torch.tensor(values, dtype=torch.int32, device="cpu"))
             struct.pack_into("=Q", buffer, self.offsets[name], held[-1].data_ptr())
         if self.rope_needs_lens:
-            inv_freq, table = self.rope.tables(self.head_dim, torch.tensor(lens_kv, dtype=torch.int64))
+            with torch.device("cpu"):
+                inv_freq, table = self.rope.tables(self.head_dim, torch.tensor(lens_kv, dtype=torch.int64, device="cpu"))
             inv_freq = inv_freq.contiguous()
             held.append(inv_freq)
             struct.pack_into("=Q", buffer, self.offsets["rope_inv_freq"], inv_freq.data_ptr())
@@ -547,7 +587,7 @@ class _Site(_Shape):
             if f.kind != "tensor":
                 struct.pack_into("=f" if f.dtype == F32 else "=i", buffer, at, check_scalar(self.variant, name, value))
                 continue
-            self.check_tensor(name, value, longest)
+            value = self.check_tensor(name, value, longest)
             held.append(value)
             empty = value.numel() == 0
             struct.pack_into("=Q", buffer, at, (_ZERO if empty else value).data_ptr())
@@ -624,6 +664,8 @@ def _check_unknown(variant: Variant, params: Mapping[str, Any]) -> None:
 def check_scalar(variant: Variant, name: str, value: Any) -> int | float:
     dtype = variant.trace.fields[name].dtype
     if isinstance(value, torch.Tensor) and value.dim() == 0:
+        if value.requires_grad and torch.is_grad_enabled():
+            raise UnsupportedError(f"{variant.name}.{name} requires grad: no backward yet; detach it")
         value = value.item()
     if dtype == I32:
         if isinstance(value, bool) or not isinstance(value, int):
@@ -655,8 +697,8 @@ def _scale(variant: Variant, given: float | None, head_dim: int) -> float:
     scale = given if given is not None else variant.trace.scale
     if scale is None:
         return head_dim**-0.5
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
-        raise ParameterError(f"scale is {scale!r}: required a finite number")
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not abs(scale) <= F32_MAX / 2:
+        raise ParameterError(f"scale is {scale!r}: required a number of magnitude below {F32_MAX / 2:.3g}")
     return float(scale)
 
 

@@ -192,7 +192,7 @@ class Reach:
 
 def _harmless(terms: Sequence[tuple[int, Node]], wq: int, wk: int) -> bool:
     """Whether emission drops the guard too: positions stay below 2**30 and the constants are small."""
-    return all(n.op == "const" for _, n in terms) and wq <= 1 and wk <= 1 and abs(sum(s * n.attr for s, n in terms)) < 2**20
+    return all(n.op == "const" for _, n in terms) and wq <= 1 and wk <= 1 and sum(abs(s * n.attr) for s, n in terms) < 2**20
 
 
 # ---------------------------------------------------------------- tiles and workers

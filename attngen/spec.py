@@ -326,9 +326,9 @@ def _trace_rope(rope: Any, locations: dict[Node, Where]) -> RopeTrace | None:
         function = given if callable(given) else (lambda at, value=given: value)
         positions.append(default if given is None else trace_hook(f"rope {name}", function, POSITION, locations))
     q_position, kv_position = positions
-    if kv_position.symbols & {"q", "q_token", "head"}:
+    if kv_position.symbols & {"q", "q_token", "head", "kv_head"}:
         raise fail(
-            f"kv_position `{text(kv_position)}` reads the query", "It may depend on at.kv and the request only: keys are rotated once"
+            f"kv_position `{text(kv_position)}` reads the query or the head", "It may depend on at.kv and the request only: keys are rotated once"
         )
     if rope.keys == "cached" and rope.kv_position is not None:
         raise fail('kv_position is given with keys="cached"', 'Cached keys are rotated already; use keys="rotate"')
@@ -345,10 +345,10 @@ def _check_trace(owner: str, trace: Trace) -> None:
 def _check_name(cls: type, name: str, declared: Mapping[str, Field]) -> None:
     """A public method whose name nearly is a hook's is a typo, not a helper: it would be dropped silently."""
     known = [*HOOKS, "scale", "rope"]
-    reserved = {"fields", "trace", "values", "explain", "structure_hash", "name", *_CALL_ARGUMENTS}
-    if name in declared and (name in known or name in reserved or not name.isascii() or name.startswith("__")):
+    reserved = {"trace", *dir(Variant), *_CALL_ARGUMENTS}
+    if name in declared and (name in known or name in reserved or not name.isascii() or name.startswith("_")):
         raise fail(
-            f"field `{name}` of {cls.__name__} is no ASCII name or is that of a hook, of an attribute of Variant or of an "
+            f"field `{name}` of {cls.__name__} is no ASCII name, begins with an underscore or is that of a hook, of an attribute of Variant or of an "
             "argument of ag.attention", "Rename it"
         )
     if name.startswith("_") or name in known or name in declared or name in dir(Variant):
@@ -427,7 +427,7 @@ class Composed(Variant):
     """Several variants as one. Made by ``compose`` and by the mask algebra."""
 
     def __init__(self, how: str, parts: tuple[Variant, ...]) -> None:
-        self.how, self.parts = how, parts
+        self._how, self._parts = how, parts
         if how != "compose":
             for part in parts:
                 extra = [n for n in part.trace.hooks() if n != "mask"] + (["rope"] if part.trace.rope else [])
@@ -452,27 +452,27 @@ class Composed(Variant):
 
     @property
     def name(self) -> str:
-        names = [p.name for p in self.parts]
-        if self.how == "compose":
+        names = [p.name for p in self._parts]
+        if self._how == "compose":
             return f"compose({', '.join(names)})"
-        return f"~{names[0]}" if self.how == "~" else f"({f' {self.how} '.join(names)})"
+        return f"~{names[0]}" if self._how == "~" else f"({f' {self._how} '.join(names)})"
 
     def __repr__(self) -> str:
-        parts = [repr(p) for p in self.parts]
-        if self.how == "compose":
+        parts = [repr(p) for p in self._parts]
+        if self._how == "compose":
             return f"compose({', '.join(parts)})"
-        return f"~{parts[0]}" if self.how == "~" else f"({f' {self.how} '.join(parts)})"
+        return f"~{parts[0]}" if self._how == "~" else f"({f' {self._how} '.join(parts)})"
 
     def _trace(self) -> Trace:
-        traces = [p.trace for p in self.parts]
+        traces = [p.trace for p in self._parts]
         true = expr.const(True)
         masks = [t.mask if t.mask is not None else true for t in traces]
-        if self.how == "&" or self.how == "compose":
+        if self._how == "&" or self._how == "compose":
             mask = None if all(t.mask is None for t in traces) else expr.const(True)
             for m in masks if mask is not None else ():
                 mask = m if mask is true else mask & m
         else:
-            mask = ~masks[0] if self.how == "~" else masks[0] | masks[1]
+            mask = ~masks[0] if self._how == "~" else masks[0] | masks[1]
         logits, output, query_scale = None, None, None
         for t in traces:
             logits = _chain(logits, t.logits, "s")
@@ -490,7 +490,7 @@ class Composed(Variant):
 
     def _only(self, hook: str) -> Any:
         """A hook that at most one part may have."""
-        owners = [p for p in self.parts if getattr(p.trace, hook) is not None]
+        owners = [p for p in self._parts if getattr(p.trace, hook) is not None]
         if len(owners) > 1:
             raise fail(f"{' and '.join(p.name for p in owners)} both have `{hook}`", "Only one part of a composition may")
         return getattr(owners[0].trace, hook) if owners else None

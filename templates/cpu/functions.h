@@ -4,6 +4,7 @@
 #include "simd.h"
 
 constexpr float LOG2E = 1.44269504088896341f;
+constexpr float FLOAT_MAX = 3.402823466e38f;
 constexpr float LN2 = 0.693147180559945309f;
 constexpr float INF = __builtin_inff();
 #ifndef INFINITY
@@ -50,6 +51,12 @@ AG_INLINE int32_t ag_mod(int32_t a, int32_t b) {
 
 // ---- int64, for tile bounds -----------------------------------------------------------------------------------------
 
+// A score in base-2 units. A finite one stays finite: masks of -3.4e38 are common, and rows may hold nothing else.
+AG_INLINE float base2(float score) {
+  float x = score * LOG2E;
+  float bounded = x < -FLOAT_MAX ? -FLOAT_MAX : x > FLOAT_MAX ? FLOAT_MAX : x;
+  return score - score == 0.0f ? bounded : x;
+}
 AG_INLINE int64_t ag_min64(int64_t a, int64_t b) { return a < b ? a : b; }
 AG_INLINE int64_t ag_max64(int64_t a, int64_t b) { return a > b ? a : b; }
 AG_INLINE int64_t ag_abs64(int64_t a) { return a < 0 ? -a : a; }
