@@ -698,7 +698,7 @@ def _scale(variant: Variant, given: float | None, head_dim: int) -> float:
     if scale is None:
         return head_dim**-0.5
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not abs(scale) <= F32_MAX / 2:
-        raise ParameterError(f"scale is {scale!r}: required a number of magnitude below {F32_MAX / 2:.3g}")
+        raise ParameterError(f"scale is {scale!r}: required a finite number of magnitude below {F32_MAX / 2:.3g}")
     return float(scale)
 
 

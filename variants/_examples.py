@@ -47,7 +47,7 @@ def example_params(
 
 def _example(variant: ag.Variant | type[ag.Variant], sizes: Sizes, seed: int) -> dict[str, Any]:
     if isinstance(variant, Composed):
-        return {name: value for part in variant.parts for name, value in _example(part, sizes, seed).items()}
+        return {name: value for part in variant._parts for name, value in _example(part, sizes, seed).items()}
     random = torch.Generator().manual_seed(seed)
     cls = variant if isinstance(variant, type) else type(variant)
     ours = cls.__module__.split(".")[:2] == ["attngen", "variants"]
