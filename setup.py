@@ -1,6 +1,7 @@
 """What pyproject.toml cannot say: where the packages are, and the host extension."""
 
 import hashlib
+import sys
 from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext
@@ -25,16 +26,20 @@ host = Pybind11Extension(
     optional=True,
 )
 
+# An editable install needs only the repository's root on sys.path: paths.py finds the two others. With them mapped,
+# setuptools installs a finder, which a folder named attngen beside a script would win against.
+EDITABLE = "editable_wheel" in sys.argv
+
 setup(
-    packages=[
+    packages=find_packages(include=["attngen", "attngen.*"]) if EDITABLE else [
         *find_packages(include=["attngen", "attngen.*"]),
         "attngen.templates",
         *(f"attngen.templates.{name}" for name in find_namespace_packages("templates")),
         "attngen.variants",
         *(f"attngen.variants.{name}" for name in find_packages("variants")),
     ],
-    package_dir=PACKAGE_DIR,
-    package_data={"attngen": ["py.typed", "csrc/*"], "attngen.templates": ["**/*"]},
+    package_dir={"": "."} if EDITABLE else PACKAGE_DIR,
+    package_data={"attngen": ["py.typed", "csrc/*"]} | ({} if EDITABLE else {"attngen.templates": ["**/*"]}),
     ext_modules=[host],
     cmdclass={"build_ext": build_ext},
     zip_safe=False,

@@ -72,7 +72,11 @@ def load_variant(spec: str, bound: Sequence[str] = ()) -> Variant:
         if bound:
             raise VariantError(f"--set with {spec}, an instance: give its class, or bind the values in the file")
         return found
-    return found(**_bindings(found, bound))
+    values = _bindings(found, bound)
+    missing = [n for n, f in found.fields.items() if f.kind == "const" and n not in values and getattr(found, n, None) is None]
+    if missing:
+        raise ParameterError(f"{found.__name__} needs a value for its Const {', '.join(missing)}: --set {missing[0]}=...")
+    return found(**values)
 
 
 def _from_library(name: str) -> type[Variant]:

@@ -151,5 +151,5 @@ def _gpu() -> Finding:
 
     if not torch.cuda.is_available():
         why = "torch is a CPU build" if torch.version.cuda is None else "no CUDA device"
-        return Finding("CUDA device", False, False, why, "none needed: this release has the CPU backend")
+        return Finding("CUDA device", False, False, why, "none needed: attngen.attention runs on the CPU")
     return Finding("CUDA device", True, False, torch.cuda.get_device_name())

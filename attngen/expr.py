@@ -167,7 +167,7 @@ class Node:
             f"`{self}` has no truth value while a hook is traced: the hook branches on a symbol "
             "(if, and, or, not, Python's min/max/any/all, or a chained comparison)",
             "Write ag.where(condition, a, b) for a choice, & | ~ for logic, ag.min/ag.max, and split a < b < c into "
-            "(a < b) & (b < c)",
+            "(a < b) & (b < c); & binds tighter than <, so each comparison needs its parentheses",
         )
 
     def _no_number(self, what: str) -> VariantError:

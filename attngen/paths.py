@@ -43,4 +43,4 @@ class _VariantsFinder:
 
 
 if IS_CHECKOUT and _VariantsFinder not in sys.meta_path:
-    sys.meta_path.append(_VariantsFinder)
+    sys.meta_path.insert(0, _VariantsFinder)

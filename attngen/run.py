@@ -404,7 +404,7 @@ class _Shape:
         if not q.device == k.device == v.device:
             raise ParameterError(f"q, k, v are on {q.device}, {k.device}, {v.device}: move them to one device")
         if q.device.type != "cpu":
-            raise UnsupportedError(f"q, k, v are on {q.device}: this release has the CPU backend; call .cpu()")
+            raise UnsupportedError(f"q, k, v are on {q.device}: attngen.attention runs on the CPU: call .cpu(), or serve CUDA batches with attngen.BatchAttention")
         if not q.dtype == k.dtype == v.dtype:
             raise ParameterError(f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}: cast them to one dtype")
         self.variant, self.layout = variant, layout

@@ -85,6 +85,9 @@ class Tensor(Field):
         for axis in axes:
             if not isinstance(axis, (str, int)) or (isinstance(axis, int) and axis < 1):
                 raise VariantError(f"axis {axis!r} of a Tensor field: an axis is a name or a size of at least 1")
+            close = difflib.get_close_matches(str(axis), AXES, n=1, cutoff=0.88)
+            if close and axis not in AXES:
+                raise VariantError(f"axis {axis!r} of a Tensor field: did you mean {close[0]!r}? A free axis needs another name")
         if dtype not in _DTYPES:
             raise VariantError(f"Tensor dtype {dtype!r}: hooks see float, int or bool")
         super().__init__("tensor", _DTYPES[dtype], axes)
@@ -342,6 +345,11 @@ def _check_trace(owner: str, trace: Trace) -> None:
         raise fail(f"{owner} has both `weight` and `sink`", "weight replaces softmax, so there is no denominator to add to")
 
 
+# What other systems call our hooks.
+_OTHER_NAMES = {"score_mod": ["logits"], "mask_mod": ["mask"], "logits_transform": ["logits"], "logits_mask": ["mask"],
+                "bias": ["logits"], "output_transform": ["output"]}  # fmt: skip
+
+
 def _check_name(cls: type, name: str, declared: Mapping[str, Field]) -> None:
     """A public method whose name nearly is a hook's is a typo, not a helper: it would be dropped silently."""
     known = [*HOOKS, "scale", "rope"]
@@ -354,7 +362,7 @@ def _check_name(cls: type, name: str, declared: Mapping[str, Field]) -> None:
     if name.startswith("_") or name in known or name in declared or name in dir(Variant):
         return
     value = vars(cls).get(name)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+    close = _OTHER_NAMES.get(name) or difflib.get_close_matches(name, known, n=1, cutoff=0.8)
     if callable(value) and close:
         remedy = f"Did you mean `{close[0]}`? Prefix helpers with an underscore"
         raise fail(f"{cls.__name__}.{name} is no hook and would be ignored", remedy, definition(value))
