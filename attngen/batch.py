@@ -23,13 +23,11 @@ from .choose_cuda import PlanConfig, TileClass, choose_attention, choose_decode
 from .emit import emit
 from .errors import ParameterError, UnsupportedError
 from .ops import F32
-from .run import check_scalar
+from .run import DTYPE_NAMES, check_scalar, stored_dtypes
 from .schedule import STATUS_TEXT, Workspace, workspace
-from .spec import STORAGE, Problem, Variant, as_variant
+from .spec import Problem, Variant, as_variant
 
-_DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
-_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.int32: "int32",
-          torch.int64: "int64", torch.uint8: "uint8", torch.bool: "bool"}  # fmt: skip
+_DTYPES = (torch.bfloat16, torch.float16)
 _INT32_MAX = 2**31 - 1
 _FIXED_SPLIT = 2048  # keys of a piece under batch_invariant: long enough to hide a merge, short enough to fill a GPU
 _POINTERS = struct.Struct("=5Q")  # q, k, v, out, lse: the first fields
@@ -146,8 +144,8 @@ class BatchAttention:
         reads = trace.mask.params if trace.mask is not None else frozenset()
         self._mask_fields = {n: f for n, f in self._fields.items() if n in reads}
         self._run_fields = {n: f for n, f in self._fields.items() if n not in reads}
-        stored = _stored(self.variant, storage)
-        name = _DTYPES[dtype]
+        stored = stored_dtypes(self.variant, storage)
+        name = DTYPE_NAMES[dtype]
         arch = cuda.device_arch(self.device.index)
         self.problem = Problem("cuda", arch.name, name, name, name, head_dim, self.head_dim_v, tuple(sorted(stored.items())))
         self._build(arch, _FIXED_SPLIT if batch_invariant else 0)
@@ -519,7 +517,7 @@ class BatchAttention:
         if not isinstance(value, torch.Tensor) or value.dim() != len(f.axes):
             found = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
             raise ParameterError(f"{self.variant.name}.{name} is {found}: required a tensor {list(f.axes)}")
-        if value.device != self.device or _NAMES.get(value.dtype) != stored:
+        if value.device != self.device or DTYPE_NAMES.get(value.dtype) != stored:
             raise ParameterError(
                 f"{self.variant.name}.{name} is {value.dtype} on {value.device}: required {stored} on {self.device} "
                 f"(another dtype: BatchAttention(storage={{{name!r}: ...}}))"
@@ -543,18 +541,6 @@ class BatchAttention:
 def _slots(special: cuda.Specialised) -> dict[str, tuple[struct.Struct, int]]:
     codes = {"float": "=f", "int32_t": "=i", "int64_t": "=q"}
     return {f.name: (struct.Struct(codes.get(f.ctype, "=Q")), f.offset) for f in special.layout.fields}
-
-
-def _stored(variant: Variant, storage: Mapping[str, torch.dtype] | None) -> dict[str, str]:
-    found = {}
-    for name, f in variant.trace.used().items():
-        if f.kind == "tensor":
-            bound = variant.values.get(name)
-            dtype = (storage or {}).get(name) or (bound.dtype if bound is not None else STORAGE[f.dtype][0])
-            if dtype not in STORAGE[f.dtype]:
-                raise ParameterError(f"storage of {name} is {dtype}: required one of {STORAGE[f.dtype]}")
-            found[name] = _NAMES[dtype]
-    return found
 
 
 def _cuda_device(device: Any) -> torch.device:

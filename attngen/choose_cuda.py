@@ -63,8 +63,22 @@ def cuda_flags(arch_name: str) -> list[str]:
     return ["-std=c++17", "-O3", f"-gencode=arch=compute_{name},code=sm_{name}", "-Xptxas", "-v", "-diag-suppress", "177"]
 
 
+class _WarpConfig:
+    """What the records of kernels share that count their warps."""
+
+    warps: int
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 32 * self.warps
+
+    def __str__(self) -> str:
+        return " ".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))
+
+
 @dataclass(frozen=True)
-class DecodeConfig:
+class DecodeConfig(_WarpConfig):
     """A decode kernel, beside its hooks and problem."""
 
     arch: str
@@ -83,14 +97,6 @@ class DecodeConfig:
     def block_n(self) -> int:
         """Keys of a block."""
         return 16 * self.warps
-
-    @property
-    def threads(self) -> int:
-        """Threads of a block."""
-        return 32 * self.warps
-
-    def __str__(self) -> str:
-        return " ".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))
 
 
 @dataclass(frozen=True)
@@ -118,7 +124,6 @@ class DecodeChoice:
 _DECODE_SHAPES = tuple(
     (warps, stages, blocks) for blocks in (2, 1) for warps in (4, 2) for stages in (6, 5, 4, 3, 2)
 )  # fmt: skip
-_ENOUGH_IN_FLIGHT = 48 * _KB  # bytes of keys and values on their way to an SM; more does not help
 
 
 def choose_decode(problem: Problem, arch_name: str, hooks: Hooks, paged: bool = True, split: int = 0) -> DecodeChoice:
@@ -128,24 +133,21 @@ def choose_decode(problem: Problem, arch_name: str, hooks: Hooks, paged: bool = 
     check_head_dims(d, dv)
     kinds = len(hooks.rope.q_positions) if hooks.rope else 1
     candidates: list[DecodeCandidate] = []
-    best: tuple[int, DecodeCandidate] | None = None
+    won: DecodeCandidate | None = None
     for warps, stages, blocks in _DECODE_SHAPES:
         q_in_smem = hooks.rope is not None or dv // 2 + d // 4 + _OTHER_REGISTERS > 255
         smem = decode_smem_bytes(d, dv, warps, stages, kinds if q_in_smem else 0, hooks.softmax)
-        in_flight = min(blocks * warps * stages * 32 * (d + dv), gpu.smem_per_sm)
         lost = ""
         if smem > gpu.smem_per_block:
             lost = f"needs {smem} bytes of shared memory, a block has {gpu.smem_per_block}"
         elif blocks * (smem + _SMEM_RESERVED) > gpu.smem_per_sm:
             lost = f"{blocks} blocks need {blocks * (smem + _SMEM_RESERVED)} bytes of shared memory, an SM has {gpu.smem_per_sm}"
-        elif best is not None:
-            lost = f"{best[1].warps} warps, {best[1].stages} stages, {best[1].blocks_per_sm} blocks an SM come first"
+        elif won is not None:
+            lost = f"{won.warps} warps, {won.stages} stages, {won.blocks_per_sm} blocks an SM come first"
         candidate = DecodeCandidate(warps, stages, blocks, q_in_smem, smem, lost)
-        if not lost:
-            best = (in_flight, candidate)
+        won = won if lost else candidate
         candidates.append(candidate)
-    assert best is not None  # the smallest shape fits any supported head_dim
-    won = best[1]
+    assert won is not None  # the smallest shape fits any supported head_dim
     config = DecodeConfig(arch_name, paged, won.warps, won.stages, won.blocks_per_sm, won.q_in_smem, 2, split, won.smem_bytes)
     return DecodeChoice(config, tuple(candidates))
 
@@ -172,7 +174,7 @@ def check_head_dims(d: int, dv: int) -> None:
 
 
 @dataclass(frozen=True)
-class AttentionConfig:
+class AttentionConfig(_WarpConfig):
     """An attention kernel (attention_sm80.cu), beside its hooks and problem."""
 
     arch: str
@@ -185,14 +187,6 @@ class AttentionConfig:
     unit_cost: int  # fixed cost of a unit, in blocks of keys
     split: int  # keys of a fixed piece (batch_invariant), a multiple of block_n; 0: none
     smem_bytes: int
-
-    @property
-    def threads(self) -> int:
-        """Threads of a block."""
-        return 32 * self.warps
-
-    def __str__(self) -> str:
-        return " ".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ through the driver API.
 from __future__ import annotations
 
 import hashlib
-import threading
 import time
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from .emit import Hooks, emit
 from .errors import UnsupportedError
 from .load import host, load_cubin
 from .paths import PACKAGE, templates_dir
-from .run import FORMAT, BuildRecord, record_build
+from .run import FORMAT, BuildRecord, build_artifact, describe, record_build
 from .spec import Problem, Trace
 
 # The rooms whose text decides what a CUDA kernel's source says.
@@ -74,43 +74,36 @@ def _digest() -> str:
 
 def build(kernel: Specialised) -> tuple[cache.Entry, bool, float]:
     """The kernel's cubin: from the cache, or compiled now. Returns the entry, whether it was there, and the seconds."""
-    store = cache.default()
     start = time.perf_counter()
 
-    def compile_now(folder: Any) -> dict[str, Any]:
-        from .build import Recipe, compile_kernel
-        from .render import locate
+    def recipe() -> Any:
+        from .build import Recipe
+
+        return Recipe("cubin", (f"{kernel.name}.cu",), kernel.flags, (), "kernel.cubin")
+
+    def render(compiled: Path) -> dict[str, str]:
         from .render_cuda import render_cuda
 
-        compiled = store.base / "templates"
-        compiled.mkdir(mode=0o700, exist_ok=True)
-        files = render_cuda(
+        return render_cuda(
             kernel.name, kernel.hooks, kernel.config, kernel.layout, kernel.problem, kernel.title, compiled
         )
-        recipe = Recipe("cubin", (f"{kernel.name}.cu",), kernel.flags, (), "kernel.cubin")
-        result = compile_kernel(
-            files, recipe, folder, locate=lambda file, line: locate(files, file, line), keep_failed=store.failed(kernel.key)
-        )
-        return {
-            "kind": "cubin", "abi": CUDA_ABI, "artifact": result.artifact.name, "sources": list(files),
-            "compiler": result.compiler, "seconds": result.seconds, "flags": list(kernel.flags), "variant": kernel.title,
-            "isa": kernel.config.arch, "problem": kernel.problem.__dict__ if kernel.problem else None,
-            "config": str(kernel.config), "spec_hash": kernel.key, "symbol": kernel.symbol,
-            "params": [[f.ctype, f.name, f.offset] for f in kernel.layout.fields], "params_size": kernel.layout.size,
-        }  # fmt: skip
 
-    entry, hit = store.get_or_build(kernel.key, compile_now)
+    described = {
+        "kind": "cubin", "abi": CUDA_ABI, "flags": list(kernel.flags), "variant": kernel.title,
+        "isa": kernel.config.arch, "problem": kernel.problem.__dict__ if kernel.problem else None,
+        "config": str(kernel.config), "symbol": kernel.symbol, "params": describe(kernel.layout),
+        "params_size": kernel.layout.size,
+    }  # fmt: skip
+    entry, hit = build_artifact(kernel.key, recipe, render, described)
     return entry, hit, 0.0 if hit else time.perf_counter() - start
 
 
 _loaded: dict[tuple[str, int], Any] = {}
-_loaded_lock = threading.Lock()  # no fork to mind: CUDA does not survive one
 
 
 def load(kernel: Specialised, device: int, threads: int, shared_bytes: int, dependent: bool) -> Any:
     """The kernel on CUDA device ``device``: built if need be, loaded once a process."""
-    with _loaded_lock:
-        found = _loaded.get((kernel.key, device))
+    found = _loaded.get((kernel.key, device))
     if found is None:
         entry, hit, seconds = build(kernel)
         host()
@@ -119,8 +112,7 @@ def load(kernel: Specialised, device: int, threads: int, shared_bytes: int, depe
         record_build(BuildRecord(
             kernel.key, f"{kernel.title} {kernel.name}", kernel.problem, hit, seconds, time.perf_counter() - start
         ))  # fmt: skip
-        with _loaded_lock:
-            found = _loaded.setdefault((kernel.key, device), found)
+        found = _loaded.setdefault((kernel.key, device), found)
     return found
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import gc
 import hashlib
 import math
-import os
 import struct
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ from .spec import STORAGE, Problem, Variant, as_variant
 
 FORMAT = 1  # of the key; a change voids every cached kernel
 MAX_LENGTH = 2**30  # positions and lengths stay below it, so that q - kv never wraps
-_DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16",
+DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16",
                 torch.int32: "int32", torch.int64: "int64", torch.uint8: "uint8", torch.bool: "bool"}  # fmt: skip
 F32_MAX = torch.finfo(torch.float32).max
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -90,29 +89,17 @@ class Kernel:
 
 
 _kernels: dict[tuple[Any, ...], Kernel] = {}
-_records: list[BuildRecord] = []
-_records_lock = threading.Lock()
-
-
-def _fresh_lock() -> None:
-    """A thread that held the lock in the parent does not exist in a forked child."""
-    global _records_lock
-    _records_lock = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_fresh_lock)
+_records: list[BuildRecord] = []  # appending and copying are atomic
 
 
 def record_build(record: BuildRecord) -> None:
     """Add to the log."""
-    with _records_lock:
-        _records.append(record)
+    _records.append(record)
 
 
 def build_log() -> list[BuildRecord]:
     """What this process compiled or found in the cache, in order."""
-    with _records_lock:
-        return list(_records)
+    return list(_records)
 
 
 def compile(  # noqa: A001
@@ -137,6 +124,12 @@ def compile(  # noqa: A001
         UnsupportedError, VariantError, BuildError, CacheError, LoadError.
     """
     variant = as_variant(variant)
+    stored = stored_dtypes(variant, storage)
+    return _compile(variant, problem_for(dtype, head_dim, head_dim_v or head_dim, stored, isa))
+
+
+def stored_dtypes(variant: Variant, storage: Mapping[str, torch.dtype] | None) -> dict[str, str]:
+    """The stored dtype of each tensor parameter in use: as given, else of a bound tensor, else the field's own."""
     stored = {}
     tensors = [name for name, f in variant.trace.fields.items() if f.kind == "tensor"]
     for name in storage or ():
@@ -148,8 +141,8 @@ def compile(  # noqa: A001
             chosen = (storage or {}).get(name) or (bound.dtype if bound is not None else STORAGE[f.dtype][0])
             if chosen not in STORAGE[f.dtype]:
                 raise ParameterError(_storage_message(variant, name, f.dtype, chosen))
-            stored[name] = _DTYPE_NAMES[chosen]
-    return _compile(variant, problem_for(dtype, head_dim, head_dim_v or head_dim, stored, isa))
+            stored[name] = DTYPE_NAMES[chosen]
+    return stored
 
 
 def problem_for(
@@ -164,7 +157,7 @@ def problem_for(
                 f"{name} {size}: the CPU kernels take multiples of 8 from 8 to 256; pad q and k (and v) with zeros, and "
                 f"pass scale= for the unpadded size"
             )
-    name = _DTYPE_NAMES[dtype]
+    name = DTYPE_NAMES[dtype]
     return Problem("cpu", isa or host_isa(), name, name, name, head_dim, head_dim_v, tuple(sorted(storage.items())))
 
 
@@ -209,30 +202,58 @@ def compiler_digest() -> str:
     return cache.sources_digest(templates_dir() / "cpu", *rooms)
 
 
-def _compile_uncached(variant: Variant, problem: Problem) -> Kernel:
-    hooks, choice, struct_layout, flags, key = specialise(variant, problem)
-    store = cache.default()
-    start = time.perf_counter()
+def build_artifact(
+    key: str, recipe: Callable[[], Any], render: Callable[[Path], dict[str, str]], described: Mapping[str, Any]
+) -> tuple[cache.Entry, bool]:
+    """The artifact of ``key``: from the cache, or rendered and compiled now; and whether it was there.
 
-    def build(folder: Any) -> dict[str, Any]:
-        from .build import Recipe, compile_kernel
-        from .render import MAIN, locate, render_cpu
+    ``render`` is given the folder where Jinja keeps compiled templates; ``described`` are the manifest's own fields.
+    """
+    store = cache.default()
+
+    def build(folder: Path) -> dict[str, Any]:
+        from .build import compile_kernel
+        from .render import locate
 
         compiled = store.base / "templates"
         compiled.mkdir(mode=0o700, exist_ok=True)
-        files = render_cpu(hooks, choice.config, struct_layout, problem, variant.name, compiled)
-        recipe = Recipe("cpu", (MAIN,), flags, ("-fopenmp",))
+        files = render(compiled)
         result = compile_kernel(
-            files, recipe, folder, locate=lambda file, line: locate(files, file, line), keep_failed=store.failed(key)
+            files, recipe(), folder, locate=lambda file, line: locate(files, file, line), keep_failed=store.failed(key)
         )
         return {
-            "kind": "cpu", "abi": LAUNCH_ABI, "artifact": result.artifact.name, "sources": list(files),
-            "compiler": result.compiler, "seconds": result.seconds, "flags": list(flags), "variant": variant.name,
-            "isa": problem.isa, "problem": problem.__dict__, "config": repr(choice.config), "spec_hash": key,
-            "params": [[f.ctype, f.name, f.offset] for f in struct_layout.fields],
+            **described, "artifact": result.artifact.name, "sources": list(files), "compiler": result.compiler,
+            "seconds": result.seconds, "spec_hash": key,
         }  # fmt: skip
 
-    entry, hit = store.get_or_build(key, build)
+    return store.get_or_build(key, build)
+
+
+def describe(struct_layout: Layout) -> list[list[Any]]:
+    """A parameter struct for a manifest."""
+    return [[f.ctype, f.name, f.offset] for f in struct_layout.fields]
+
+
+def _compile_uncached(variant: Variant, problem: Problem) -> Kernel:
+    hooks, choice, struct_layout, flags, key = specialise(variant, problem)
+    start = time.perf_counter()
+
+    def recipe() -> Any:
+        from .build import Recipe
+        from .render import MAIN
+
+        return Recipe("cpu", (MAIN,), flags, ("-fopenmp",))
+
+    def render(compiled: Path) -> dict[str, str]:
+        from .render import render_cpu
+
+        return render_cpu(hooks, choice.config, struct_layout, problem, variant.name, compiled)
+
+    described = {
+        "kind": "cpu", "abi": LAUNCH_ABI, "flags": list(flags), "variant": variant.name, "isa": problem.isa,
+        "problem": problem.__dict__, "config": repr(choice.config), "params": describe(struct_layout),
+    }  # fmt: skip
+    entry, hit = build_artifact(key, recipe, render, described)
     built = time.perf_counter()
     host()  # once a process; not the kernel's own time
     loading = time.perf_counter()
@@ -633,7 +654,7 @@ def _storage(variant: Variant, params: Mapping[str, Any]) -> tuple[tuple[str, st
             if isinstance(value, torch.Tensor):
                 if value.dtype not in STORAGE[f.dtype]:
                     raise ParameterError(_storage_message(variant, name, f.dtype, value.dtype))
-                found.append((name, _DTYPE_NAMES[value.dtype]))
+                found.append((name, DTYPE_NAMES[value.dtype]))
             else:
                 raise ParameterError(
                     f"{variant.name}.{name} is {type(value).__name__}: required a torch.Tensor {list(f.axes)}"

@@ -4,7 +4,6 @@ architecture, and ptxas reports what the configurations promise."""
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from attngen.errors import UnsupportedError
 from attngen.ops import BOOL, F32, I32
 from attngen.render_cuda import render_cuda
 from attngen.spec import Problem
+from toolchain import NVCC, needs_nvcc
 
 STORED = {F32: "float32", I32: "int32", BOOL: "bool"}
 REGISTERS_PER_SM = 65536
@@ -125,13 +125,13 @@ def compile_cubin(files: dict[str, str], arch: str, folder: Path) -> str:
     """The ptxas report of a cubin built in ``folder``."""
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
-    command = ["nvcc", *cuda_flags(arch), "-cubin", "-o", "kernel.cubin", "attention_sm80.cu"]
+    command = [*NVCC, *cuda_flags(arch), "-cubin", "-o", "kernel.cubin", "attention_sm80.cu"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stderr
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+@needs_nvcc
 @pytest.mark.parametrize(("arch", "name", "options"), COMPILED)
 def test_compiles(arch: str, name: str, options: dict[str, object], tmp_path: Path) -> None:
     files, config = render(LIBRARY[name], arch, **options)  # type: ignore[arg-type]
@@ -145,7 +145,7 @@ def test_compiles(arch: str, name: str, options: dict[str, object], tmp_path: Pa
     assert registers * config.threads * config.blocks_per_sm <= REGISTERS_PER_SM
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+@needs_nvcc
 def test_shared_memory_is_asserted(tmp_path: Path) -> None:
     """The size that the launcher asks for is checked by the compiler, so it cannot drift from the struct."""
     files, config = render(LIBRARY["causal"])

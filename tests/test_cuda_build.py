@@ -12,7 +12,6 @@ import pytest
 
 import attngen as ag
 from attngen import cuda
-from attngen.build import find_nvcc
 from attngen.choose_cuda import (
     ARCHS,
     AppendConfig,
@@ -24,16 +23,12 @@ from attngen.choose_cuda import (
     cuda_flags,
 )
 from attngen.emit import Hooks, RopeHoles, emit
-from attngen.errors import BuildError, UnsupportedError
+from attngen.errors import UnsupportedError
 from attngen.render_cuda import render_cuda
 from attngen.spec import Problem
 from attngen.variants import ALiBi, Causal, Gemma2, GptOss, Llama3RoPE, PrefixLM, Sigmoid, StreamingLLM
+from toolchain import NVCC, needs_nvcc
 
-try:
-    NVCC: tuple[str, ...] = find_nvcc().argv
-except BuildError:
-    NVCC = ()
-needs_nvcc = pytest.mark.skipif(not NVCC, reason="no nvcc: the CUDA compiler comes with PyPI's nvidia-cuda-nvcc or the toolkit")
 
 HEADS = [(32, 32), (64, 64), (128, 128), (192, 128), (256, 256)]
 

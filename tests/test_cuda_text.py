@@ -18,7 +18,8 @@ from attngen.ops import BOOL, F32, I32
 from attngen.spec import Field, Trace
 from compare import compare
 from hypothesis import HealthCheck, given, settings
-from test_ops import headers, has_nvcc
+from test_ops import headers
+from toolchain import needs_nvcc
 from trees import masks, smooth
 
 FIELDS = {
@@ -99,7 +100,7 @@ def source(specs: list[tuple[Node, Node]], include: str) -> str:
     return f"{include}\nstruct Params {{\n{members}}};\n" + "\n".join(functions)
 
 
-@pytest.mark.skipif(not has_nvcc(), reason="no nvcc here: find_nvcc() found none")
+@needs_nvcc
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 def test_random_hooks_compile_for_cuda(arch, tmp_path: Path):
     include = '#include "math.cuh"\n#define DEVICE __device__ __forceinline__\n#define ENTRY extern "C" __global__'

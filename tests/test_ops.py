@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from attngen.build import Recipe, compile_kernel, find_nvcc
+from attngen.build import Recipe, compile_kernel
 from attngen.choose import CPU_ISAS, cpu_flags, host_isa
 from attngen.emit import CTYPE
-from attngen.errors import BuildError
 from attngen.ops import BOOL, F32, I32, I32_MAX, I32_MIN, OPS, TORCH_DTYPE, c_text
 from attngen.paths import templates_dir
+from toolchain import needs_nvcc
 from trees import ALL_ROWS, FUNCTIONS, Row
 
 INTS = [
@@ -227,14 +227,7 @@ def test_c_text_means_what_torch_means(build, row, libraries):
     assert_same(found, expected, args, ULP[name])
 
 
-def has_nvcc() -> bool:
-    try:
-        return bool(find_nvcc())
-    except BuildError:
-        return False
-
-
-@pytest.mark.skipif(not has_nvcc(), reason="no nvcc here: find_nvcc() found none")
+@needs_nvcc
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 @pytest.mark.parametrize("exact", [False, True], ids=["fast", "exact"])
 def test_nvcc_compiles_every_row(arch, exact, tmp_path: Path):

@@ -7,11 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 
 from attngen.errors import VariantError
 from attngen.rope import DynamicNTK, Linear, Llama3, LongRoPE, RoPE, YaRN, rotate
-
-transformers = pytest.importorskip("transformers", minversion="5.0")
 
 HEAD_DIM = 64
 NEAR = torch.arange(0, 300)

@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import attngen as ag
 from attngen import variants
 from attngen.errors import ParameterError, UnsupportedError
-
-transformers = pytest.importorskip("transformers", minversion="5.0")
-from attngen.integrations.transformers import register  # noqa: E402
+from attngen.integrations.transformers import register
 
 SIZE = dict(
     vocab_size=101, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
