@@ -10,58 +10,20 @@ Everything that a legal batch can need is compiled, loaded and allocated when th
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from . import cuda
-from .choose_cuda import PlanConfig, TileClass, choose_attention, choose_decode
-from .emit import emit
+from .engine import CudaEngine, Facts, Plan, Site
 from .errors import ParameterError, UnsupportedError
 from .ops import F32
 from .run import DTYPE_NAMES, check_scalar, stored_dtypes
-from .schedule import STATUS_TEXT, Workspace, workspace
-from .spec import Problem, Variant, as_variant
+from .schedule import STATUS_TEXT
+from .spec import Variant, as_variant
 
 _DTYPES = (torch.bfloat16, torch.float16)
 _INT32_MAX = 2**31 - 1
-_FIXED_SPLIT = 2048  # keys of a piece under batch_invariant: long enough to hide a merge, short enough to fill a GPU
-_POINTERS = struct.Struct("=5Q")  # q, k, v, out, lse: the first fields
-
-
-@dataclass(frozen=True)
-class _Class:
-    """A row-tile class: the kernel that serves it, and how it is launched."""
-
-    bm: int
-    kernel: Any  # host extension's CudaKernel
-    special: cuda.Specialised
-    workers: int
-    slots: Mapping[str, tuple[struct.Struct, int]]  # of each field: how and where it is packed
-
-
-@dataclass
-class _Planned:
-    """What plan leaves for run."""
-
-    requests: int
-    active: tuple[int, ...]  # classes to launch
-    bound: dict[str, Any]  # struct fields that plan decides
-    held: list[torch.Tensor]  # alive as long as the plan
-    decode: bool
-    templates: dict[tuple[int, int], bytes] = field(default_factory=dict)  # by call site and class
-
-
-@dataclass(frozen=True)
-class _Site:
-    """The checked shapes and strides of q and the cache."""
-
-    out_shape: tuple[int, ...]
-    values: Mapping[str, int]
 
 
 class BatchAttention:
@@ -144,72 +106,26 @@ class BatchAttention:
         reads = trace.mask.params if trace.mask is not None else frozenset()
         self._mask_fields = {n: f for n, f in self._fields.items() if n in reads}
         self._run_fields = {n: f for n, f in self._fields.items() if n not in reads}
-        stored = stored_dtypes(self.variant, storage)
-        name = DTYPE_NAMES[dtype]
-        arch = cuda.device_arch(self.device.index)
-        self.problem = Problem("cuda", arch.name, name, name, name, head_dim, self.head_dim_v, tuple(sorted(stored.items())))
-        self._build(arch, _FIXED_SPLIT if batch_invariant else 0)
-
-        kv_len = max_kv_len or capacity * (page_size or 1)
-        self._space = _space(self, self._plan_config, [c.workers for c in self._classes], kv_len)
-        if workspace is None:
-            workspace = torch.empty(self._space.num_bytes, dtype=torch.uint8, device=self.device)
-        elif workspace.device != self.device or workspace.numel() * workspace.element_size() < self._space.num_bytes:
-            raise ParameterError(
-                f"workspace of {workspace.numel() * workspace.element_size()} bytes on {workspace.device}: required "
-                f"{self._space.num_bytes} bytes on {self.device}"
-            )
-        self._workspace = workspace
-        self._base = workspace.data_ptr()
-        if self._base % 256:
-            raise ParameterError("workspace starts at an address that is no multiple of 256: give a tensor of its own")
-        self._status = workspace.view(torch.uint8).flatten()[:4].view(torch.int32)
-        self._status.zero_()
-        rope = trace.rope.rope if trace.rope else None
-        self._rope = rope
-        self._inv_freq = None if rope is None else rope.inv_freq(head_dim).to(self.device).contiguous()
-        self._planned: _Planned | None = None
-        self._sites: dict[Any, Any] = {}
-
-    # ---- construction
-    def _build(self, arch: Any, split: int) -> None:
-        trace, problem = self.variant.trace, self.problem
-        hooks = emit(trace, dict(problem.storage), problem.head_dim, dialect="cuda", device_scalars=True)
-        paged = self.page_size is not None
-        most_rows = self.max_q_len * self.group
-        def attention(bm: int) -> tuple[str, Any]:
-            return "attention_sm80", choose_attention(problem, arch.name, hooks, bm, paged=paged, split=split).config
-
-        choices: list[tuple[str, Any]] = []
-        if not split or most_rows <= 16:
-            choices.append(("decode", choose_decode(problem, arch.name, hooks, paged=paged, split=split).config))
-        if split:  # one kernel for all lengths: two would round differently, and a prompt may be cut anywhere
-            choices = choices or [attention(64)]
-        else:
-            choices += [attention(bm) for bm, below in ((64, 16), (128, 64)) if most_rows > below]
-        shapes = tuple(TileClass(c.block_m, c.block_n, c.unit_cost, c.split) for _, c in choices)
-        self._plan_config = PlanConfig(arch.name, shapes)
-        wanted = [*choices, ("plan", self._plan_config)]
-        specials = [cuda.specialise(n, self.variant.name, trace, problem, config, arch.name) for n, config in wanted]
-        with ThreadPoolExecutor(len(specials)) as pool:  # each is a process of nvcc
-            list(pool.map(cuda.build, specials))
-        multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
-        self._classes = []
-        for special, (_, config) in zip(specials, choices):
-            kernel = cuda.load(special, self.device.index, config.threads, config.smem_bytes, arch.dependent_launch)
-            blocks = kernel.blocks_per_sm()
-            if blocks == 0:
-                raise UnsupportedError(f"{special.name} of {self.variant.name} does not fit {self.device}: {config}")
-            self._classes.append(_Class(config.block_m, kernel, special, blocks * multiprocessors, _slots(special)))
-        self._plan_special = specials[-1]
-        self._plan_kernel = cuda.load(
-            self._plan_special, self.device.index, self._plan_config.threads, 0, arch.dependent_launch
-        )
+        self.engine = CudaEngine(
+            Facts(
+                variant=self.variant, device=self.device, dtype=dtype, num_heads=num_heads, num_kv_heads=num_kv_heads,
+                head_dim=head_dim, head_dim_v=self.head_dim_v, page_size=page_size, max_requests=max_requests,
+                max_q_tokens=max_q_tokens, max_q_len=self.max_q_len, capacity=capacity,
+                max_kv_len=max_kv_len or capacity * (page_size or 1), head_offset=head_offset,
+                total_heads=self.total_heads, batch_invariant=batch_invariant,
+                storage=tuple(sorted(stored_dtypes(self.variant, storage).items())), scale=self.scale,
+            ),
+            workspace,
+        )  # fmt: skip
+        self.problem = self.engine.problem
+        self._stored = dict(self.problem.storage)
+        self._planned: tuple[Plan, int, bool] | None = None  # the plan, its requests, whether each has one token
+        self._sites: dict[Any, Site] = {}
 
     @property
     def workspace_bytes(self) -> int:
         """Bytes of workspace that this object uses."""
-        return self._space.num_bytes
+        return self.engine.workspace_bytes
 
     # ---- plan
     def plan(
@@ -241,13 +157,10 @@ class BatchAttention:
                 and saves launches; default the object's.
             **params: values of the fields that the variant's mask reads.
         """
-        held: list[torch.Tensor] = []
-        values: dict[str, int] = {}
+        values: dict[str, Any] = {}
 
         def give(name: str, given: Any, length: int | None, field: str | None = None) -> int:
-            tensor = self._ints(name, given, length)
-            held.append(tensor)
-            values[field or name] = tensor.data_ptr()
+            tensor = values[field or name] = self._ints(name, given, length)
             return tensor.shape[0]
 
         requests = None
@@ -287,48 +200,9 @@ class BatchAttention:
             if not 1 <= max_q_len <= self.max_q_len:
                 raise ParameterError(f"max_q_len {max_q_len}: required 1 to the object's {self.max_q_len}")
             longest = max_q_len
-        launched = [i == 0 or longest * self.group > self._classes[i - 1].bm for i in range(len(self._classes))]
-
-        space, base = self._space, self._base
-        for i, (part, on) in enumerate(zip(space.classes, launched)):
-            values |= {f"tiles{i}": base + part.tiles, f"workers{i}": base + part.workers,
-                       f"counters{i}": base + part.counters, f"num_workers{i}": part.num_workers if on else 0,
-                       f"max_tiles{i}": part.max_tiles}  # fmt: skip
-        values |= {
-            "status": base + space.status, "num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads,
-            "head_offset": self.head_offset, "total_heads": self.total_heads, "num_requests": requests, "q_len": 1,
-            "max_q_tokens": self.max_q_tokens, "max_q_len": longest,
-        }  # fmt: skip
-        bound = self._bind("plan", self._mask_fields, params, requests, held)
-        packed = values | bound
-        layout = self._plan_special.layout
-        buffer = bytearray(layout.size)
-        layout.pack_into(buffer, 0, *(packed.get(f.name, 0) for f in layout.fields))
-        if requests:
-            self._plan_kernel.launch(buffer, len(self._classes), 1, _stream(self.device.index))
-        if page_table is not None:
-            held.append(page_table)
-            bound["page_table"] = page_table.data_ptr()
-        if self._rope is not None:
-            inv_freq = self._inv_freq
-            if self._rope.needs_kv_lens:
-                inv_freq, table = self._rope_tables(kv_indptr, kv_last_page_len, kv_lens)
-                held += [inv_freq, table]
-                bound["rope_table"] = table.data_ptr()
-            bound["rope_inv_freq"] = inv_freq.data_ptr()
-        active = tuple(i for i, on in enumerate(launched) if on) if requests else ()
-        self._planned = _Planned(requests, active, bound, held, q_indptr is None)
-
-    def _rope_tables(self, kv_indptr: Any, last: Any, kv_lens: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """RoPE's tables and each request's row of them, by its length; on the device."""
-        if kv_lens is not None:
-            lens = self._ints("kv_lens", kv_lens, None)
-        else:
-            lens = self._ints("kv_indptr", kv_indptr, None).diff()
-            if last is not None:
-                lens = ((lens - 1) * self.page_size + self._ints("kv_last_page_len", last, None)).clamp(min=0)
-        inv_freq, table = self._rope.tables(self.head_dim, lens)
-        return inv_freq.contiguous(), table.int().contiguous()
+        values |= {"num_requests": requests, "q_len": 1, "max_q_len": longest}
+        bound = self._bind("plan", self._mask_fields, params, requests)
+        self._planned = self.engine.plan(values, page_table, bound), requests, q_indptr is None
 
     # ---- run
     def run(
@@ -351,15 +225,15 @@ class BatchAttention:
             return_lse: also return the natural-log LSE, float32 ``[tokens, num_heads]``.
             **params: values of the fields that the mask does not read.
         """
-        planned = self._planned
-        if planned is None:
+        if self._planned is None:
             raise ParameterError("run before plan: call plan(...) first")
+        planned, requests, decode = self._planned
         k, v = kv if isinstance(kv, tuple) else (kv[:, 0], kv[:, 1])
         site = self._site(q, k, v)
         if return_lse and self.variant.trace.weight is not None:
             raise UnsupportedError(f"return_lse with {self.variant.name}: its weight hook replaces softmax: there is no LSE")
-        if planned.decode and q.shape[0] < planned.requests:
-            raise ParameterError(f"q has {q.shape[0]} rows: required one for each of the {planned.requests} planned requests")
+        if decode and q.shape[0] < requests:
+            raise ParameterError(f"q has {q.shape[0]} rows: required one for each of the {requests} planned requests")
         if out is None:
             out = torch.empty(site.out_shape, dtype=self.dtype, device=self.device)
         elif out.shape != site.out_shape or out.dtype != self.dtype or out.device != self.device or not out.is_contiguous():
@@ -368,29 +242,15 @@ class BatchAttention:
                 f"{self.dtype} on {self.device}"
             )
         lse = torch.empty(site.out_shape[:2], dtype=torch.float32, device=self.device) if return_lse else None
-        held: list[torch.Tensor] = []
-        bound = self._bind("run", self._run_fields, params, planned.requests, held) if params or self._run_fields else {}
-        pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), 0 if lse is None else lse.data_ptr())
-        stream = _stream(self.device.index)
-        for i in planned.active:
-            template = planned.templates.get((id(site), i))
-            if template is None:
-                template = planned.templates[id(site), i] = self._template(i, site, planned)
-            buffer = bytearray(template)
-            _POINTERS.pack_into(buffer, 0, *pointers)
-            found = self._classes[i]
-            for name, value in bound.items():
-                code, offset = found.slots[name]
-                code.pack_into(buffer, offset, value)
-            found.kernel.launch(buffer, found.workers, 1, stream)
+        bound = self._bind("run", self._run_fields, params, requests) if params or self._run_fields else {}
+        self.engine.launch(planned, site, q, k, v, out, lse, bound)
         return out if lse is None else (out, lse)
 
     def check(self) -> None:
         """Wait for the device and raise ParameterError for what only the device could see: an indptr that decreases, a
         batch over capacity, a page that does not exist. The rows concerned are NaN."""
-        status = int(self._status.item())
+        status = self.engine.status()
         if status:
-            self._status.zero_()
             what = STATUS_TEXT.get(status & 0xFF, f"status {status & 0xFF}")
             raise ParameterError(f"request {status >> 8}: {what}")
 
@@ -418,15 +278,13 @@ class BatchAttention:
             )
         return tensor
 
-    def _site(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> _Site:
+    def _site(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Site:
         ident = (q.shape, q.stride(), q.dtype, q.device, k.shape, k.stride(), k.dtype, v.shape, v.stride(), v.dtype, k.device,
                  v.device)  # fmt: skip
         site = self._sites.get(ident)
         if site is None:
             if len(self._sites) >= 256:
                 self._sites.clear()
-                if self._planned:
-                    self._planned.templates.clear()
             site = self._sites[ident] = self._check_site(q, k, v)
         if (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:
             raise ParameterError("q, k or v starts at an address that is no multiple of 16 bytes: give an aligned tensor")
@@ -434,7 +292,7 @@ class BatchAttention:
             raise UnsupportedError("an input requires grad, and attngen has no backward yet: call under torch.no_grad()")
         return site
 
-    def _check_site(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> _Site:
+    def _check_site(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Site:
         for name, t in (("q", q), ("k", k), ("v", v)):
             if t.dtype != self.dtype or t.device != self.device:
                 raise ParameterError(f"{name} is {t.dtype} on {t.device}: required {self.dtype} on {self.device}")
@@ -460,29 +318,12 @@ class BatchAttention:
         if k.shape[0] != v.shape[0]:
             raise ParameterError(f"k has {k.shape[0]} pages and v {v.shape[0]}: required as many")
         values["num_pages"] = k.shape[0]
-        return _Site((q.shape[0], self.num_heads, self.head_dim_v), values)
+        values |= {"out_stride_t": self.num_heads * self.head_dim_v, "out_stride_h": self.head_dim_v,
+                   "lse_stride_t": self.num_heads, "lse_stride_h": 1}  # fmt: skip
+        return Site((q.shape[0], self.num_heads, self.head_dim_v), values)
 
-    def _template(self, i: int, site: _Site, planned: _Planned) -> bytes:
-        """A class's parameter struct, but for pointers and the parameters of run."""
-        part, base, space = self._space.classes[i], self._base, self._space
-        values = {
-            **site.values, **planned.bound, "out_stride_t": self.num_heads * self.head_dim_v, "out_stride_h": self.head_dim_v,
-            "lse_stride_t": self.num_heads, "lse_stride_h": 1, "tiles": base + part.tiles, "workers": base + part.workers,
-            "counters": base + part.counters, "partial_out": base + space.partial_out,
-            "partial_lse": base + space.partial_lse, "status": base + space.status, "num_heads": self.num_heads,
-            "num_kv_heads": self.num_kv_heads, "head_offset": self.head_offset, "total_heads": self.total_heads,
-            "page_size": self.page_size or 1, "scale": self.scale,
-            "rope_mscale": 1.0 if self._rope is None else self._rope.mscale,
-        }  # fmt: skip
-        layout = self._classes[i].special.layout
-        buffer = bytearray(layout.size)
-        layout.pack_into(buffer, 0, *(values.get(f.name, 0) for f in layout.fields))
-        return bytes(buffer)
-
-    def _bind(
-        self, where: str, fields: Mapping[str, Any], given: Mapping[str, Any], requests: int, held: list[torch.Tensor]
-    ) -> dict[str, Any]:
-        """Struct fields for the parameters that belong to ``where`` ("plan" or "run")."""
+    def _bind(self, where: str, fields: Mapping[str, Any], given: Mapping[str, Any], requests: int) -> dict[str, Any]:
+        """Checked values of the parameters that belong to ``where`` ("plan" or "run"): numbers and device tensors."""
         for name in given:
             if name not in fields:
                 other = "run" if where == "plan" else "plan"
@@ -499,21 +340,18 @@ class BatchAttention:
             if value is None:
                 raise ParameterError(f"{self.variant.name} needs `{name}`: pass {name}=... to {where}")
             if f.kind == "tensor":
-                self._tensor(name, f, value, requests, values)
-                held.append(value)
+                self._check_tensor(name, f, value, requests)
             elif isinstance(value, torch.Tensor) and value.device == self.device:
                 wanted = torch.float32 if f.dtype == F32 else torch.int32
                 if value.dim() or value.dtype != wanted:
                     raise ParameterError(f"{name} is {value.dtype} {tuple(value.shape)}: required a number or a 0-dim {wanted}")
-                held.append(value)
-                values[f"at_{name}"] = value.data_ptr()
             else:
-                values[f"param_{name}"] = check_scalar(self.variant, name, value)
-                values[f"at_{name}"] = 0
+                value = check_scalar(self.variant, name, value)
+            values[name] = value
         return values
 
-    def _tensor(self, name: str, f: Any, value: Any, requests: int, values: dict[str, Any]) -> None:
-        stored = dict(self.problem.storage)[name]
+    def _check_tensor(self, name: str, f: Any, value: Any, requests: int) -> None:
+        stored = self._stored[name]
         if not isinstance(value, torch.Tensor) or value.dim() != len(f.axes):
             found = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
             raise ParameterError(f"{self.variant.name}.{name} is {found}: required a tensor {list(f.axes)}")
@@ -523,11 +361,10 @@ class BatchAttention:
                 f"(another dtype: BatchAttention(storage={{{name!r}: ...}}))"
             )
         heads = {"heads": (self.num_heads, self.total_heads), "kv_heads": (self.num_kv_heads, self.total_heads // self.group)}
-        for i, (axis, size) in enumerate(zip(f.axes, value.shape)):
+        for axis, size in zip(f.axes, value.shape):
             wanted = (axis,) if isinstance(axis, int) else heads.get(axis) or ((requests,) if axis == "requests" else None)
             if (wanted is not None and size not in wanted) or size > _INT32_MAX:
                 raise ParameterError(f"{self.variant.name}.{name} has {size} entries on axis {axis!r}: required {wanted}")
-            values[f"stride{i}_{name}"], values[f"size{i}_{name}"] = value.stride(i), size
         local = self.head_offset and any(
             axis in heads and size == heads[axis][0] != heads[axis][1] for axis, size in zip(f.axes, value.shape)
         )
@@ -535,12 +372,6 @@ class BatchAttention:
             raise UnsupportedError(
                 f"{self.variant.name}.{name} holds this rank's heads alone: give all {self.total_heads}, or head_offset=0"
             )
-        values[f"param_{name}"] = value.data_ptr()
-
-
-def _slots(special: cuda.Specialised) -> dict[str, tuple[struct.Struct, int]]:
-    codes = {"float": "=f", "int32_t": "=i", "int64_t": "=q"}
-    return {f.name: (struct.Struct(codes.get(f.ctype, "=Q")), f.offset) for f in special.layout.fields}
 
 
 def _cuda_device(device: Any) -> torch.device:
@@ -556,14 +387,3 @@ def _same(known: int | None, found: int) -> int:
     if known is not None and known != found:
         raise ParameterError(f"q_indptr is of {known} requests and the key lengths of {found}: required as many")
     return found
-
-
-def _stream(index: int) -> int:
-    return torch._C._cuda_getCurrentRawStream(index)
-
-
-def _space(owner: BatchAttention, config: PlanConfig, workers: Sequence[int], max_kv_len: int) -> Workspace:
-    return workspace(
-        config, workers, max_requests=owner.max_requests, max_q_tokens=owner.max_q_tokens, max_kv_len=max_kv_len,
-        num_heads=owner.num_heads, num_kv_heads=owner.num_kv_heads, head_dim_v=owner.head_dim_v,
-    )  # fmt: skip

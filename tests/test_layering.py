@@ -33,6 +33,7 @@ STREET = (
     "schedule",
     "run",
     "cuda",
+    "engine",
     "batch",
     "check",
     "doctor",
