@@ -1,15 +1,19 @@
-"""GPU benchmark of BatchAttention: prefill, decode and the variants beside their plain form, one line a case.
+"""GPU benchmarks of attngen beside its peers in the same process, one line a case.
 
-    python benchmarks/gpu.py
+    python benchmarks/gpu.py [SECTION ...]
 
-Prefill is ragged, b=4 h=16 s=4096 d=128, beside torch's FlashAttention-2; decode is paged (16), replayed as a CUDA graph
-over rotating caches of 256 MB or more. Plan is timed by itself.
+Sections: decode skew append variants prefill plan host (all by default). FlashInfer is timed where it is installed,
+FlashAttention-2 through torch. Both sides are replayed as CUDA graphs over rotating copies of the KV cache, 256 MB or more
+in all, so that L2 is cold; medians. Planning is timed by itself.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Callable
+import sys
+import time
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +22,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import attngen as ag
 from attngen.variants import ALiBi, Causal, Sigmoid, Sinks, SlidingWindow, SoftCap
 
+try:
+    import flashinfer
+except ImportError:
+    flashinfer = None
+
+PAGE, HEAD_DIM = 16, 128
+CONTEXTS = ((1, 1024), (1, 16384), (1, 131072), (16, 1024), (16, 8192), (64, 1024), (64, 4096), (128, 2048), (256, 1024))
 VARIANTS = {
     "causal": (Causal(), {}, {}),
     "soft cap": (ag.compose(SoftCap(30.0), Causal()), {}, {}),
@@ -28,12 +39,16 @@ VARIANTS = {
 }
 
 
-def ints(x: list[int]) -> torch.Tensor:
-    return torch.tensor(x, dtype=torch.int32, device="cuda")
+def ints(x: Sequence[int]) -> torch.Tensor:
+    return torch.tensor(list(x), dtype=torch.int32, device="cuda")
 
 
-def graph_us(steps: list[Callable[[], object]], rounds: int = 15) -> float:
-    """Median microseconds of a step, replayed as one graph."""
+def starts(lengths: Sequence[int]) -> list[int]:
+    return [0, *torch.tensor(lengths).cumsum(0).tolist()]
+
+
+def graph_us(steps: Sequence[Callable[[], object]], rounds: int = 11) -> float:
+    """Median microseconds of a step; all steps replayed as one graph."""
     for step in steps:
         step()
     torch.cuda.synchronize()
@@ -42,76 +57,205 @@ def graph_us(steps: list[Callable[[], object]], rounds: int = 15) -> float:
         for step in steps:
             step()
     times = []
-    for _ in range(rounds + 3):
+    for _ in range(rounds + 2):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         graph.replay()
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) * 1e3 / len(steps))
-    return statistics.median(times[3:])
+    return statistics.median(times[2:])
 
 
-def run_params(names: dict[str, bool], heads: int) -> dict[str, torch.Tensor]:
-    return {name: torch.randn(heads, device="cuda") for name in names}
+def geometric_mean(ratios: Sequence[float]) -> float:
+    return math.exp(statistics.mean(map(math.log, ratios)))
 
 
-def prefill() -> None:
-    b, h, s, d = 4, 16, 4096, 128
-    q, k, v = (torch.randn(b * s, h, d, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    indptr = ints([s * i for i in range(b + 1)])
-    out = torch.empty_like(q)
-    dense = [t.view(b, s, h, d).transpose(1, 2) for t in (q, k, v)]
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        peer = graph_us([lambda: F.scaled_dot_product_attention(*dense, is_causal=True)] * 3)
-    plain = None
-    for name, (variant, plan, run) in VARIANTS.items():
-        attn = ag.BatchAttention(variant, num_heads=h, num_kv_heads=h, head_dim=d, max_requests=b, max_q_tokens=b * s,
-                                 max_kv_tokens=b * s)  # fmt: skip
-        attn.plan(indptr, indptr, **plan)
-        params = run_params(run, h)
-        us = graph_us([lambda: attn.run(q, (k, v), out=out, **params)] * 3)
+def copy_bandwidth() -> float:
+    """GB/s, reads and writes."""
+    a = torch.empty(1 << 28, dtype=torch.float32, device="cuda")
+    b = torch.empty_like(a)
+    return 2 * a.nbytes / graph_us([lambda: b.copy_(a)] * 3) / 1e3
+
+
+class Paged:
+    """Caches that hold the same batch: random pages, [pages, 2, PAGE, kv_heads, HEAD_DIM] bf16."""
+
+    def __init__(self, lengths: Sequence[int], heads: int, kv_heads: int, q_len: int = 1) -> None:
+        self.lengths, self.heads, self.kv_heads, self.q_len = lengths, heads, kv_heads, q_len
+        counts = [-(-n // PAGE) for n in lengths]
+        self.pages = sum(counts)
+        self.indptr, self.indices = ints(starts(counts)), torch.randperm(self.pages, device="cuda").int()
+        self.last = ints((n - 1) % PAGE + 1 for n in lengths)
+        self.read = 4 * sum(lengths) * kv_heads * HEAD_DIM  # bytes of K and V
+        copies = max(1, -(-(256 << 20) // self.read))
+        shape = (self.pages, 2, PAGE, kv_heads, HEAD_DIM)
+        self.caches = [torch.empty(shape, device="cuda", dtype=torch.bfloat16).normal_() for _ in range(copies)]
+        self.q = torch.randn(len(lengths) * q_len, heads, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+        self.out = torch.empty_like(self.q)
+
+    def time(self, step: Callable[[torch.Tensor], object]) -> float:
+        repeat = max(1, 8 // len(self.caches))
+        return graph_us([lambda cache=cache: step(cache) for cache in self.caches] * repeat)
+
+    def attngen(self, variant: ag.Variant, plan: dict, run: dict) -> float:
+        n = len(self.lengths)
+        attn = ag.BatchAttention(variant, num_heads=self.heads, num_kv_heads=self.kv_heads, head_dim=HEAD_DIM, page_size=PAGE,
+                                 max_requests=n, max_q_tokens=n * self.q_len, max_pages=self.pages, max_q_len=self.q_len)  # fmt: skip
+        q_indptr = None if self.q_len == 1 else ints(range(0, n * self.q_len + 1, self.q_len))
+        attn.plan(q_indptr, self.indptr, self.indices, self.last, **plan)
+        params = {name: torch.randn(self.heads, device="cuda") for name in run}
+        us = self.time(lambda cache: attn.run(self.q, cache, out=self.out, **params))
         attn.check()
+        return us
+
+    def flashinfer(self, tensor_cores: bool) -> float:
+        space = torch.empty(512 << 20, dtype=torch.uint8, device="cuda")
+        wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(space, "NHD", use_tensor_cores=tensor_cores)
+        wrapper.plan(self.indptr.cpu(), self.indices, self.last.cpu(), self.heads, self.kv_heads, HEAD_DIM, PAGE,
+                     q_data_type=torch.bfloat16, kv_data_type=torch.bfloat16)  # fmt: skip
+        return self.time(lambda cache: wrapper.run(self.q, cache, out=self.out))
+
+    def best_peer(self) -> float | None:
+        return min(self.flashinfer(False), self.flashinfer(True)) if flashinfer else None
+
+
+def peer_text(us: float, peer: float | None) -> str:
+    return f" | {us / peer:.2f}x flashinfer ({peer:.1f} us)" if peer else ""
+
+
+def decode(bandwidth: float) -> None:
+    ratios = []
+    for heads, kv_heads in ((32, 8), (64, 8), (32, 32)):
+        for bs, ctx in CONTEXTS:
+            batch = Paged([ctx] * bs, heads, kv_heads)
+            us, peer = batch.attngen(Causal(), {}, {}), batch.best_peer()
+            ratios += [us / peer] if peer else []
+            rate = batch.read / us / 1e3
+            print(f"decode bs={bs} ctx={ctx} h={heads}/{kv_heads} d={HEAD_DIM} page {PAGE} bf16, {batch.read >> 20} MB | {us:8.1f} us | "
+                  f"{rate:5.0f} GB/s, {rate / bandwidth:.0%} of copy{peer_text(us, peer)}", flush=True)  # fmt: skip
+    if ratios:
+        print(f"decode: geometric mean {geometric_mean(ratios):.3f}x flashinfer, worst row {max(ratios):.2f}x", flush=True)
+
+
+def skew(bandwidth: float) -> None:
+    random = torch.Generator().manual_seed(1)
+    lists = {
+        "constant": [1024] * 64,
+        "uniform": torch.randint(512, 1025, (64,), generator=random).tolist(),
+        "zipf": [max(64, 16384 // i) for i in range(1, 65)],
+        "one long": [65536] + [128] * 63,
+    }
+    for name, lengths in lists.items():
+        batch = Paged(lengths, 32, 8)
+        us, peer = batch.attngen(Causal(), {}, {}), batch.best_peer()
+        rate = batch.read / us / 1e3
+        print(f"skew {name:9} 64 requests, h=32/8, {batch.read >> 20} MB | {us:8.1f} us | {rate:5.0f} GB/s, {rate / bandwidth:.0%} "
+              f"of copy{peer_text(us, peer)}", flush=True)  # fmt: skip
+
+
+def append(bandwidth: float) -> None:
+    plain = None
+    for q_len in (1, 4, 8):
+        us = Paged([4096] * 64, 32, 8, q_len).attngen(Causal(), {}, {})
         plain = plain or us
-        rate = 2 * b * h * s * s * d / us / 1e6
-        print(f"prefill {name:12} b={b} h={h}/{h} s={s} d={d} bf16 | {us:8.1f} us | {rate:5.0f} TFLOP/s of the causal half "
-              f"| {us / plain:.2f}x causal | {us / peer:.2f}x fa2 causal", flush=True)  # fmt: skip
+        print(f"append q_len={q_len} bs=64 ctx=4096 h=32/8 d={HEAD_DIM} | {us:8.1f} us | {us / plain:.3f}x decode", flush=True)
 
 
-def decode() -> None:
-    h, kv_heads, d, page = 32, 8, 128, 16
-    for bs, ctx in ((1, 1024), (1, 16384), (16, 1024), (64, 1024), (64, 4096), (256, 1024), (16, 131072)):
-        pages = bs * ctx // page
-        size = 2 * pages * page * kv_heads * d * 2
-        copies = max(1, -(-(256 << 20) // size))
-        cache = torch.empty(copies * pages, 2, page, kv_heads, d, device="cuda", dtype=torch.bfloat16).normal_()
-        tables = [torch.randperm(pages, device="cuda").int() + i * pages for i in range(copies)]
-        indptr, last = ints([ctx // page * i for i in range(bs + 1)]), ints([page] * bs)
-        q = torch.randn(bs, h, d, device="cuda", dtype=torch.bfloat16)
-        out = torch.empty_like(q)
-        names = VARIANTS if (bs, ctx) == (64, 4096) else ("causal", "window 1024") if ctx == 131072 else ("causal",)
-        for name in names:
-            variant, plan, run = VARIANTS[name]
-            make = lambda: ag.BatchAttention(variant, num_heads=h, num_kv_heads=kv_heads, head_dim=d, page_size=page,  # noqa: E731
-                                             max_requests=bs, max_q_tokens=bs, max_pages=pages, max_q_len=1)  # fmt: skip
-            attns, params = [make() for _ in tables], run_params(run, h)
-            for attn, table in zip(attns, tables):
-                attn.plan(None, indptr, table, last, **plan)
-            steps = [lambda a=a: a.run(q, cache, out=out, **params) for a in attns]
-            us = graph_us(steps * max(1, 8 // len(steps)))
-            plan_us = graph_us([lambda: attns[0].plan(None, indptr, tables[0], last, **plan)] * 16)
-            read = size * min(1.0, 1024 / ctx) if name == "window 1024" else size
-            print(f"decode {name:12} bs={bs} ctx={ctx} h={h}/{kv_heads} d={d} page {page} bf16 | {us:8.1f} us | "
-                  f"{read / us / 1e3:5.0f} GB/s | plan {plan_us:.1f} us", flush=True)  # fmt: skip
-        del cache
+def variants(bandwidth: float) -> None:
+    for bs, ctx in ((64, 4096), (16, 131072)):
+        plain = None
+        for name, (variant, plan, run) in VARIANTS.items():
+            if ctx == 131072 and name not in ("causal", "window 1024"):
+                continue
+            us = Paged([ctx] * bs, 32, 8).attngen(variant, plan, run)
+            plain = plain or us
+            print(f"decode {name:11} bs={bs} ctx={ctx} h=32/8 | {us:8.1f} us | {us / plain:.3f}x plain", flush=True)
 
+
+def prefill(bandwidth: float) -> None:
+    for d, h in ((128, 16), (64, 32), (256, 8)):
+        for s in (1024, 4096, 8192):
+            b = 16384 // s
+            q, k, v = (torch.randn(b * s, h, d, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+            dense = [t.view(b, s, h, d).transpose(1, 2) for t in (q, k, v)]
+            out, indptr = torch.empty_like(q), ints(range(0, b * s + 1, s))
+            pages = b * s // PAGE
+            table = torch.randperm(pages, device="cuda").int()
+            cache = tuple(torch.empty(pages, PAGE, h, d, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+            for to, t in zip(cache, (k, v)):
+                to[table.long()] = t.view(pages, PAGE, h, d)
+            given = dict(num_heads=h, num_kv_heads=h, head_dim=d, max_requests=b, max_q_tokens=b * s)
+            for causal in (False, True):
+                chosen = {n: x for n, x in VARIANTS.items() if n == "causal"} if causal else {"full": (ag.Variant(), {}, {})}
+                if causal and (d, s) == (128, 4096):
+                    chosen = VARIANTS
+                plain = None
+                with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+                    peer = graph_us([lambda: F.scaled_dot_product_attention(*dense, is_causal=causal)] * 3)
+                for name, (variant, plan, run) in chosen.items():
+                    attn = ag.BatchAttention(variant, max_kv_tokens=b * s, **given)
+                    attn.plan(indptr, indptr, **plan)
+                    params = {n: torch.randn(h, device="cuda") for n in run}
+                    us = graph_us([lambda: attn.run(q, (k, v), out=out, **params)] * 3)
+                    attn.check()
+                    paged = ""
+                    if name in ("full", "causal"):
+                        attn = ag.BatchAttention(variant, max_pages=pages, page_size=PAGE, **given)
+                        attn.plan(indptr, ints(range(0, pages + 1, s // PAGE)), table, ints([PAGE] * b), **plan)
+                        paged = f" | pages of {PAGE}: {graph_us([lambda: attn.run(q, cache, out=out)] * 3) / us:.3f}x"
+                    plain = plain or us
+                    flops = 4 * b * h * s * s * d / (2 if causal else 1)
+                    print(f"prefill {name:11} b={b} h={h}/{h} s={s} d={d} bf16 | {us:8.1f} us | {flops / us / 1e6:5.0f} TFLOP/s"
+                          f"{' of the causal half' if causal else ''} | {us / plain:.2f}x plain | {us / peer:.2f}x fa2{paged}", flush=True)  # fmt: skip
+
+
+def plan(bandwidth: float) -> None:
+    for n in (1, 64, 512):
+        batch = Paged([128] * n, 32, 8)
+        attn = ag.BatchAttention(Causal(), num_heads=32, num_kv_heads=8, head_dim=HEAD_DIM, page_size=PAGE, max_requests=n,
+                                 max_q_tokens=n, max_pages=batch.pages, max_q_len=1)  # fmt: skip
+        us = graph_us([lambda: attn.plan(None, batch.indptr, batch.indices, batch.last)] * 16)
+        print(f"plan requests={n} | {us:.2f} us on the device", flush=True)
+
+
+def host_us(step: Callable[[], object], rounds: int = 20, count: int = 50) -> float:
+    """Median microseconds of host time of a call."""
+    times = []
+    for _ in range(rounds):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(count):
+            step()
+        times.append((time.perf_counter() - start) / count * 1e6)
+    return statistics.median(times)
+
+
+def host(bandwidth: float) -> None:
+    batch = Paged([128] * 8, 32, 8)
+    attn = ag.BatchAttention(Causal(), num_heads=32, num_kv_heads=8, head_dim=HEAD_DIM, page_size=PAGE, max_requests=8, max_q_tokens=8,
+                             max_pages=batch.pages, max_q_len=1)  # fmt: skip
+    pages = batch.indptr, batch.indices, batch.last
+    attn.plan(None, *pages)
+    figures = {
+        "run(out=)": host_us(lambda: attn.run(batch.q, batch.caches[0], out=batch.out)),
+        "run": host_us(lambda: attn.run(batch.q, batch.caches[0])),
+        "plan": host_us(lambda: attn.plan(None, *pages)),
+    }
+    print("host " + ", ".join(f"{name} {us:.1f} us" for name, us in figures.items()), flush=True)
+
+
+SECTIONS = (decode, skew, append, variants, prefill, plan, host)
 
 if __name__ == "__main__":
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
-    a = torch.empty(1 << 28, dtype=torch.float32, device="cuda")
-    c = torch.empty_like(a)
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; copy {2 * a.numel() * 4 / graph_us([lambda: c.copy_(a)] * 3) / 1e3:.0f} GB/s")
-    del a, c
-    prefill()
-    decode()
+    names = [s.__name__ for s in SECTIONS]
+    wanted = sys.argv[1:] or names
+    if not set(wanted) <= set(names):
+        sys.exit(f"sections: {' '.join(names)}; found {' '.join(wanted)}")
+    copy = copy_bandwidth()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, flashinfer {getattr(flashinfer, '__version__', None)}; copy {copy:.0f} GB/s")
+    for section in SECTIONS:
+        if section.__name__ in wanted:
+            section(copy)
