@@ -43,6 +43,21 @@ SetOption = Annotated[list[str], typer.Option("--set", metavar="NAME=VALUE", hel
 DTYPE_NAMES = ("float32", "bfloat16", "float16")
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from . import __version__
+
+        print(f"attngen {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", callback=_show_version, is_eager=True)] = False,
+) -> None:
+    pass
+
+
 def main() -> None:
     """Run the command line; an AttngenError becomes one message and exit status 2."""
     try:

@@ -54,6 +54,9 @@ class Field:
 class Scalar:
     """A run-time number: f32, or i32 as ``Scalar[int]``. A new value never recompiles."""
 
+    def __new__(cls, *values: Any) -> Any:
+        raise _called(cls, values)
+
     def __class_getitem__(cls, dtype: type) -> Field:
         if dtype not in (int, float):
             raise VariantError(f"Scalar[{dtype!r}]: a Scalar is Scalar (f32), Scalar[float] or Scalar[int] (i32)")
@@ -63,10 +66,20 @@ class Scalar:
 class Const:
     """A compile-time number or bool: its value is part of the kernel."""
 
+    def __new__(cls, *values: Any) -> Any:
+        raise _called(cls, values)
+
     def __class_getitem__(cls, dtype: type) -> Field:
         if dtype not in (int, float, bool):
             raise VariantError(f"Const[{dtype!r}]: a Const is an int, a float or a bool")
         return Field("const", _DTYPES[dtype])
+
+
+def _called(cls: type, values: tuple[Any, ...]) -> VariantError:
+    given = ", ".join(map(repr, values))
+    return fail(
+        f"{cls.__name__}({given}) is called", f"Annotate the field and assign its value: x: ag.{cls.__name__} = {given or '...'}"
+    )
 
 
 class Tensor(Field):
@@ -162,6 +175,28 @@ class _VariantMeta(type):
         instance = super().__call__(*args, **kwargs)
         instance.__dict__["trace"] = instance._trace()
         return instance
+
+    def __and__(cls, other: Any) -> Any:
+        raise _class_combined(cls, "&")
+
+    __rand__ = __and__
+
+    def __or__(cls, other: Any) -> Any:  # of classes and None: a type, as in annotations
+        if isinstance(other, Variant):
+            raise _class_combined(cls, "|")
+        return super().__or__(other)
+
+    def __ror__(cls, other: Any) -> Any:
+        if isinstance(other, Variant):
+            raise _class_combined(cls, "|")
+        return super().__ror__(other)
+
+    def __invert__(cls) -> Any:
+        raise _class_combined(cls, "~")
+
+
+def _class_combined(cls: type, sign: str) -> VariantError:
+    return fail(f"`{sign}` combines instances, and {cls.__name__} is a class", f"Write {cls.__name__}(...)")
 
 
 class Variant(metaclass=_VariantMeta):
@@ -390,7 +425,19 @@ def _declared_fields(cls: type) -> dict[str, Field]:
             )
         _check_value(cls.__name__, name, declared, default)
         found[name] = declared
+    for name, value in vars(cls).items():
+        if name not in found and (isinstance(value, Field) or any(value is t for t in (Scalar, Const, Tensor))):
+            raise fail(f"`{name}` of {cls.__name__} is assigned a field's type", f"Annotate it: {name}: ag.{_spelled(value)}")
     return found
+
+
+def _spelled(field_type: Any) -> str:
+    """A field's type as it is written."""
+    if not isinstance(field_type, Field):
+        return 'Tensor("heads")' if field_type is Tensor else field_type.__name__
+    if field_type.kind == "tensor":
+        return f"Tensor({', '.join(map(repr, field_type.axes))})"
+    return f"{field_type.kind.capitalize()}[{ {F32: 'float', I32: 'int', BOOL: 'bool'}[field_type.dtype] }]"
 
 
 def _annotations(cls: type) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+
+import attngen as ag
 from attngen import check as checking
 from attngen import cli, doctor
 from attngen.paths import PACKAGE
@@ -56,6 +58,11 @@ def mine(tmp_path: Path) -> Path:
     file = tmp_path / "mine.py"
     file.write_text(MINE)
     return file
+
+
+def test_version(attngen):
+    assert attngen("--version") == (0, f"attngen {ag.__version__}\n", "")
+
 
 
 def read_json(result: tuple[int, str, str], status: int = 0) -> Any:
