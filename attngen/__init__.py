@@ -32,17 +32,24 @@ from .spec import Const, Scalar, Tensor, Variant, compose
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str) -> object:
-    if name == "BatchAttention":  # what only a GPU needs is imported when it is asked for
-        from .batch import BatchAttention
+# What serving needs is imported when it is asked for.
+_LATE = {
+    "BatchAttention": "batch", "append_kv": "append", "append_positions": "append", "check_append": "append",
+    "merge_states": "merge",
+}  # fmt: skip
 
-        return BatchAttention
+
+def __getattr__(name: str) -> object:
+    if name in _LATE:
+        from importlib import import_module
+
+        return getattr(import_module(f".{_LATE[name]}", __name__), name)
     raise AttributeError(f"module 'attngen' has no attribute {name!r}")
 
 
 __all__ = [
     "AttngenError", "BatchAttention", "BuildError", "BuildRecord", "CacheError", "CacheWarning", "Const", "DynamicNTK", "Kernel", "Linear",
     "Llama3", "LoadError", "LongRoPE", "ParameterError", "RoPE", "Scalar", "Tensor", "UnsupportedError", "Variant",
-    "VariantError", "YaRN", "abs", "attention", "build_log", "cast", "compile", "compose", "exp", "exp2", "floor", "log",
-    "log2", "max", "min", "reference", "rsqrt", "sigmoid", "sqrt", "tanh", "where",
+    "VariantError", "YaRN", "abs", "append_kv", "append_positions", "attention", "build_log", "cast", "check_append",
+    "compile", "compose", "exp", "exp2", "floor", "log", "log2", "max", "merge_states", "min", "reference", "rsqrt", "sigmoid", "sqrt", "tanh", "where",
 ]  # fmt: skip

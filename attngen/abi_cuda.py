@@ -47,15 +47,30 @@ PLAN_FIELDS: tuple[tuple[str, str], ...] = (
 
 # append_kv: new keys and values, packed [tokens, kv_heads, head_dim | head_dim_v], into the pages of a cache. A token goes
 # to slot_mapping[token] = page * page_size + slot, or, where that is null, to positions[token] of request_of[token], whose
-# pages start at page_indptr[request] or at request * block_table_stride of page_table. Negative slots, positions and
-# pages are skipped. With RoPE, keys are rotated to positions[token], by row rope_table[request_of[token]] of inv_freq.
+# pages start at page_indptr[request] or at request * block_table_stride of page_table. page_table_size counts the entries
+# that page_indptr may reach, or those of a block table's row. Where a slot, position, request or page is negative the token
+# is skipped. With RoPE, keys are rotated to positions[token], by row rope_table[request_of[token]] of inv_freq.
+# A call fills the pointers alone.
 APPEND_FIELDS: tuple[tuple[str, str], ...] = (
     ("const void*", "k"), ("const void*", "v"), ("void*", "k_cache"), ("void*", "v_cache"),
-    *(("int64_t", f"{x}_stride_{d}") for x in "kv" for d in "th"),
-    *(("int64_t", f"{x}_cache_stride_{d}") for x in "kv" for d in "bsh"),
-    ("const int64_t*", "slot_mapping"), ("const int32_t*", "request_of"), ("const int32_t*", "positions"),
+    ("const int64_t*", "slot_mapping"), ("const int32_t*", "positions"), ("const int32_t*", "request_of"),
     ("const int32_t*", "page_table"), ("const int32_t*", "page_indptr"), ("const float*", "rope_inv_freq"),
     ("const int32_t*", "rope_table"), ("int32_t*", "status"), ("int64_t", "block_table_stride"),
-    ("int32_t", "num_tokens"), ("int32_t", "num_kv_heads"), ("int32_t", "page_size"), ("int32_t", "num_pages"),
-    ("float", "rope_mscale"), ("int32_t", "reserved"),
+    ("int64_t", "page_table_size"), ("int32_t", "num_tokens"), ("int32_t", "num_requests"),
+    *(("int64_t", f"{x}_stride_{d}") for x in "kv" for d in "th"),
+    *(("int64_t", f"{x}_cache_stride_{d}") for x in "kv" for d in "bsh"),
+    ("int32_t", "num_kv_heads"), ("int32_t", "page_size"), ("int32_t", "num_pages"), ("float", "rope_mscale"),
+)  # fmt: skip
+
+# merge_states: state i is out and lse number i % MERGE_POINTERS, i // MERGE_POINTERS times the *_stride_states further.
+# Strides count elements; states share theirs, the result is contiguous. log2_base is the logarithm of
+# the base to 2, log_2 its inverse. Null lse0: plain sums.
+MERGE_POINTERS = 8
+MERGE_FIELDS: tuple[tuple[str, str], ...] = (
+    *(("const void*", f"out{i}") for i in range(MERGE_POINTERS)),
+    *(("const float*", f"lse{i}") for i in range(MERGE_POINTERS)),
+    ("void*", "merged_out"), ("float*", "merged_lse"),
+    *(("int64_t", f"{x}_stride_{d}") for x in ("out", "lse") for d in ("states", "t", "h")),
+    ("int64_t", "num_rows"), ("int32_t", "num_states"), ("int32_t", "num_heads"), ("float", "log2_base"),
+    ("float", "log_2"),
 )  # fmt: skip

@@ -63,7 +63,12 @@ def cuda_flags(arch_name: str) -> list[str]:
     return ["-std=c++17", "-O3", f"-gencode=arch=compute_{name},code=sm_{name}", "-Xptxas", "-v", "-diag-suppress", "177"]
 
 
-class _WarpConfig:
+class _Printed:
+    def __str__(self) -> str:
+        return " ".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))
+
+
+class _WarpConfig(_Printed):
     """What the records of kernels share that count their warps."""
 
     warps: int
@@ -72,9 +77,6 @@ class _WarpConfig:
     def threads(self) -> int:
         """Threads of a block."""
         return 32 * self.warps
-
-    def __str__(self) -> str:
-        return " ".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))
 
 
 @dataclass(frozen=True)
@@ -284,7 +286,7 @@ def attention_smem_bytes(d: int, dv: int, block_m: int, block_n: int, stages: in
     return -(-(tiles + values + places + 896) // 128) * 128
 
 
-# ---- plan and append ---------------------------------------------------------------------------------------------
+# ---- plan, append, merge ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -312,18 +314,30 @@ class PlanConfig:
         )
 
 
+class _GridConfig(_Printed):
+    """What the records of kernels share that give each thread one of ``columns`` of a row, and use no shared memory."""
+
+    columns: int
+    threads: int
+
+    def blocks(self, rows: int) -> int:
+        """The grid."""
+        return -(-rows * self.columns // self.threads)
+
+
 @dataclass(frozen=True)
-class AppendConfig:
+class AppendConfig(_GridConfig):
     """The kernel that writes new keys and values into pages, keys rotated in their first ``rotary_dim`` elements (0: none).
 
     Every thread takes one of ``columns`` of a token through all heads.
     """
 
     arch: str
+    dtype: str
     head_dim: int
     head_dim_v: int
-    dtype: str
     rotary_dim: int = 0
+    interleaved: bool = False
     threads: int = 256
 
     @property
@@ -333,9 +347,19 @@ class AppendConfig:
         pairs = self.rotary_dim // 16 if self.rotary_dim % 16 == 0 else self.rotary_dim // 2
         return pairs + (self.head_dim - self.rotary_dim + self.head_dim_v) // 8
 
-    def blocks(self, num_tokens: int) -> int:
-        """The grid."""
-        return -(-num_tokens * self.columns // self.threads)
 
-    def __str__(self) -> str:
-        return " ".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))
+@dataclass(frozen=True)
+class MergeConfig(_GridConfig):
+    """The kernel that merges attention states. Every thread takes eight elements of a row (token and head) through all
+    states."""
+
+    arch: str
+    dtype: str
+    out_dtype: str
+    head_dim_v: int
+    threads: int = 256
+
+    @property
+    def columns(self) -> int:
+        """Eights of a row."""
+        return self.head_dim_v // 8

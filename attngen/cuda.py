@@ -17,7 +17,7 @@ import torch
 
 from . import cache
 from .abi import Layout, parameter_fields
-from .abi_cuda import APPEND_FIELDS, ATTENTION_FIELDS, CUDA_ABI, PLAN_FIELDS
+from .abi_cuda import ATTENTION_FIELDS, CUDA_ABI, PLAN_FIELDS
 from .choose_cuda import Arch, arch_of, cuda_flags
 from .emit import Hooks, emit
 from .errors import UnsupportedError
@@ -56,7 +56,7 @@ def specialise(name: str, title: str, trace: Trace, problem: Problem, config: An
     if name == "plan":
         trace = Trace(mask=trace.mask, fields=trace.fields, where=trace.where)
     used = trace.used()
-    base = {"plan": PLAN_FIELDS, "append": APPEND_FIELDS}.get(name, ATTENTION_FIELDS)
+    base = PLAN_FIELDS if name == "plan" else ATTENTION_FIELDS
     hooks = emit(trace, storage, problem.head_dim, dialect="cuda", device_scalars=True)
     layout = Layout(base + parameter_fields(used, storage, device_scalars=True))
     flags = tuple(cuda_flags(arch_name))
@@ -65,6 +65,13 @@ def specialise(name: str, title: str, trace: Trace, problem: Problem, config: An
     parts = (FORMAT, CUDA_ABI, name, trace.key(problem.head_dim), facts, repr(config), flags, _digest())
     key = hashlib.sha256(repr(parts).encode()).hexdigest()
     return Specialised(name, title, hooks, config, layout, problem, flags, key)
+
+
+def specialise_plain(name: str, title: str, config: Any, fields: tuple[tuple[str, str], ...]) -> Specialised:
+    """A kernel without hooks, which its configuration decides alone: append, merge."""
+    flags = tuple(cuda_flags(config.arch))
+    key = hashlib.sha256(repr((FORMAT, CUDA_ABI, name, repr(config), flags, _digest())).encode()).hexdigest()
+    return Specialised(name, title, None, config, Layout(fields), None, flags, key)
 
 
 @lru_cache(maxsize=1)
@@ -114,6 +121,18 @@ def load(kernel: Specialised, device: int, threads: int, shared_bytes: int, depe
         ))  # fmt: skip
         found = _loaded.setdefault((kernel.key, device), found)
     return found
+
+
+def refuse_capture(device: int, what: str, do: str) -> None:
+    """Raises UnsupportedError where the current stream of CUDA device ``device`` is being captured: nothing may be loaded."""
+    with torch.cuda.device(device):
+        if torch.cuda.is_current_stream_capturing():
+            raise UnsupportedError(f"{what} is not loaded on cuda:{device}, whose stream is being captured.\n  do: {do}")
+
+
+def current_stream(device: int) -> int:
+    """The current stream of CUDA device ``device``, as ``CudaKernel.launch`` takes it."""
+    return torch._C._cuda_getCurrentRawStream(device)
 
 
 @lru_cache(maxsize=None)

@@ -121,7 +121,7 @@ class CudaEngine:
         self._status = workspace.view(torch.uint8).flatten()[:4].view(torch.int32)
         self._status.zero_()
         self._rope = trace.rope.rope if trace.rope else None
-        self._inv_freq = None if self._rope is None else self._rope.inv_freq(facts.head_dim).to(device).contiguous()
+        self._inv_freq = None if self._rope is None else self._rope.inv_freq(facts.head_dim, device)
 
     @property
     def workspace_bytes(self) -> int:

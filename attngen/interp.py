@@ -21,14 +21,15 @@ _CHUNK_ELEMENTS = 1 << 23  # scores held at once: 64 MB of float64
 
 
 def evaluate(
-    root: Node, symbols: Mapping[str, torch.Tensor], params: Mapping[str, Any], exact: Collection[Node]
-) -> torch.Tensor:
-    """The value of ``root``, broadcast over the symbols' shapes; f32 nodes in float64 unless in ``exact``."""
+    root: Node, symbols: Mapping[str, torch.Tensor], params: Mapping[str, Any], exact: Collection[Node],
+    wide: torch.dtype = torch.float64,
+) -> torch.Tensor:  # fmt: skip
+    """The value of ``root``, broadcast over the symbols' shapes; f32 nodes in ``wide`` unless in ``exact``."""
     values: dict[Node, torch.Tensor] = {}
     for node in walk(root):
         args = [values[a] for a in node.args]
         if node.op == "const":
-            value = torch.tensor(node.attr, dtype=TORCH_DTYPE[node.dtype])
+            value = torch.full((), node.attr, dtype=TORCH_DTYPE[node.dtype])
         elif node.op == "sym":
             value = symbols[node.attr]
         elif node.op == "param":
@@ -37,7 +38,7 @@ def evaluate(
             value = _load(params[node.attr[0]], args, node.dtype)
         else:
             narrow = not node.symbols & {"s", "o"} and (node in exact or OPS[node.op].discrete)
-            args = [a.to(torch.float32 if narrow else torch.float64) if a.is_floating_point() else a for a in args]
+            args = [a.to(torch.float32 if narrow else wide) if a.is_floating_point() else a for a in args]
             value = OPS[node.op].torch(*args)
         values[node] = value
     return values[root]

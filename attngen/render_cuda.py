@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .abi import Layout
+from .abi_cuda import MERGE_POINTERS
 from .emit import Hooks
 from .paths import templates_dir
 from .render import _environment
@@ -22,7 +23,7 @@ def render_cuda(
     template = _environment(compiled).get_template(f"cuda/{name}.cu.jinja")
     text = template.render(
         hooks=hooks, config=config, params=layout.fields, params_size=layout.size, problem=problem, title=" ".join(title.split()),
-        rope=hooks.rope if hooks else None,
+        pointers=MERGE_POINTERS,
     )
     headers = (path for path in sorted(folder.glob("*.cuh")) if f'#include "{path.name}"' in text or path.name == "ptx.cuh")
     return {f"{name}.cu": text, **{path.name: path.read_text(encoding="utf-8") for path in headers}}

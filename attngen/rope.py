@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, MISSING, dataclass, fields
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -245,12 +246,13 @@ class RoPE:
         among it: they arrive in the table. Raises VariantError where rotary_dim does not fit head_dim."""
         return {"rotary_dim": self._rotary_dim(head_dim), "interleaved": self.interleaved, "keys": self.keys}
 
-    def inv_freq(self, head_dim: int) -> torch.Tensor:
+    def inv_freq(self, head_dim: int, device: torch.device | str = "cpu") -> torch.Tensor:
         """Frequencies, radians a position: float32 [tables, rotary_dim / 2], worked out in float64 and rounded once.
 
         LongRoPE has two tables, short and long; all others one. DynamicNTK's is that of sequences within max_position.
+        Made once a device and shared: a later call copies nothing, as a capture needs.
         """
-        return self._inv_freq64(head_dim, self.theta).float()
+        return _inv_freq(self.theta, self.scaling, self.rotary_dim, head_dim, torch.device(device))
 
     def tables(
         self, head_dim: int, kv_lens: Sequence[int] | torch.Tensor
@@ -265,7 +267,7 @@ class RoPE:
             return self.inv_freq(head_dim), None
         lens = torch.as_tensor(kv_lens)
         if isinstance(self.scaling, LongRoPE):
-            return self.inv_freq(head_dim).to(lens.device), (lens > self.scaling.original_max_position).int()
+            return self.inv_freq(head_dim, lens.device), (lens > self.scaling.original_max_position).int()
         dim, scaling = self._rotary_dim(head_dim), self.scaling
         n = lens.double().clamp(min=scaling.max_position)
         # d = 2 has one pair, of frequency 1 whatever theta is; its exponent d / (d - 2) would divide by zero
@@ -306,6 +308,14 @@ class RoPE:
                 )
             return plain / torch.tensor([scaling.short_factor, scaling.long_factor], dtype=torch.float64)
         return plain
+
+
+@lru_cache(maxsize=1024)
+def _inv_freq(
+    theta: float, scaling: Scaling | None, rotary_dim: int | None, head_dim: int, device: torch.device
+) -> torch.Tensor:
+    rope = RoPE(theta, scaling=scaling, rotary_dim=rotary_dim)
+    return rope._inv_freq64(head_dim, theta).float().to(device)
 
 
 def rotate(

@@ -12,9 +12,11 @@ import pytest
 
 import attngen as ag
 from attngen import cuda
+from attngen.abi_cuda import APPEND_FIELDS, MERGE_FIELDS
 from attngen.choose_cuda import (
     ARCHS,
     AppendConfig,
+    MergeConfig,
     PlanConfig,
     TileClass,
     arch_of,
@@ -22,7 +24,7 @@ from attngen.choose_cuda import (
     choose_decode,
     cuda_flags,
 )
-from attngen.emit import Hooks, RopeHoles, emit
+from attngen.emit import emit
 from attngen.errors import UnsupportedError
 from attngen.render_cuda import render_cuda
 from attngen.spec import Problem
@@ -93,10 +95,13 @@ def _jobs() -> dict[str, tuple[str, str, dict[str, str], bool]]:
     add("decode", Causal(), "90a", split=256, no_spill=True)
     for arch in ARCHS:
         rotary = {"80": 0, "86": 40, "89": 64}.get(arch, 128)
-        hooks = Hooks(rope=RopeHoles(rotary, arch == "89", True, (), None, None, "")) if rotary else None
-        config = AppendConfig(arch, 128, 128, "bfloat16", rotary)
-        special = cuda.specialise("append", "append", ag.Variant().trace, problem(arch), config, arch)
-        jobs[f"append-{arch}"] = ("append", arch, render_cuda("append", hooks, config, special.layout, None, "append"), True)
+        dtypes = ("float32", "bfloat16", "float16")
+        plain = [("append", AppendConfig(arch, "bfloat16", 128, 128, rotary, arch == "89"), APPEND_FIELDS)]
+        if arch in ("80", "90a"):
+            plain += [("merge", MergeConfig(arch, a, b, 128), MERGE_FIELDS) for a in dtypes for b in dtypes]
+        for name, config, fields in plain:
+            special = cuda.specialise_plain(name, name, config, fields)
+            jobs[f"{name}-{config}"] = (name, arch, render_cuda(name, None, config, special.layout, None, name), True)
     return jobs
 
 

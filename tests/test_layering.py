@@ -34,6 +34,8 @@ STREET = (
     "run",
     "cuda",
     "engine",
+    "append",
+    "merge",
     "batch",
     "check",
     "doctor",
