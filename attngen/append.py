@@ -112,7 +112,7 @@ def append_kv(
     tensors = (k, v, k_cache, v_cache, slot_mapping, positions, request_of, kv_indices, kv_indptr, block_table, kv_lens)
     try:
         facts = None if rope is None else (rope.theta, rope.scaling, rope.interleaved, rope.rotary_dim, rope.keys)
-        ident = (kv_layout, facts, *(None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors))
+        ident = (kv_layout, facts, *[None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors])
         site = _sites.get(ident)
     except (AttributeError, TypeError):  # no tensor, or an unhashable layout: _check says what is wrong
         site = ident = None
