@@ -43,7 +43,8 @@ def __getattr__(name: str) -> object:
     if name in _LATE:
         from importlib import import_module
 
-        return getattr(import_module(f".{_LATE[name]}", __name__), name)
+        value = globals()[name] = getattr(import_module(f".{_LATE[name]}", __name__), name)
+        return value
     raise AttributeError(f"module 'attngen' has no attribute {name!r}")
 
 
@@ -51,5 +52,6 @@ __all__ = [
     "AttngenError", "BatchAttention", "BuildError", "BuildRecord", "CacheError", "CacheWarning", "Const", "DynamicNTK", "Kernel", "Linear",
     "Llama3", "LoadError", "LongRoPE", "ParameterError", "RoPE", "Scalar", "Tensor", "UnsupportedError", "Variant",
     "VariantError", "YaRN", "abs", "append_kv", "append_positions", "attention", "build_log", "cast", "check_append",
-    "compile", "compose", "exp", "exp2", "floor", "log", "log2", "max", "merge_states", "min", "reference", "rsqrt", "sigmoid", "sqrt", "tanh", "where",
+    "compile", "compose", "exp", "exp2", "floor", "log", "log2", "max", "merge_states", "min", "reference", "rsqrt",
+    "sigmoid", "sqrt", "tanh", "where",
 ]  # fmt: skip

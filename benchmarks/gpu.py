@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py [SECTION ...]
 
-Sections: decode skew append variants prefill plan host (all by default). FlashInfer is timed where it is installed,
+Sections: decode skew append append_kv merge_states variants prefill plan host (all by default). FlashInfer is timed where it is installed,
 FlashAttention-2 through torch. Both sides are replayed as CUDA graphs over rotating copies of the KV cache, 256 MB or more
 in all, so that L2 is cold; medians. Planning is timed by itself.
 """
@@ -162,6 +162,36 @@ def append(bandwidth: float) -> None:
         print(f"append q_len={q_len} bs=64 ctx=4096 h=32/8 d={HEAD_DIM} | {us:8.1f} us | {us / plain:.3f}x decode", flush=True)
 
 
+def append_kv(bandwidth: float) -> None:
+    kv_heads, n = 8, 16
+    for megabytes in (64, 256):
+        tokens = (megabytes << 20) // (4 * kv_heads * HEAD_DIM)
+        copies = max(2, 512 // megabytes)
+        k, v = (torch.randn(copies, tokens, kv_heads, HEAD_DIM, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        caches = torch.empty(copies, tokens // PAGE, 2, PAGE, kv_heads, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+        request_of, positions = ag.append_positions(ints(range(0, tokens + 1, tokens // n)), ints([tokens // n] * n), tokens)
+        table = torch.randperm(tokens // PAGE, device="cuda").int().view(n, -1)
+        slots = table[request_of.long(), (positions // PAGE).long()] * PAGE + positions % PAGE
+        tables = {"positions": positions, "request_of": request_of, "block_table": table}
+        for name, given in (("plain", tables), ("plain, slots", {"slot_mapping": slots.long()}), ("rope", tables | {"rope": ag.RoPE()})):
+            us = graph_us([lambda i=i: ag.append_kv(k[i], v[i], caches[i], **given) for i in range(copies)])
+            rate = 2 * (megabytes << 20) / us / 1e3
+            print(f"append_kv {name:12} {megabytes} MB written, page {PAGE}, h={kv_heads} d={HEAD_DIM} bf16 | {us:8.1f} us | "
+                  f"{rate:5.0f} GB/s read and written, {rate / bandwidth:.0%} of copy", flush=True)  # fmt: skip
+        ag.check_append()
+
+
+def merge_states(bandwidth: float) -> None:
+    tokens, heads = 16384, 32
+    for n, dtype in ((2, torch.bfloat16), (2, torch.float32), (4, torch.float32)):
+        outs = [torch.randn(tokens, heads, HEAD_DIM, device="cuda").to(dtype) for _ in range(n)]
+        lses = [torch.randn(tokens, heads, device="cuda") for _ in range(n)]
+        us = graph_us([lambda: ag.merge_states(outs, lses)] * 3)
+        moved = (n + 1) * (outs[0].nbytes + lses[0].nbytes)
+        print(f"merge_states n={n} {tokens} tokens h={heads} d={HEAD_DIM} {str(dtype)[6:]} | {us:8.1f} us | {moved / us / 1e3:5.0f} GB/s, "
+              f"{moved / us / 1e3 / bandwidth:.0%} of copy", flush=True)  # fmt: skip
+
+
 def variants(bandwidth: float) -> None:
     for bs, ctx in ((64, 4096), (16, 131072)):
         plain = None
@@ -242,10 +272,12 @@ def host(bandwidth: float) -> None:
         "run": host_us(lambda: attn.run(batch.q, batch.caches[0])),
         "plan": host_us(lambda: attn.plan(None, *pages)),
     }
+    k, slots = batch.caches[0][0, 0, :8].clone(), torch.arange(8, device="cuda")
+    figures["append_kv"] = host_us(lambda: ag.append_kv(k, k, batch.caches[0], slot_mapping=slots))
     print("host " + ", ".join(f"{name} {us:.1f} us" for name, us in figures.items()), flush=True)
 
 
-SECTIONS = (decode, skew, append, variants, prefill, plan, host)
+SECTIONS = (decode, skew, append, append_kv, merge_states, variants, prefill, plan, host)
 
 if __name__ == "__main__":
     torch.manual_seed(0)
