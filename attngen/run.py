@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from . import cache
 from .abi import BASE_FIELDS, LAUNCH_ABI, Layout, layout
@@ -23,10 +24,11 @@ from .choose import Choice, choose_cpu, cpu_flags, host_isa
 from .emit import emit
 from .errors import ParameterError, UnsupportedError
 from .interp import reference_attention
+from .library import NO_GRAD, PARAMETERS, define, operands, parameters, traced_variant, variant_of
 from .load import LoadedKernel, host, load_kernel
 from .ops import F32, I32, I32_MAX, I32_MIN
 from .paths import PACKAGE, templates_dir
-from .spec import STORAGE, Problem, Variant, as_variant
+from .spec import STORAGE, Bare, Problem, Variant, as_variant
 
 FORMAT = 1  # of the key; a change voids every cached kernel
 MAX_LENGTH = 2**30  # positions and lengths stay below it, so that q - kv never wraps
@@ -307,11 +309,11 @@ def attention(
         ParameterError: an argument is missing, unknown, ill-typed or ill-shaped.
         UnsupportedError: no kernel can serve the call.
     """
-    variant = _FULL if variant is None else as_variant(variant)
     if torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in (q, k, v)):
-        raise UnsupportedError(
-            "an input requires grad, and attngen has no backward yet: call under torch.no_grad() or on detached tensors"
-        )
+        raise UnsupportedError(NO_GRAD)
+    if is_compiling() and type(variant) is not Bare:  # that is the operator's own call
+        return _traced_attention(q, k, v, variant, layout, q_lens, kv_lens, q_offset, scale, return_lse, out, params)
+    variant = _FULL if variant is None else as_variant(variant)
     if return_lse and variant.trace.weight is not None:
         raise UnsupportedError(f"return_lse with {variant.name}: its weight hook replaces softmax, so there is no LSE")
     q, k, v = _plain(q), _plain(k), _plain(v)
@@ -337,6 +339,83 @@ def attention(
             raise UnsupportedError("q, k or v has no memory (a fake tensor?): attngen.attention runs on real tensors only")
         site.kernel.launch(buffer)
     return result if lse is None else (result, lse)
+
+
+# ---------------------------------------------------------------- under torch.compile
+
+
+def _traced_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, variant: Any, layout: str, q_lens: Any, kv_lens: Any, q_offset: Any,
+    scale: float | None, return_lse: bool, out: torch.Tensor | None, params: Mapping[str, Any],
+) -> Any:  # fmt: skip
+    """What Dynamo traces of ``attention``."""
+    variant = _FULL if variant is None else traced_variant(variant)
+    bare = variant._bare
+    lengths = [_traced_ints(name, x, q) for name, x in (("q_lens", q_lens), ("kv_lens", kv_lens), ("q_offset", q_offset))]
+    inputs = (q, k, v, *lengths, *operands(variant, bare.reads, params), bare.handle, layout, scale, return_lse)
+    if out is None:
+        out, lse = _attention_op(*inputs)
+    else:
+        if out.requires_grad and torch.is_grad_enabled():
+            raise UnsupportedError("out requires grad, and attngen has no backward yet: detach it")
+        lse = _attention_out_op(*inputs, out)
+    return (out, lse) if return_lse else out
+
+
+def _traced_ints(name: str, given: Any, q: torch.Tensor) -> torch.Tensor | None:
+    """q_lens, kv_lens or q_offset as a tensor, so that a new value is no new graph."""
+    if given is None or isinstance(given, torch.Tensor):
+        return given
+    if name == "q_offset" and isinstance(given, (int, torch.SymInt)) and not isinstance(given, bool):
+        return torch.full((q.shape[0],), given, dtype=torch.int64, device="cpu")
+    return torch.tensor(_int_list(name, given, q.shape[0]), dtype=torch.int64, device="cpu")
+
+
+def _run_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_lens: Any, kv_lens: Any, q_offset: Any, tensors: Any, ints: Any,
+    names: Any, variant: str, layout: str, scale: float | None, return_lse: bool, out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    result = attention(
+        q, k, v, variant_of(variant), layout=layout, q_lens=q_lens, kv_lens=kv_lens, q_offset=q_offset, scale=scale,
+        return_lse=return_lse, out=out, **parameters(tensors, ints, names),
+    )  # fmt: skip
+    return result if return_lse else (result, q.new_empty(0, dtype=torch.float32))
+
+
+def _fake_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_lens: Any, kv_lens: Any, q_offset: Any, tensors: Any, ints: Any,
+    names: Any, variant: str, layout: str, scale: float | None, return_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    declared, params = variant_of(variant), parameters(tensors, ints, names)
+    _check_unknown(declared, params)
+    for name in declared.reads:
+        _value(declared, name, params)
+    shape = _Shape(declared, q, k, v, layout)
+    lse = (shape.batch, shape.num_heads, shape.q_len) if return_lse else 0
+    return q.new_empty((*q.shape[:3], shape.head_dim_v)), q.new_empty(lse, dtype=torch.float32)
+
+
+def _run_attention_out(*arguments: Any) -> torch.Tensor:
+    *inputs, out = arguments
+    return _run_attention(*inputs, out=out)[1]
+
+
+def _fake_attention_out(*arguments: Any) -> torch.Tensor:
+    *inputs, out = arguments
+    wanted, lse = _fake_attention(*inputs)
+    if out.shape != wanted.shape or out.dtype != wanted.dtype:
+        raise ParameterError(f"out is {tuple(out.shape)} {out.dtype}: required {tuple(wanted.shape)} {wanted.dtype}")
+    return lse
+
+
+_INPUTS = (
+    f"Tensor q, Tensor k, Tensor v, Tensor? q_lens, Tensor? kv_lens, Tensor? q_offset, {PARAMETERS}, "
+    "str variant, str layout, float? scale, bool return_lse"
+)
+_attention_op = define("attention", f"({_INPUTS}) -> (Tensor out, Tensor lse)", _run_attention, _fake_attention)
+_attention_out_op = define(
+    "attention_out", f"({_INPUTS}, Tensor(a!) out) -> Tensor lse", _run_attention_out, _fake_attention_out
+)
 
 
 def reference(

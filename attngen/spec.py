@@ -15,10 +15,11 @@ import math
 import sys
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from . import expr
 from .bounds import TileBounds, analyse
@@ -174,6 +175,7 @@ class _VariantMeta(type):
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         instance = super().__call__(*args, **kwargs)
         instance.__dict__["trace"] = instance._trace()
+        instance.__dict__["_bare"] = _bare(instance.name, instance.trace)
         return instance
 
     def __and__(cls, other: Any) -> Any:
@@ -221,6 +223,7 @@ class Variant(metaclass=_VariantMeta):
             _check_name(cls, name, declared)
 
     def __init__(self, *args: Any, **values: Any) -> None:
+        _outside_dynamo(type(self).__name__)
         names = list(self.fields)
         if len(args) > len(names):
             raise fail(f"{self.name}() got {len(args)} values for its fields ({', '.join(names)})", "Give one each")
@@ -322,6 +325,14 @@ class Variant(metaclass=_VariantMeta):
             lines += [f"bounds: {b}    from {text(b.source)}" for b in bounds.closed]
             lines += [f"bounds: none from {text(n)}: its tiles are evaluated" for n in bounds.opaque]
         return "\n".join(lines)
+
+
+def _outside_dynamo(what: str) -> None:
+    if is_dynamo_compiling():  # it makes objects without their metaclass
+        raise VariantError(
+            f"{what} is made inside a function that torch.compile traces: required outside, since hooks are not traced there; "
+            "make the variant before, use it inside, and pass what changes as parameters of the call"
+        )
 
 
 def _hoisted(root: Node) -> list[tuple[str, Node]]:
@@ -475,6 +486,41 @@ def _check_value(owner: str, name: str, declared: Field, value: Any) -> Any:
     return value
 
 
+class Bare(Variant):
+    """A variant without its values, one for all that say the same: what ``handle`` stands for in a compiled graph."""
+
+    @property
+    def name(self) -> str:
+        return self.__dict__["_name"]
+
+    @property
+    def handle(self) -> str:
+        return self.__dict__["_handle"]
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The parameters that some hook reads."""
+        return self.__dict__["_reads"]
+
+    def __reduce__(self) -> Any:
+        return _bare, (self.name, self.trace)
+
+
+bare_variants: weakref.WeakValueDictionary[str, Bare] = weakref.WeakValueDictionary()  # by handle
+
+
+def _bare(name: str, trace: Trace) -> Bare:
+    rope = trace.rope and replace(trace.rope.rope, q_position=None, kv_position=None)  # the trace's key has positions
+    said = (name, trace.key(), [*trace.fields.items()], trace.scale, rope)
+    handle = f"{name}-{hashlib.sha256(repr(said).encode()).hexdigest()[:32]}"
+    found = bare_variants.get(handle)
+    if found is None:
+        found = object.__new__(Bare)
+        found.__dict__.update(_name=name, trace=trace, _handle=handle, _reads=tuple(trace.used()))
+        bare_variants[handle] = found
+    return found
+
+
 # ---------------------------------------------------------------- composition
 
 
@@ -482,6 +528,7 @@ class Composed(Variant):
     """Several variants as one. Made by ``compose`` and by the mask algebra."""
 
     def __init__(self, how: str, parts: tuple[Variant, ...]) -> None:
+        _outside_dynamo("a composition")
         self._how, self._parts = how, parts
         if how != "compose":
             for part in parts:
@@ -569,17 +616,14 @@ def compose(*variants: Variant) -> Variant:
     return parts[0] if len(parts) == 1 else Composed("compose", parts)
 
 
-_instances: weakref.WeakKeyDictionary[type[Variant], Variant] = weakref.WeakKeyDictionary()
-
-
 def as_variant(x: Any) -> Variant:
     """A Variant from an instance or a class whose fields need no values."""
     if isinstance(x, Variant):
         return x
     if isinstance(x, type) and issubclass(x, Variant):
-        if x not in _instances:
-            _instances[x] = x()
-        return _instances[x]
+        if "_instance" not in vars(x):  # kept by the class, where Dynamo finds it
+            x._instance = x()
+        return x._instance
     raise fail(f"{x!r} is no variant", "Give an instance of a subclass of ag.Variant, e.g. attngen.variants.Causal()")
 
 

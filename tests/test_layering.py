@@ -29,6 +29,7 @@ STREET = (
     "render_cuda",
     "build",
     "cache",
+    "library",
     "load",
     "schedule",
     "run",
