@@ -190,10 +190,10 @@ def append_positions(
 
 
 def check_append(device: torch.device | str | int | None = None) -> None:
-    """Wait for a CUDA device (by default the current one) and raise ParameterError for the first token that ``append_kv``
+    """Wait for a CUDA device (by default the current one) and raise ParameterError, naming one token that ``append_kv``
     could not place there since the last check. Such tokens were skipped. On the CPU append_kv itself raises."""
     found = torch.device("cuda" if device is None else device)
-    if found.type != "cuda":
+    if found.type != "cuda" or not _status:
         return
     status = _status.get(torch.cuda.current_device() if found.index is None else found.index)
     value = 0 if status is None else int(status.item())
@@ -256,7 +256,8 @@ def _load(index: int, dtype: torch.dtype, d: int, dv: int, rope: RoPE | None) ->
         kernel = cuda.load(special, index, config.threads, 0, gpu.dependent_launch)
         device = torch.device("cuda", index)
         if index not in _status:  # a copy from the host waits, so that other streams may use it at once
-            _status.setdefault(index, torch.tensor([0], dtype=torch.int32, device=device))
+            with torch.inference_mode(False):
+                _status.setdefault(index, torch.tensor([0], dtype=torch.int32, device=device))
         inv_freq = None if rope is None else rope.inv_freq(d, device)
         found = _loaded.setdefault(ident, _Loaded(kernel, config, special, inv_freq, _status[index]))
     return found

@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, MISSING, dataclass, fields
-from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -252,7 +251,14 @@ class RoPE:
         LongRoPE has two tables, short and long; all others one. DynamicNTK's is that of sequences within max_position.
         Made once a device and shared: a later call copies nothing, as a capture needs.
         """
-        return _inv_freq(self.theta, self.scaling, self.rotary_dim, head_dim, torch.device(device))
+        key = (self.theta, self.scaling, self.rotary_dim, head_dim, torch.device(device))
+        found = _tables.get(key)
+        if found is None:
+            with torch.inference_mode(False), torch.device("cpu"):  # it outlives the caller's modes
+                found = self._inv_freq64(head_dim, self.theta).float().to(device)
+            if type(found) is torch.Tensor:  # no fake one
+                found = _tables.setdefault(key, found)
+        return found
 
     def tables(
         self, head_dim: int, kv_lens: Sequence[int] | torch.Tensor
@@ -310,12 +316,7 @@ class RoPE:
         return plain
 
 
-@lru_cache(maxsize=1024)
-def _inv_freq(
-    theta: float, scaling: Scaling | None, rotary_dim: int | None, head_dim: int, device: torch.device
-) -> torch.Tensor:
-    rope = RoPE(theta, scaling=scaling, rotary_dim=rotary_dim)
-    return rope._inv_freq64(head_dim, theta).float().to(device)
+_tables: dict[tuple[object, ...], torch.Tensor] = {}  # of RoPE.inv_freq
 
 
 def rotate(

@@ -6,10 +6,8 @@ The kernel's text, its parameter struct and its grid are those of a launch; only
 from __future__ import annotations
 
 import ctypes
-from functools import lru_cache
 from pathlib import Path
-from tempfile import mkdtemp
-from typing import Any
+from tempfile import TemporaryDirectory
 
 from attngen.build import Recipe, compile_kernel
 from attngen.cuda import Specialised
@@ -75,7 +73,8 @@ class Kernel:
         math = "#pragma once\n#include \"shim.h\"\n"  # of math.cuh the plain kernels take INFINITY alone
         files |= {f"{special.name}.cpp": files.pop(f"{special.name}.cu") + run, "ptx.cuh": PTX, "shim.h": SHIM, "math.cuh": math}
         recipe = Recipe("cpu", (f"{special.name}.cpp",), ("-O0", "-std=c++17"))
-        self.library = ctypes.CDLL(str(compile_kernel(files, recipe, Path(mkdtemp(prefix="attngen-on-host-"))).artifact))
+        with TemporaryDirectory() as folder:
+            self.library = ctypes.CDLL(str(compile_kernel(files, recipe, Path(folder)).artifact))
         self.size = special.layout.size
 
     def launch(self, params: bytearray, grid_x: int, grid_y: int, stream: int) -> None:
@@ -83,15 +82,11 @@ class Kernel:
         self.library.run((ctypes.c_char * self.size).from_buffer(params), grid_x)
 
 
-@lru_cache(maxsize=None)
-def _kernel(key: str) -> Kernel:
-    return Kernel(_specials[key])
+_kernels: dict[str, Kernel] = {}
 
 
-_specials: dict[str, Specialised] = {}
-
-
-def kernel(special: Specialised) -> Any:
+def kernel(special: Specialised) -> Kernel:
     """Compiled once a process."""
-    _specials[special.key] = special
-    return _kernel(special.key)
+    if special.key not in _kernels:
+        _kernels[special.key] = Kernel(special)
+    return _kernels[special.key]

@@ -280,33 +280,33 @@ def test_append_positions(device):
 
 def bad_page(b, given):
     b.table[3, 0] = len(b.k_cache)
-    return 6  # request 3 begins there
+    return 6, 7, 8, 9  # request 3 begins there
 
 
 def bad_position(b, given):
     given["positions"][4] = 4 * b.table.shape[1]
-    return 4
+    return (4,)
 
 
 def bad_request(b, given):
     given["request_of"][5] = 4
-    return 5
+    return (5,)
 
 
 def bad_slot(b, given):
     given["slot_mapping"][3] = 4 * len(b.k_cache)
-    return 3
+    return (3,)
 
 
 def bad_indptr(b, given):
     b.indptr[4] = len(b.indices) + 1
-    return 6
+    return range(6, 15)
 
 
 def far_position(b, given):
     given["positions"] = given["positions"].long()
     given["positions"][1] = 2**33
-    return 1
+    return (1,)
 
 
 DEVICE_ERRORS = {
@@ -323,17 +323,17 @@ def test_errors_that_only_the_device_sees(name, device):
     batch = Batch(device)
     given = batch.index(style, device)
     given |= {"kv_lens": batch.lens} if name == "request" else {}
-    token = spoil(batch, given)
+    tokens = spoil(batch, given)
     before = batch.k_cache.clone()
-    with pytest.raises(ag.ParameterError, match=f"token {token}: .*{match}"):
+    with pytest.raises(ag.ParameterError, match=f"token ({'|'.join(map(str, tokens))}): .*{match}"):
         ag.append_kv(batch.k, batch.v, batch.cache, **given)
         check(device)
     check(device)  # said once
     if not append._status:
         assert same_bits(batch.k_cache, before)  # nothing was written
     else:
-        assert batch.k_cache[batch.place(token)].isnan().all() or name == "indptr"
-        assert same_bits(batch.k_cache[batch.place(0)], batch.k[0])
+        assert all(batch.k_cache[batch.place(i)].isnan().all() for i in tokens)
+        assert all(same_bits(batch.k_cache[batch.place(i)], batch.k[i]) for i in set(range(len(batch.k))) - set(tokens))
 
 
 def call(**change):
@@ -432,6 +432,20 @@ def test_a_graph_replays_with_new_tokens_and_slots():
         at = torch.tensor([batch.position[i] for i in kept])[:, None]
         compare(found, rotate(batch.k[kept].double().cpu(), at, rope.inv_freq(96)[0]))
     ag.check_append()
+
+
+@pytest.mark.gpu
+def test_a_status_word_made_in_inference_mode(monkeypatch):
+    monkeypatch.setattr(append, "_status", {})
+    monkeypatch.setattr(append, "_loaded", {})
+    monkeypatch.setattr(append, "_sites", {})
+    batch = Batch(torch.device("cuda"))
+    with torch.inference_mode():
+        ag.append_kv(batch.k, batch.v, batch.cache, slot_mapping=ints([10**6] * len(batch.k), "cuda"))
+    with pytest.raises(ag.ParameterError, match="token"):
+        ag.check_append()
+    ag.check_append()
+    assert batch.k_cache.isnan().all()
 
 
 @pytest.mark.gpu

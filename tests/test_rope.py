@@ -170,6 +170,16 @@ def test_tables_are_each_requests_own() -> None:
     assert RoPE(scaling=CASES["longrope"][1]).inv_freq(HEAD_DIM).shape == (2, HEAD_DIM // 2)
 
 
+def test_a_table_outlives_the_modes_it_is_made_in() -> None:
+    rope = RoPE(12_345.0)
+    with torch.inference_mode(), torch.device("meta"):
+        found = rope.inv_freq(HEAD_DIM)
+    assert found.device.type == "cpu" and not found.is_inference() and rope.inv_freq(HEAD_DIM) is found
+    with torch._subclasses.FakeTensorMode():
+        RoPE(54_321.0).inv_freq(HEAD_DIM)
+    assert type(RoPE(54_321.0).inv_freq(HEAD_DIM)) is torch.Tensor
+
+
 def test_rotate_is_a_rotation() -> None:
     torch.manual_seed(0)
     rope = RoPE(10_000.0)
