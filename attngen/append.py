@@ -120,7 +120,8 @@ def append_kv(
         site = _check(*tensors, kv_layout, rope)
         if len(_sites) >= _MAX_SITES:
             _sites.clear()
-        _sites[ident] = site
+        if ident is not None:
+            _sites[ident] = site
     k_at, v_at, k_cache_at = k.data_ptr(), v.data_ptr(), k_cache.data_ptr()
     v_cache_at = k_cache_at + site.second if one else v_cache.data_ptr()
     if (k_at | v_at | k_cache_at | v_cache_at) % 16:
@@ -251,7 +252,7 @@ def _load(index: int, dtype: torch.dtype, d: int, dv: int, rope: RoPE | None) ->
         gpu = cuda.device_arch(index)
         config = _config(gpu.name, dtype, d, dv, rope)
         cuda.refuse_capture(index, f"append_kv's kernel for {config}",
-                            "call append_kv, or attngen.append.compile, with the same dtype, head sizes and rope before the capture")
+                            "call append_kv or attngen.append.compile, with this dtype, head sizes and rope, before the capture")
         special = _specialise(config)
         kernel = cuda.load(special, index, config.threads, 0, gpu.dependent_launch)
         device = torch.device("cuda", index)
@@ -363,7 +364,8 @@ def _check(
         not isinstance(block_table, torch.Tensor) or block_table.dtype != torch.int32 or block_table.dim() != 2
         or block_table.device != device or (block_table.shape[1] > 1 and block_table.stride(1) != 1)
     ):  # fmt: skip
-        raise ParameterError(f"block_table is {_found(block_table)}: required int32 [requests, pages], rows contiguous, on {device}")
+        wanted = f"int32 [requests, pages] with contiguous rows on {device}"
+        raise ParameterError(f"block_table is {_found(block_table)}: required {wanted}")
     entries, indptr, lens = (
         _ints(name, t, device) for name, t in (("kv_indices", kv_indices), ("kv_indptr", kv_indptr), ("kv_lens", kv_lens))
     )
@@ -396,8 +398,10 @@ def _check_shapes(
 ) -> None:
     if kv_layout not in ("NHD", "HND"):
         raise ParameterError(f'kv_layout {kv_layout!r}: required "NHD" or "HND"')
+    if rope is not None and not isinstance(rope, RoPE):
+        raise ParameterError(f"rope is {type(rope).__name__}: required an attngen.RoPE, as a variant declares it, or None")
     if rope is not None and rope.keys == "rotate":
-        raise ParameterError('rope has keys="rotate": its attention rotates cached keys; append without rope, or use keys="cached"')
+        raise ParameterError('rope has keys="rotate": attention rotates cached keys; append without rope, or use keys="cached"')
     if k.dtype not in _DTYPES:
         raise UnsupportedError(f"append_kv of {k.dtype}: it takes {', '.join(map(str, _DTYPES))}")
     if k.device.type not in ("cpu", "cuda"):
@@ -414,7 +418,7 @@ def _check_shapes(
                 f"other strides multiples of 8"
             )
         if rank == 4 and any(s == 0 for s, n in zip(t.stride(), t.shape) if n > 1):
-            raise ParameterError(f"{name} is expanded, strides {t.stride()}: required slots of its own for each page, key and head")
+            raise ParameterError(f"{name} is expanded, strides {t.stride()}: required a place for each page, key and head")
     tokens, heads, d = k.shape
     if v.shape[:2] != (tokens, heads):
         raise ParameterError(f"v has shape {tuple(v.shape)}: required [{tokens}, {heads}, head_dim_v], k's tokens and heads")
@@ -422,7 +426,7 @@ def _check_shapes(
     for name, t, size in (("k_cache", k_cache, d), ("v_cache", v_cache, v.shape[2])):
         wanted = (pages, page_size, heads, size) if kv_layout == "NHD" else (pages, heads, page_size, size)
         if tuple(t.shape) != wanted or 0 in wanted[1:]:
-            raise ParameterError(f"{name} has shape {tuple(t.shape)}: required {wanted}, {kv_layout}, of the same pages for k and v")
+            raise ParameterError(f"{name} has shape {tuple(t.shape)}: required {wanted}, {kv_layout}, as many pages for k and v")
     if rope is not None:
         rope.structure(d)  # raises where rotary_dim does not fit
 
@@ -443,7 +447,8 @@ def _ints(
         not isinstance(tensor, torch.Tensor) or tensor.dtype not in dtypes or tensor.device != device or tensor.dim() != 1
         or not tensor.is_contiguous()
     ):  # fmt: skip
-        raise ParameterError(f"{name} is {_found(tensor)}: required a contiguous vector of {' or '.join(map(str, dtypes))} on {device}")
+        wanted = f"a contiguous vector of {' or '.join(map(str, dtypes))} on {device}"
+        raise ParameterError(f"{name} is {_found(tensor)}: required {wanted}")
     if length is not None and tensor.shape[0] != length:
         raise ParameterError(f"{name} has {tensor.shape[0]} entries: required {length}, one a token")
     return tensor.shape[0]

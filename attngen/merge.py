@@ -92,7 +92,7 @@ def merge_states(
                  "total_heads": total_heads, "head_offset": head_offset or None, **params}  # fmt: skip
         stray = [name for name, value in batch.items() if value is not None]
         if stray:
-            raise ParameterError(f"merge_states got {', '.join(stray)} without a variant, whose hooks alone read them: add variant=")
+            raise ParameterError(f"merge_states got {', '.join(stray)} without a variant, whose hooks read them: add variant=")
         return merge(states, _LOG2[base], result)
     hooks = [node for node in (variant.trace.sink, variant.trace.output) if node is not None]
     values = _bind(variant, hooks, params, states, head_offset, total_heads)
@@ -291,7 +291,9 @@ def _bind(
         if name not in variant.trace.fields:
             raise ParameterError(f"{variant.name} has no parameter `{name}`: it has {', '.join(variant.trace.fields) or 'none'}")
         if name not in needed:
-            raise ParameterError(f"merge_states got `{name}`, which {variant.name} reads in neither sink nor output: pass it to plan or run")
+            raise ParameterError(
+                f"merge_states got `{name}`, which {variant.name} reads in neither sink nor output: pass it to plan or run"
+            )
     values: dict[str, Any] = {}
     for name in sorted(needed):
         f = variant.trace.fields[name]
@@ -345,7 +347,8 @@ def _symbols(
     def vector(name: str, value: Any, length: int | None = None) -> torch.Tensor:
         t = torch.as_tensor(value, device=device)
         if t.dim() != 1 or t.dtype not in (torch.int32, torch.int64) or (length is not None and t.shape[0] != length):
-            raise ParameterError(f"{name} is {t.dtype} {tuple(t.shape)}: required ints [{'requests + 1' if length is None else length}]")
+            wanted = "requests + 1" if length is None else length
+            raise ParameterError(f"{name} is {t.dtype} {tuple(t.shape)}: required ints [{wanted}]")
         return t
 
     token = torch.arange(tokens, dtype=i32, device=device).view(-1, 1, 1)

@@ -67,9 +67,12 @@ class Kernel:
     def __init__(self, special: Specialised) -> None:
         config = special.config
         files = render_cuda(special.name, None, config, special.layout, None, "on the host")
-        run = (f'\nextern "C" __attribute__((visibility("default"))) void run(const void* params, unsigned blocks) {{\n'
-               f"  for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x)\n"
-               f"    for (threadIdx.x = 0; threadIdx.x < {config.threads}; ++threadIdx.x) {special.symbol}(*(const Params*)params);\n}}\n")  # fmt: skip
+        run = f"""
+extern "C" __attribute__((visibility("default"))) void run(const void* params, unsigned blocks) {{
+  for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x)
+    for (threadIdx.x = 0; threadIdx.x < {config.threads}; ++threadIdx.x) {special.symbol}(*(const Params*)params);
+}}
+"""
         math = "#pragma once\n#include \"shim.h\"\n"  # of math.cuh the plain kernels take INFINITY alone
         files |= {f"{special.name}.cpp": files.pop(f"{special.name}.cu") + run, "ptx.cuh": PTX, "shim.h": SHIM, "math.cuh": math}
         recipe = Recipe("cpu", (f"{special.name}.cpp",), ("-O0", "-std=c++17"))

@@ -96,7 +96,8 @@ class Batch:
         return (page, slot) if self.layout == "NHD" else (page, slice(None), slot)
 
     def slots(self):
-        return [self.pages[r][p // self.page_size] * self.page_size + p % self.page_size for r, p in zip(self.request, self.position)]
+        n = self.page_size
+        return [self.pages[r][p // n] * n + p % n for r, p in zip(self.request, self.position)]
 
     def index(self, style, device):
         """The keyword arguments of a style, from append_positions where it needs them."""
@@ -106,7 +107,9 @@ class Batch:
         if style == "slots32":
             return {"slot_mapping": ints(self.slots(), device), "positions": positions.long(), "request_of": request_of.long()}
         where = {"positions": positions, "request_of": request_of}
-        return where | ({"block_table": self.table} if style == "table" else {"kv_indices": self.indices, "kv_indptr": self.indptr})
+        if style == "table":
+            return where | {"block_table": self.table}
+        return where | {"kv_indices": self.indices, "kv_indptr": self.indptr}
 
     def expected(self, k=None):
         k_cache, v_cache = self.k_cache.clone(), self.v_cache.clone()
@@ -363,6 +366,7 @@ HOST_ERRORS = {
     "rope without positions": (dict(rope=RoPE(), slot_mapping=lambda b: ints(b.slots(), "cpu"), block_table=None, positions=None),
                                "required positions="),
     "rope without lengths": (dict(rope=RoPE(scaling=DynamicNTK(2.0, 512))), "required kv_lens="),
+    "no rope": (dict(rope=True), "rope is bool"),
     "rope twice": (dict(rope=RoPE(keys="rotate")), "rotates cached keys"),
     "lengths of other requests": (dict(kv_lens=lambda b: b.lens[1:]), "required as many"),
     "too many positions": (dict(positions=lambda b: ints([0] * 16, "cpu")), "16 entries and k 15"),
@@ -398,7 +402,8 @@ def test_a_call_fills_the_pointers():
 
 
 def test_kernels_that_do_not_exist():
-    for dtype, d, rope, match in ((F32, 64, None, "float32"), (BF16, 64, RoPE(rotary_dim=20), "rotary_dim 20"), (F16, 20, None, "head_dim 20")):
+    wrong = (F32, 64, None, "float32"), (BF16, 64, RoPE(rotary_dim=20), "rotary_dim 20"), (F16, 20, None, "head_dim 20")
+    for dtype, d, rope, match in wrong:
         with pytest.raises(ag.UnsupportedError, match=match):
             append.compile(dtype=dtype, head_dim=d, rope=rope, arch="90a")
     with pytest.raises(ag.UnsupportedError, match="sm_75"):
