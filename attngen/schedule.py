@@ -112,6 +112,8 @@ def _read_request(b: Lengths, i: int) -> tuple[Request, int]:
     error = BAD_Q_INDPTR if bad_q else OVER_CAPACITY if q1 > b.max_q_tokens or q1 - q0 > b.max_q_len else 0
     if bad_q:
         q0 = q1 = 0
+    if b.q_indptr is None:
+        q1 = min(q1, q0 + b.q_len)  # the rows after them are another request's
     q0, q1 = min(q0, b.max_q_tokens), min(q1, b.max_q_tokens)
 
     token, valid = 0, True

@@ -1,5 +1,5 @@
 // Files of the shelf: ptx.cuh, rope.cuh, work.cuh (this), math.cuh, and variant.cuh.jinja, which decode and attention templates
-// include by jinja for Params, Call, Tile, Row, Col, hooks, score(), kept(), finish_row(), store_final(), merge_pieces().
+// include by jinja for Params, Call, Tile, Row, Col, hooks, score(), kept(), finish_row(), store_final().
 //
 // The work list: what plan.cu writes and every attention kernel walks.
 //
