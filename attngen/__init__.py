@@ -27,9 +27,19 @@ from .expr import maximum as max  # noqa: A004
 from .expr import minimum as min  # noqa: A004
 from .rope import DynamicNTK, Linear, Llama3, LongRoPE, RoPE, YaRN
 from .run import BuildRecord, Kernel, attention, build_log, compile, reference  # noqa: A004
+from .run import device_sites as _device_sites
 from .spec import Const, Scalar, Tensor, Variant, compose
 
 __version__ = "0.1.0"
+
+
+def _dense_site(*call: object) -> object:
+    from .dense import DenseSite  # what only a GPU needs is imported when it is asked for
+
+    return DenseSite(*call)
+
+
+_device_sites["cuda"] = _dense_site
 
 
 # What serving needs is imported when it is asked for.

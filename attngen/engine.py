@@ -11,8 +11,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,15 +21,18 @@ from typing import Any
 import torch
 
 from . import cuda
-from .choose_cuda import Arch, PlanConfig, TileClass, choose_attention, choose_decode
+from .cache import Entry
+from .choose_cuda import DecodeConfig, PlanConfig, TileClass, choose_attention, choose_decode
+from .choose_cuda import arch as arch_named
 from .emit import emit
 from .errors import ParameterError, UnsupportedError
 from .run import DTYPE_NAMES
+from .schedule import Workspace
 from .schedule import workspace as workspace_layout
 from .spec import Problem, Variant
 
 _FIXED_SPLIT = 2048  # keys of a piece under batch_invariant: long enough to hide a merge, short enough to fill a GPU
-_POINTERS = struct.Struct("=5Q")  # q, k, v, out, lse: the first fields
+POINTERS = struct.Struct("=5Q")  # q, k, v, out, lse: the first fields
 
 
 @dataclass(frozen=True)
@@ -72,14 +76,112 @@ class Site:
 
 
 @dataclass(frozen=True)
-class _Class:
-    """A row-tile class: the kernel that serves it, and how it is launched."""
+class Kernels:
+    """The kernels that serve a variant, before they are built: one a row-tile class, smallest tile first, and their planner."""
 
-    bm: int
-    kernel: Any  # host extension's CudaKernel
-    special: cuda.Specialised
-    workers: int
-    slots: Mapping[str, tuple[struct.Struct, int]]  # of each field: how and where it is packed
+    classes: tuple[cuda.Specialised, ...]
+    plan: cuda.Specialised
+
+    def needed(self, most_rows: int) -> tuple[int, ...]:
+        """The classes that requests of up to ``most_rows`` packed rows are planned into."""
+        return tuple(i for i in range(len(self.classes)) if i == 0 or most_rows > self.classes[i - 1].config.block_m)
+
+
+def kernels_of(
+    variant: Variant, problem: Problem, *, paged: bool, batch_invariant: bool = False, most_rows: int = 0
+) -> Kernels:
+    """The kernels of ``variant`` for ``problem``, in their chosen configurations. All callers share them: ``most_rows``, of a
+    request, decides only under batch_invariant."""
+    trace, arch, split = variant.trace, problem.isa, _FIXED_SPLIT if batch_invariant else 0
+    hooks = emit(trace, dict(problem.storage), problem.head_dim, dialect="cuda", device_scalars=True)
+    configs: list[Any] = []
+    if not split or most_rows <= 16:
+        configs.append(choose_decode(problem, arch, hooks, paged=paged, split=split).config)
+    if not split:
+        configs.append(choose_attention(problem, arch, hooks, 64, paged=paged).config)
+        with contextlib.suppress(UnsupportedError):  # wide heads where shared memory is small do without
+            configs.append(choose_attention(problem, arch, hooks, 128, paged=paged).config)
+    elif not configs:  # one kernel for all lengths: two would round differently, and a prompt may be cut anywhere
+        configs.append(choose_attention(problem, arch, hooks, 64, paged=paged, split=split).config)
+    plan = PlanConfig(arch, tuple(TileClass(c.block_m, c.block_n, c.unit_cost, c.split) for c in configs))
+    named = [("decode" if isinstance(c, DecodeConfig) else "attention_sm80", c) for c in configs]
+    specials = [cuda.specialise(n, variant.name, trace, problem, c, arch) for n, c in (*named, ("plan", plan))]
+    return Kernels(tuple(specials[:-1]), specials[-1])
+
+
+def build(specials: Sequence[cuda.Specialised]) -> list[Entry]:
+    """Builds what is not in the cache yet, all at once: each is a process of nvcc."""
+    with ThreadPoolExecutor(len(specials)) as pool:
+        return [entry for entry, _, _ in pool.map(cuda.build, specials)]
+
+
+class Launcher:
+    """A loaded kernel and its parameter struct."""
+
+    def __init__(self, special: cuda.Specialised, device: int, shared_bytes: int = 0) -> None:
+        codes = {"float": "=f", "int32_t": "=i", "int64_t": "=q"}
+        self.special, self.layout = special, special.layout
+        self.slots = {f.name: (struct.Struct(codes.get(f.ctype, "=Q")), f.offset) for f in self.layout.fields}
+        dependent = arch_named(special.config.arch).dependent_launch
+        self.kernel = cuda.load(special, device, special.config.threads, shared_bytes, dependent)
+
+    def template(self, values: Mapping[str, Any]) -> bytes:
+        """The struct with ``values``, 0 elsewhere."""
+        buffer = bytearray(self.layout.size)
+        self.layout.pack_into(buffer, 0, *(values.get(f.name, 0) for f in self.layout.fields))
+        return bytes(buffer)
+
+    def launch(self, buffer: bytearray, values: Mapping[str, Any], blocks: int, stream: int) -> None:
+        """Fills in ``values`` and launches."""
+        for name, value in values.items():
+            code, offset = self.slots[name]
+            code.pack_into(buffer, offset, value)
+        self.kernel.launch(buffer, blocks, 1, stream)
+
+
+class Loaded:
+    """Kernels on a device: those of some row-tile classes, and the planner."""
+
+    def __init__(self, kernels: Kernels, which: Sequence[int], device: torch.device) -> None:
+        build([*(kernels.classes[i] for i in which), kernels.plan])
+        self.kernels, self.which = kernels, tuple(which)
+        self.blocks = max(which) + 1  # the planner's grid
+        self.plan = Launcher(kernels.plan, device.index)
+        self.classes: dict[int, Launcher] = {}
+        self.workers = [0] * len(kernels.classes)
+        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+        for i in which:
+            special = kernels.classes[i]
+            found = self.classes[i] = Launcher(special, device.index, special.config.smem_bytes)
+            blocks = found.kernel.blocks_per_sm()
+            if blocks == 0:
+                raise UnsupportedError(f"{special.name} of {special.title} does not fit {device}: {special.config}")
+            self.workers[i] = blocks * multiprocessors
+
+    def space(self, **capacities: int) -> Workspace:
+        """The workspace of these kernels; arguments as ``schedule.workspace``."""
+        return workspace_layout(self.kernels.plan.config, self.workers, **capacities)
+
+    def lists(self, i: int, space: Workspace, base: int) -> dict[str, int]:
+        """Where class ``i`` finds its work, and writes what is not final, in a workspace at ``base``."""
+        part = space.classes[i]
+        return {
+            "tiles": base + part.tiles, "workers": base + part.workers, "counters": base + part.counters,
+            "partial_out": base + space.partial_out, "partial_lse": base + space.partial_lse, "status": base + space.status,
+        }  # fmt: skip
+
+    def plan_lists(self, space: Workspace, base: int, active: Sequence[int]) -> dict[str, int]:
+        """The same for the planner, which plans for the classes ``active``."""
+        values = {"status": base + space.status}
+        for i in active:
+            part = space.classes[i]
+            values |= {f"tiles{i}": base + part.tiles, f"workers{i}": base + part.workers,
+                       f"counters{i}": base + part.counters, f"num_workers{i}": part.num_workers,
+                       f"max_tiles{i}": part.max_tiles}  # fmt: skip
+        return values
+
+
+# ---------------------------------------------------------------- batches
 
 
 @dataclass
@@ -101,11 +203,15 @@ class CudaEngine:
         arch = cuda.device_arch(device.index)
         name = DTYPE_NAMES[facts.dtype]
         self.problem = Problem("cuda", arch.name, name, name, name, facts.head_dim, facts.head_dim_v, facts.storage)
-        self._load(arch, _FIXED_SPLIT if facts.batch_invariant else 0)
-        self._space = workspace_layout(
-            self._plan_config, [c.workers for c in self._classes], max_requests=facts.max_requests,
-            max_q_tokens=facts.max_q_tokens, max_kv_len=facts.max_kv_len, num_heads=facts.num_heads,
-            num_kv_heads=facts.num_kv_heads, head_dim_v=facts.head_dim_v,
+        most_rows = facts.max_q_len * facts.group
+        kernels = kernels_of(
+            facts.variant, self.problem, paged=facts.page_size is not None, batch_invariant=facts.batch_invariant,
+            most_rows=most_rows,
+        )  # fmt: skip
+        self._loaded = Loaded(kernels, kernels.needed(most_rows), device)
+        self._space = self._loaded.space(
+            max_requests=facts.max_requests, max_q_tokens=facts.max_q_tokens, max_kv_len=facts.max_kv_len,
+            num_heads=facts.num_heads, num_kv_heads=facts.num_kv_heads, head_dim_v=facts.head_dim_v,
         )  # fmt: skip
         if workspace is None:
             workspace = torch.empty(self.workspace_bytes, dtype=torch.uint8, device=device)
@@ -128,39 +234,6 @@ class CudaEngine:
         """Bytes of workspace in use."""
         return self._space.num_bytes
 
-    def _load(self, arch: Arch, split: int) -> None:
-        facts, trace, problem, device = self.facts, self.facts.variant.trace, self.problem, self.facts.device
-        hooks = emit(trace, dict(problem.storage), problem.head_dim, dialect="cuda", device_scalars=True)
-        paged = facts.page_size is not None
-        most_rows = facts.max_q_len * facts.group
-
-        def attention(bm: int) -> tuple[str, Any]:
-            return "attention_sm80", choose_attention(problem, arch.name, hooks, bm, paged=paged, split=split).config
-
-        choices: list[tuple[str, Any]] = []
-        if not split or most_rows <= 16:
-            choices.append(("decode", choose_decode(problem, arch.name, hooks, paged=paged, split=split).config))
-        if split:  # one kernel for all lengths: two would round differently, and a prompt may be cut anywhere
-            choices = choices or [attention(64)]
-        else:
-            choices += [attention(bm) for bm, below in ((64, 16), (128, 64)) if most_rows > below]
-        shapes = tuple(TileClass(c.block_m, c.block_n, c.unit_cost, c.split) for _, c in choices)
-        self._plan_config = PlanConfig(arch.name, shapes)
-        wanted = [*choices, ("plan", self._plan_config)]
-        specials = [cuda.specialise(n, facts.variant.name, trace, problem, config, arch.name) for n, config in wanted]
-        with ThreadPoolExecutor(len(specials)) as pool:  # each is a process of nvcc
-            list(pool.map(cuda.build, specials))
-        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-        self._classes = []
-        for special, (_, config) in zip(specials, choices):
-            kernel = cuda.load(special, device.index, config.threads, config.smem_bytes, arch.dependent_launch)
-            blocks = kernel.blocks_per_sm()
-            if blocks == 0:
-                raise UnsupportedError(f"{special.name} of {facts.variant.name} does not fit {device}: {config}")
-            self._classes.append(_Class(config.block_m, kernel, special, blocks * multiprocessors, _slots(special)))
-        self._plan_special = specials[-1]
-        self._plan_kernel = cuda.load(self._plan_special, device.index, self._plan_config.threads, 0, arch.dependent_launch)
-
     # ---- plan
     def plan(
         self, lengths: Mapping[str, Any], page_table: torch.Tensor | None, params: Mapping[str, Any]
@@ -172,24 +245,19 @@ class CudaEngine:
             page_table: page numbers, int32 on the device.
             params: checked values of the fields that the mask reads: numbers and device tensors.
         """
-        facts, space, base = self.facts, self._space, self._base
-        requests, longest = lengths["num_requests"], lengths["max_q_len"] * facts.group
-        launched = [i == 0 or longest > self._classes[i - 1].bm for i in range(len(self._classes))]
+        facts, loaded = self.facts, self._loaded
+        active = loaded.kernels.needed(lengths["max_q_len"] * facts.group)
         bound = struct_values(params)
         values = {n: x.data_ptr() if isinstance(x, torch.Tensor) else x for n, x in lengths.items()} | bound
-        for i, (part, on) in enumerate(zip(space.classes, launched)):
-            values |= {f"tiles{i}": base + part.tiles, f"workers{i}": base + part.workers,
-                       f"counters{i}": base + part.counters, f"num_workers{i}": part.num_workers if on else 0,
-                       f"max_tiles{i}": part.max_tiles}  # fmt: skip
+        values |= loaded.plan_lists(self._space, self._base, active)
         values |= {
-            "status": base + space.status, "num_heads": facts.num_heads, "num_kv_heads": facts.num_kv_heads,
-            "head_offset": facts.head_offset, "total_heads": facts.total_heads, "max_q_tokens": facts.max_q_tokens,
+            "num_heads": facts.num_heads, "num_kv_heads": facts.num_kv_heads, "head_offset": facts.head_offset,
+            "total_heads": facts.total_heads, "max_q_tokens": facts.max_q_tokens,
         }  # fmt: skip
-        layout = self._plan_special.layout
-        buffer = bytearray(layout.size)
-        layout.pack_into(buffer, 0, *(values.get(f.name, 0) for f in layout.fields))
-        if requests:
-            self._plan_kernel.launch(buffer, len(self._classes), 1, _stream(facts.device.index))
+        if lengths["num_requests"]:
+            loaded.plan.launch(bytearray(loaded.plan.template(values)), {}, loaded.blocks, cuda.current_stream(facts.device.index))
+        else:
+            active = ()
         if page_table is not None:
             bound["page_table"] = page_table.data_ptr()
         tables: tuple[Any, ...] = ()
@@ -199,7 +267,6 @@ class CudaEngine:
                 inv_freq, table = tables = rope_tables(self._rope, facts.head_dim, lengths)
                 bound["rope_table"] = table.data_ptr()
             bound["rope_inv_freq"] = inv_freq.data_ptr()
-        active = tuple(i for i, on in enumerate(launched) if on) if requests else ()
         return Plan(active, bound, (lengths, page_table, params, tables))
 
     # ---- run
@@ -210,7 +277,7 @@ class CudaEngine:
         """The planned batch, on the current stream. ``params``: checked values of the fields that the mask does not read."""
         bound = struct_values(params) if params else {}
         pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), 0 if lse is None else lse.data_ptr())
-        stream = _stream(self.facts.device.index)
+        stream = cuda.current_stream(self.facts.device.index)
         for i in plan.active:
             template = plan.templates.get((site, i))
             if template is None:
@@ -218,28 +285,18 @@ class CudaEngine:
                     plan.templates.clear()
                 template = plan.templates[site, i] = self._template(i, site, plan)
             buffer = bytearray(template)
-            _POINTERS.pack_into(buffer, 0, *pointers)
-            found = self._classes[i]
-            for name, value in bound.items():
-                code, offset = found.slots[name]
-                code.pack_into(buffer, offset, value)
-            found.kernel.launch(buffer, found.workers, 1, stream)
+            POINTERS.pack_into(buffer, 0, *pointers)
+            self._loaded.classes[i].launch(buffer, bound, self._loaded.workers[i], stream)
 
     def _template(self, i: int, site: Site, plan: Plan) -> bytes:
         """A class's parameter struct, but for pointers and the parameters of run."""
-        facts, part, base, space = self.facts, self._space.classes[i], self._base, self._space
-        values = {
-            **site.strides, **plan.bound, "tiles": base + part.tiles, "workers": base + part.workers,
-            "counters": base + part.counters, "partial_out": base + space.partial_out,
-            "partial_lse": base + space.partial_lse, "status": base + space.status, "num_heads": facts.num_heads,
+        facts = self.facts
+        return self._loaded.classes[i].template({
+            **site.strides, **plan.bound, **self._loaded.lists(i, self._space, self._base), "num_heads": facts.num_heads,
             "num_kv_heads": facts.num_kv_heads, "head_offset": facts.head_offset, "total_heads": facts.total_heads,
             "page_size": facts.page_size or 1, "scale": facts.scale,
             "rope_mscale": 1.0 if self._rope is None else self._rope.mscale,
-        }  # fmt: skip
-        layout = self._classes[i].special.layout
-        buffer = bytearray(layout.size)
-        layout.pack_into(buffer, 0, *(values.get(f.name, 0) for f in layout.fields))
-        return bytes(buffer)
+        })  # fmt: skip
 
     def status(self) -> int:
         """Waits for the device; the status word since the last call, 0 if all went well."""
@@ -273,14 +330,7 @@ def rope_tables(rope: Any, head_dim: int, lengths: Mapping[str, Any]) -> tuple[t
         lens = lengths["kv_indptr"].diff()
         if (last := lengths.get("kv_last_page_len")) is not None:
             lens = ((lens - 1) * lengths["page_size"] + last).clamp(min=0)
+    if (dropped := lengths.get("kv_starts")) is not None:
+        lens = lens + dropped
     inv_freq, table = rope.tables(head_dim, lens)
     return inv_freq.contiguous(), table.int().contiguous()
-
-
-def _slots(special: cuda.Specialised) -> dict[str, tuple[struct.Struct, int]]:
-    codes = {"float": "=f", "int32_t": "=i", "int64_t": "=q"}
-    return {f.name: (struct.Struct(codes.get(f.ctype, "=Q")), f.offset) for f in special.layout.fields}
-
-
-def _stream(index: int) -> int:
-    return torch._C._cuda_getCurrentRawStream(index)

@@ -285,12 +285,14 @@ def attention(
     out: torch.Tensor | None = None,
     **params: Any,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Attention of ``variant`` over dense q, k, v. The kernel is compiled at the first call and kept.
+    """Attention of ``variant`` over dense q, k, v, on the CPU or a CUDA device. The kernel is compiled at the first call and
+    kept.
 
     Args:
         q: ``[batch, q_len, num_heads, head_dim]`` ("bshd") or ``[batch, num_heads, q_len, head_dim]`` ("bhsd").
         k, v: the same with kv_len and num_kv_heads (which divides num_heads); v may have another head_dim. float32,
-            bfloat16 or float16, all of one dtype; any strides, the last dimension contiguous.
+            bfloat16 or float16, all of one dtype; any strides, the last dimension contiguous. CUDA: bfloat16 or float16,
+            strides that are multiples of 8.
         variant: an ``attngen.Variant`` or its class; None attends everywhere.
         q_lens, kv_lens: ``[batch]`` ints: how many leading rows of q, and of k and v, each request uses. Unused k and v
             slots may hold anything; unused rows of the output are 0 (LSE -inf).
@@ -300,6 +302,11 @@ def attention(
         return_lse: also return the natural-log sum of exponentials (sink included), float32 ``[batch, num_heads, q_len]``.
         out: written and returned, if given.
         **params: values of the variant's Scalar and Tensor fields, by name.
+
+    On CUDA the call runs on the current stream, copies nothing to the host and never waits. q_lens, kv_lens and q_offset may
+    lie on the device, and a Scalar may be a 0-dim tensor there; a length that only the device sees and that is out of range
+    leaves NaN in the request's rows. A call may be captured in a CUDA graph once its kernel is loaded: call it before; a
+    replay reads lengths and Scalars anew that lie on the device.
 
     Returns:
         ``out`` in q's dtype, layout and leading shape, or ``(out, lse)``. A fully masked row is 0 with LSE -inf (or the
@@ -318,6 +325,8 @@ def attention(
         raise UnsupportedError(f"return_lse with {variant.name}: its weight hook replaces softmax, so there is no LSE")
     q, k, v = _plain(q), _plain(k), _plain(v)
     site = _site(variant, q, k, v, layout, params)
+    if site.call is not None:
+        return site.call(q, k, v, q_lens, kv_lens, q_offset, scale, return_lse, out, params)
     result = site.output(q) if out is None else site.check_out(q, k, v, out)
     lse = torch.empty(site.lse_shape, dtype=torch.float32, device="cpu") if return_lse else None
     buffer = bytearray(site.template)
@@ -487,6 +496,9 @@ _ZERO = torch.zeros(8, dtype=torch.int64, device="cpu")  # what an empty tensor 
 class _Shape:
     """The checked shapes of a call."""
 
+    device_types: tuple[str, ...] = ("cpu",)
+    out_shape: tuple[int, ...]
+
     def __init__(self, variant: Variant, q: Any, k: Any, v: Any, layout: str) -> None:
         if layout not in ("bshd", "bhsd"):
             raise ParameterError(
@@ -503,8 +515,9 @@ class _Shape:
                 )
         if not q.device == k.device == v.device:
             raise ParameterError(f"q, k, v are on {q.device}, {k.device}, {v.device}: move them to one device")
-        if q.device.type != "cpu":
-            raise UnsupportedError(f"q, k, v are on {q.device}: attngen.attention runs on the CPU: call .cpu(), or serve CUDA batches with attngen.BatchAttention")
+        if q.device.type not in self.device_types:
+            raise UnsupportedError(f"q, k, v are on {q.device}: required {' or '.join(self.device_types)}; call .cpu()")
+        self.device, self.dtype = q.device, q.dtype
         if not q.dtype == k.dtype == v.dtype:
             raise ParameterError(f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}: cast them to one dtype")
         self.variant, self.layout = variant, layout
@@ -566,8 +579,8 @@ class _Shape:
             raise ParameterError(f"{variant.name}.{name} is {type(value).__name__}: required a torch.Tensor {list(f.axes)}")
         if value.dtype not in STORAGE[f.dtype]:
             raise ParameterError(_storage_message(variant, name, f.dtype, value.dtype))
-        if value.device.type != "cpu":
-            raise ParameterError(f"{variant.name}.{name} is on {value.device} and q on cpu: move it to q's device")
+        if value.device != self.device:
+            raise ParameterError(f"{variant.name}.{name} is on {value.device} and q on {self.device}: move it to q's device")
         if value.requires_grad and torch.is_grad_enabled():
             raise UnsupportedError(f"{variant.name}.{name} requires grad: no backward yet; detach it")
         if value.is_neg():
@@ -598,9 +611,26 @@ class _Shape:
                 raise ParameterError(f"{variant.name}.{name} has {size} entries on axis {axis!r}: required below 2**31")
         return value
 
+    def check_out(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """A caller's output tensor: contiguous, of the right shape and dtype, apart from the inputs."""
+        if not isinstance(out, torch.Tensor) or tuple(out.shape) != tuple(self.out_shape) or out.dtype != self.dtype:
+            found = f"{tuple(out.shape)} {out.dtype}" if isinstance(out, torch.Tensor) else type(out).__name__
+            raise ParameterError(f"out is {found}: required {tuple(self.out_shape)} {self.dtype}")
+        if out.requires_grad and torch.is_grad_enabled():
+            raise UnsupportedError("out requires grad, and attngen has no backward yet: detach it")
+        if out.device != self.device or not out.is_contiguous():
+            raise ParameterError(
+                f"out is on {out.device} with strides {out.stride()}: required a contiguous tensor on {self.device}"
+            )
+        if _memory(out) and _memory(out) in {_memory(t) for t in (q, k, v)}:
+            raise ParameterError("out shares memory with q, k or v: give another tensor")
+        return out
+
 
 class _Site(_Shape):
-    """A call site: everything about a call that depends only on dtypes, shapes, strides and the variant."""
+    """A call site on the CPU: everything about a call that depends only on dtypes, shapes, strides and the variant."""
+
+    call = None  # sites of other devices do the rest of the call themselves
 
     def __init__(self, variant: Variant, q: Any, k: Any, v: Any, layout: str, storage: Mapping[str, str]) -> None:
         super().__init__(variant, q, k, v, layout)
@@ -612,7 +642,6 @@ class _Site(_Shape):
         self.lse_shape = (self.batch, self.num_heads, self.q_len)
         self.free_axes = _free_axes(variant)
         self.out_shape = (*q.shape[:3], self.head_dim_v)
-        self.dtype = q.dtype
         fields = self.kernel.layout
         self.offsets = {f.name: f.offset for f in fields.fields}
         rope = trace.rope.rope if trace.rope else None
@@ -642,19 +671,6 @@ class _Site(_Shape):
 
     def output(self, q: torch.Tensor) -> torch.Tensor:
         return torch.empty(self.out_shape, dtype=self.dtype, device="cpu")
-
-    def check_out(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """A caller's output tensor: contiguous, of the right shape and dtype, apart from the inputs."""
-        if not isinstance(out, torch.Tensor) or tuple(out.shape) != tuple(self.out_shape) or out.dtype != self.dtype:
-            found = f"{tuple(out.shape)} {out.dtype}" if isinstance(out, torch.Tensor) else type(out).__name__
-            raise ParameterError(f"out is {found}: required {tuple(self.out_shape)} {self.dtype}")
-        if out.requires_grad and torch.is_grad_enabled():
-            raise UnsupportedError("out requires grad, and attngen has no backward yet: detach it")
-        if out.device.type != "cpu" or not out.is_contiguous():
-            raise ParameterError(f"out is on {out.device} with strides {out.stride()}: required a contiguous CPU tensor")
-        if _memory(out) and _memory(out) in {_memory(t) for t in (q, k, v)}:
-            raise ParameterError("out shares memory with q, k or v: give another tensor")
-        return out
 
     def bind_lengths(
         self, buffer: bytearray, q_lens: Any, kv_lens: Any, q_offset: Any, held: list[torch.Tensor]
@@ -712,13 +728,16 @@ def _site(variant: Variant, q: Any, k: Any, v: Any, layout: str, params: Mapping
     except (AttributeError, TypeError):  # no tensor, or an unhashable layout: _Site says what is wrong
         site, ident = None, None
     if site is None:
-        site = _Site(variant, q, k, v, layout, dict(storage))
+        make = device_sites.get(q.device.type, _Site) if ident is not None else _Site
+        site = make(variant, q, k, v, layout, dict(storage))
         if len(sites) >= _MAX_SITES:
             sites.clear()
         sites[ident] = site
     return site
 
 
+# What makes the site of a call on another device, by device type: rooms further down the street add theirs.
+device_sites: dict[str, Callable[..., Any]] = {}
 _MAX_SITES = 1024  # decoding sees a new kv_len each step; a site is about 2 kB
 
 

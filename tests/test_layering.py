@@ -37,6 +37,7 @@ STREET = (
     "engine",
     "append",
     "merge",
+    "dense",
     "batch",
     "check",
     "doctor",

@@ -1,0 +1,118 @@
+"""CUDA kernels played on the host: they read a launch's parameter struct as the kernels do, addresses and all, for variants
+that only mask. This shows that the host packs what the kernels expect; how they compute is for the GPU tests."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from attngen import cuda, dense, run, schedule
+from attngen.bounds import analyse
+from attngen.choose_cuda import ARCHS
+from attngen.interp import evaluate
+
+ELEMENT = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def memory(address: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+    size = max(count * dtype.itemsize, 1)
+    return torch.frombuffer((ctypes.c_char * size).from_address(address), dtype=dtype)[:count]
+
+
+class Kernel:
+    """What the host extension's CudaKernel is to its caller. ``launches`` holds the structs."""
+
+    def __init__(self, special: cuda.Specialised, launches: list[Any], variant: Any) -> None:
+        self.special, self.launches, self.variant = special, launches, variant
+
+    def blocks_per_sm(self) -> int:
+        return 2
+
+    def launch(self, buffer: bytearray, grid_x: int, grid_y: int, stream: int) -> None:
+        layout = self.special.layout
+        assert type(buffer) is bytearray and len(buffer) == layout.size
+        p = SimpleNamespace(**dict(zip((f.name for f in layout.fields), layout._struct.unpack(buffer))))
+        self.launches.append((self.special.name, p, grid_x))
+        (self.plan if self.special.name == "plan" else self.attend)(p, grid_x)
+
+    def params(self, p: Any) -> dict[str, Any]:
+        """Values of the scalars, from the struct or from where it points."""
+        found = {}
+        for name, f in self.variant.trace.used().items():
+            dtype = torch.int32 if f.dtype == "i32" else torch.float32
+            if hasattr(p, f"at_{name}"):
+                at = getattr(p, f"at_{name}")
+                found[name] = memory(at, 1, dtype).item() if at else getattr(p, f"param_{name}")
+        return found
+
+    def plan(self, p: Any, blocks: int) -> None:
+        config, n = self.special.config, p.num_requests
+        def read(name, count=n):
+            return memory(getattr(p, name), count, torch.int32).tolist() if getattr(p, name) else None
+        batch = schedule.Lengths(
+            n, read("q_indptr", n + 1), read("q_lens"), p.q_len, read("q_positions"), read("kv_indptr", n + 1),
+            read("kv_last_page_len"), read("kv_lens"), p.kv_len, read("kv_starts"), p.page_size, p.block_table_stride,
+            p.kv_capacity, p.max_q_tokens, p.max_q_len,
+        )  # fmt: skip
+        reach = schedule.Reach(analyse(self.variant.trace.mask), self.params(p), p.num_heads, p.num_kv_heads)
+        counts = [getattr(p, f"num_workers{i}") for i in range(len(config.classes))]
+        assert blocks == max(i for i, c in enumerate(counts) if c) + 1
+        plans, status = schedule.plan(config, batch, reach, counts, [getattr(p, f"max_tiles{i}") for i in range(len(counts))])
+        for i, made in enumerate(plans):
+            if counts[i]:
+                for name, data in (("tiles", made.pack_tiles()), ("workers", made.pack_workers()), ("counters", bytes(4 * counts[i]))):
+                    ctypes.memmove(getattr(p, f"{name}{i}"), data, len(data))
+        memory(p.status, 1, torch.int32)[0] = status
+
+    def attend(self, p: Any, blocks: int) -> None:
+        problem, config = self.special.problem, self.special.config
+        group, element = p.num_heads // p.num_kv_heads, ELEMENT[problem.q_dtype]
+        first = schedule.WORKER.unpack(bytes(memory(p.workers, 128, torch.uint8).tolist()))
+        assert memory(p.workers, 128 * blocks, torch.uint8).numel() and first[5] >= 0
+        for index in range(first[7]):
+            record = schedule.TILE.unpack(bytes(memory(p.tiles + 80 * index, 80, torch.uint8).tolist()))
+            q_start, q_len, kv_len, kv_start, q_offset, _, kv_base = schedule.REQUEST.unpack(record[0])
+            request, row0, rows, block0, num_blocks = record[1:6]
+            bad, request = request < 0, ~request if request < 0 else request
+            slots = range(block0 * config.block_n, min((block0 + num_blocks) * config.block_n, kv_len - kv_start))
+            for head in range(p.num_kv_heads):
+                def rows_of(name, dim):
+                    stride = {d: getattr(p, f"{name}_stride_{d}") for d in "bsh"}
+                    at = [getattr(p, name) + 2 * (request * stride["b"] + (kv_base + s) * stride["s"] + head * stride["h"]) for s in slots]
+                    return torch.stack([memory(x, dim, element) for x in at]).double() if at else torch.zeros(0, dim, dtype=torch.float64)
+                k, v = rows_of("k", problem.head_dim), rows_of("v", problem.head_dim_v)
+                for row in range(row0, row0 + rows):
+                    i, h = row // group, head * group + row % group
+                    place = [(q_start + i) * getattr(p, f"{x}_stride_t") + request * getattr(p, f"{x}_stride_b")
+                             + h * getattr(p, f"{x}_stride_h") for x in ("q", "out", "lse")]  # fmt: skip
+                    s = k @ memory(p.q + 2 * place[0], problem.head_dim, element).double() * p.scale
+                    at = {"q": q_offset + i, "head": h, "request": request, "q_len": q_len, "kv_len": kv_len}
+                    at = {n: torch.tensor(x, dtype=torch.int32) for n, x in at.items()}
+                    at["kv"] = torch.tensor([kv_start + x for x in slots], dtype=torch.int32)
+                    if self.variant.trace.mask is not None and len(slots):
+                        s = s.masked_fill(~evaluate(self.variant.trace.mask, at, self.params(p), frozenset()), -math.inf)
+                    lse = torch.logsumexp(s, 0) if len(slots) else torch.tensor(-math.inf)
+                    o = (s - lse).exp() @ v if lse > -math.inf else torch.zeros(problem.head_dim_v)
+                    memory(p.out + 2 * place[1], problem.head_dim_v, element).copy_(o * (math.nan if bad else 1.0))
+                    if p.lse:
+                        memory(p.lse + 4 * place[2], 1, torch.float32).fill_(math.nan if bad else lse)
+
+
+def install(monkeypatch: Any, variant: Any) -> list[Any]:
+    """From here on CPU tensors are what CUDA tensors are to ``attention``; returns the list of its launches."""
+    launches: list[Any] = []
+    monkeypatch.setattr(cuda, "build", lambda special: (None, True, 0.0))
+    monkeypatch.setattr(cuda, "load", lambda special, *_: Kernel(special, launches, variant))
+    monkeypatch.setattr(cuda, "device_arch", lambda index: ARCHS["90a"])
+    monkeypatch.setattr(cuda, "current_stream", lambda index: 0)
+    monkeypatch.setattr(cuda, "refuse_capture", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=3))
+    monkeypatch.setattr(dense.DenseSite, "device_types", ("cpu",))
+    monkeypatch.setattr(dense, "_loaded", {})
+    monkeypatch.setitem(run.device_sites, "cpu", dense.DenseSite)
+    variant.__dict__.pop("_sites", None)
+    return launches
