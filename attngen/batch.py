@@ -212,8 +212,9 @@ class BatchAttention:
         *,
         out: torch.Tensor | None = None,
         return_lse: bool = False,
+        partial: bool = False,
         **params: Any,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
         """Attention of the planned batch.
 
         Args:
@@ -223,6 +224,8 @@ class BatchAttention:
                 ``[tokens, num_kv_heads, head_dim]``.
             out: ``[tokens, num_heads, head_dim_v]``, written and returned.
             return_lse: also return the natural-log LSE, float32 ``[tokens, num_heads]``.
+            partial: return the state of these keys alone, for ``merge_states(variant=...)``: (out, lse), out in float32 before
+                the output hook, lse base 2 before the sink; under a weight hook out is the plain sum and lse None.
             **params: values of the fields that the mask does not read.
         """
         if self._planned is None:
@@ -234,17 +237,22 @@ class BatchAttention:
             raise UnsupportedError(f"return_lse with {self.variant.name}: its weight hook replaces softmax: there is no LSE")
         if decode and q.shape[0] < requests:
             raise ParameterError(f"q has {q.shape[0]} rows: required one for each of the {requests} planned requests")
+        dtype = torch.float32 if partial else self.dtype
         if out is None:
-            out = torch.empty(site.out_shape, dtype=self.dtype, device=self.device)
-        elif out.shape != site.out_shape or out.dtype != self.dtype or out.device != self.device or not out.is_contiguous():
+            out = torch.empty(site.out_shape, dtype=dtype, device=self.device)
+        elif out.shape != site.out_shape or out.dtype != dtype or out.device != self.device or not out.is_contiguous():
             raise ParameterError(
                 f"out is {tuple(out.shape)} {out.dtype} on {out.device}: required contiguous {tuple(site.out_shape)} "
-                f"{self.dtype} on {self.device}"
+                f"{dtype} on {self.device}"
             )
-        lse = torch.empty(site.out_shape[:2], dtype=torch.float32, device=self.device) if return_lse else None
+        elif out.data_ptr() % 16:
+            raise ParameterError("out starts at an address that is no multiple of 16 bytes: give an aligned tensor")
+        lse = None
+        if return_lse or partial and self.variant.trace.weight is None:
+            lse = torch.empty(site.out_shape[:2], dtype=torch.float32, device=self.device)
         bound = self._bind("run", self._run_fields, params, requests) if params or self._run_fields else {}
-        self.engine.launch(planned, site, q, k, v, out, lse, bound)
-        return out if lse is None else (out, lse)
+        self.engine.launch(planned, site, q, k, v, out, lse, bound, partial)
+        return (out, lse) if return_lse or partial else out
 
     def check(self) -> None:
         """Wait for the device and raise ParameterError for what only the device could see: an indptr that decreases, a
