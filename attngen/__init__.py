@@ -10,6 +10,11 @@
     out = ag.attention(q, k, v, variant=SoftCap(), cap=30.0)
 """
 
+import sys as _sys
+
+if _sys.platform == "win32":
+    raise ImportError("attngen runs on Linux; found Windows: use it in WSL or in a container")
+
 from . import paths as _paths  # finds attngen.variants in a checkout
 from .errors import (
     AttngenError,
@@ -27,6 +32,7 @@ from .expr import maximum as max  # noqa: A004
 from .expr import minimum as min  # noqa: A004
 from .rope import DynamicNTK, Linear, Llama3, LongRoPE, RoPE, YaRN
 from .run import BuildRecord, Kernel, attention, build_log, compile, reference  # noqa: A004
+from .run import device_compilers as _device_compilers
 from .run import device_sites as _device_sites
 from .spec import Const, Scalar, Tensor, Variant, compose
 
@@ -39,13 +45,19 @@ def _dense_site(*call: object) -> object:
     return DenseSite(*call)
 
 
-_device_sites["cuda"] = _dense_site
+def _compile_cuda(*args: object, **facts: object) -> object:
+    from .engine import compile_cuda
+
+    return compile_cuda(*args, **facts)
+
+
+_device_sites["cuda"], _device_compilers["cuda"] = _dense_site, _compile_cuda
 
 
 # What serving needs is imported when it is asked for.
 _LATE = {
     "BatchAttention": "batch", "append_kv": "append", "append_positions": "append", "check_append": "append",
-    "merge_states": "merge",
+    "merge_states": "merge", "workspace_bytes": "engine",
 }  # fmt: skip
 
 
@@ -63,5 +75,5 @@ __all__ = [
     "Llama3", "LoadError", "LongRoPE", "ParameterError", "RoPE", "Scalar", "Tensor", "UnsupportedError", "Variant",
     "VariantError", "YaRN", "abs", "append_kv", "append_positions", "attention", "build_log", "cast", "check_append",
     "compile", "compose", "exp", "exp2", "floor", "log", "log2", "max", "merge_states", "min", "reference", "rsqrt",
-    "sigmoid", "sqrt", "tanh", "where",
+    "sigmoid", "sqrt", "tanh", "where", "workspace_bytes",
 ]  # fmt: skip

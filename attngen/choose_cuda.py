@@ -48,6 +48,16 @@ def arch(name: str) -> Arch:
     return ARCHS[name]
 
 
+def arch_named(name: str) -> Arch:
+    """The Arch for a user's "sm_90a", "sm_90" or "90a": of compute capability 9.0."""
+    digits = name.removeprefix("sm_").rstrip("af")
+    if not digits.isdigit() or len(digits) < 2:
+        raise UnsupportedError(
+            f"arch {name!r}: required the name of a GPU architecture, {', '.join(f'sm_{a}' for a in ARCHS)}"
+        )
+    return arch_of(int(digits[:-1]), int(digits[-1]))
+
+
 def arch_of(major: int, minor: int) -> Arch:
     """The Arch whose cubins run on a device of compute capability ``major.minor``."""
     exact = f"{major}{minor}{'a' if major == 9 else ''}"
@@ -160,6 +170,11 @@ def decode_smem_bytes(d: int, dv: int, warps: int, stages: int, staged_queries: 
     queries = staged_queries * 32 * d
     meet = warps * 8 * (4 * (dv + 4) + (8 if softmax else 0))
     return -(-(ring + queries + meet + 128 + 28) // 128) * 128
+
+
+def most_blocks(config: DecodeConfig | AttentionConfig) -> int:
+    """No fewer blocks of a kernel than fit an SM at once, known before it is built."""
+    return min(arch(config.arch).smem_per_sm // (config.smem_bytes + _SMEM_RESERVED), 2048 // config.threads)
 
 
 def check_head_dims(d: int, dv: int) -> None:

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from . import cuda
-from .engine import POINTERS, Loaded, kernels_of, rope_tables, struct_values
+from .engine import POINTERS, Loaded, cuda_problem, kernels_of, rope_tables, struct_values
 from .errors import ParameterError, UnsupportedError
 from .ops import F32, I32_MAX, I32_MIN
-from .run import DTYPE_NAMES, _free_axes, _memory, _scale, _Shape, _unequal_axis, _value, check_scalar
+from .run import _free_axes, _memory, _scale, _Shape, _unequal_axis, _value, check_scalar
 from .spec import Problem, Variant
 
 _loaded: dict[Any, Loaded] = {}
@@ -31,10 +31,8 @@ class DenseSite(_Shape):
 
     def __init__(self, variant: Variant, q: Any, k: Any, v: Any, layout: str, storage: Mapping[str, str]) -> None:
         super().__init__(variant, q, k, v, layout)
-        if q.dtype not in (torch.bfloat16, torch.float16):
-            raise UnsupportedError(
-                f"dtype {q.dtype} on CUDA: the kernels take torch.bfloat16 and torch.float16; cast q, k and v, or call .cpu()"
-            )
+        arch = cuda.device_arch(q.device.index)
+        problem = cuda_problem(arch.name, q.dtype, self.head_dim, self.head_dim_v, tuple(sorted(storage.items())))
         for name, t in (("q", q), ("k", k), ("v", v)):
             if any(s % 8 for s, n in zip(t.stride()[:3], t.shape) if n > 1):
                 raise ParameterError(
@@ -51,8 +49,6 @@ class DenseSite(_Shape):
         self.free_axes = _free_axes(variant)
         self.mask_params = trace.mask.params if trace.mask is not None else frozenset()
         self.out_shape = (*q.shape[:3], self.head_dim_v)
-        name, arch = DTYPE_NAMES[q.dtype], cuda.device_arch(q.device.index)
-        problem = Problem("cuda", arch.name, name, name, name, self.head_dim, self.head_dim_v, tuple(sorted(storage.items())))
         self.loaded = _load(variant, problem, q.device, self.q_len * group)
         (self.tile,) = self.loaded.which
         self.space = self.loaded.space(

@@ -22,14 +22,13 @@ import torch
 
 from . import cuda
 from .cache import Entry
-from .choose_cuda import DecodeConfig, PlanConfig, TileClass, choose_attention, choose_decode
-from .choose_cuda import arch as arch_named
+from .choose_cuda import DecodeConfig, PlanConfig, TileClass, arch, arch_named, choose_attention, choose_decode, most_blocks
 from .emit import emit
 from .errors import ParameterError, UnsupportedError
-from .run import DTYPE_NAMES
+from .run import DTYPE_NAMES, stored_dtypes
 from .schedule import Workspace
 from .schedule import workspace as workspace_layout
-from .spec import Problem, Variant
+from .spec import Problem, Variant, as_variant
 
 _FIXED_SPLIT = 2048  # keys of a piece under batch_invariant: long enough to hide a merge, short enough to fill a GPU
 POINTERS = struct.Struct("=5Q")  # q, k, v, out, lse: the first fields
@@ -92,20 +91,20 @@ def kernels_of(
 ) -> Kernels:
     """The kernels of ``variant`` for ``problem``, in their chosen configurations. All callers share them: ``most_rows``, of a
     request, decides only under batch_invariant."""
-    trace, arch, split = variant.trace, problem.isa, _FIXED_SPLIT if batch_invariant else 0
+    trace, name, split = variant.trace, problem.isa, _FIXED_SPLIT if batch_invariant else 0
     hooks = emit(trace, dict(problem.storage), problem.head_dim, dialect="cuda", device_scalars=True)
     configs: list[Any] = []
     if not split or most_rows <= 16:
-        configs.append(choose_decode(problem, arch, hooks, paged=paged, split=split).config)
+        configs.append(choose_decode(problem, name, hooks, paged=paged, split=split).config)
     if not split:
-        configs.append(choose_attention(problem, arch, hooks, 64, paged=paged).config)
+        configs.append(choose_attention(problem, name, hooks, 64, paged=paged).config)
         with contextlib.suppress(UnsupportedError):  # wide heads where shared memory is small do without
-            configs.append(choose_attention(problem, arch, hooks, 128, paged=paged).config)
+            configs.append(choose_attention(problem, name, hooks, 128, paged=paged).config)
     elif not configs:  # one kernel for all lengths: two would round differently, and a prompt may be cut anywhere
-        configs.append(choose_attention(problem, arch, hooks, 64, paged=paged, split=split).config)
-    plan = PlanConfig(arch, tuple(TileClass(c.block_m, c.block_n, c.unit_cost, c.split) for c in configs))
+        configs.append(choose_attention(problem, name, hooks, 64, paged=paged, split=split).config)
+    plan = PlanConfig(name, tuple(TileClass(c.block_m, c.block_n, c.unit_cost, c.split) for c in configs))
     named = [("decode" if isinstance(c, DecodeConfig) else "attention_sm80", c) for c in configs]
-    specials = [cuda.specialise(n, variant.name, trace, problem, c, arch) for n, c in (*named, ("plan", plan))]
+    specials = [cuda.specialise(n, variant.name, trace, problem, c, name) for n, c in (*named, ("plan", plan))]
     return Kernels(tuple(specials[:-1]), specials[-1])
 
 
@@ -122,7 +121,7 @@ class Launcher:
         codes = {"float": "=f", "int32_t": "=i", "int64_t": "=q"}
         self.special, self.layout = special, special.layout
         self.slots = {f.name: (struct.Struct(codes.get(f.ctype, "=Q")), f.offset) for f in self.layout.fields}
-        dependent = arch_named(special.config.arch).dependent_launch
+        dependent = arch(special.config.arch).dependent_launch
         self.kernel = cuda.load(special, device, special.config.threads, shared_bytes, dependent)
 
     def template(self, values: Mapping[str, Any]) -> bytes:
@@ -156,11 +155,12 @@ class Loaded:
             blocks = found.kernel.blocks_per_sm()
             if blocks == 0:
                 raise UnsupportedError(f"{special.name} of {special.title} does not fit {device}: {special.config}")
-            self.workers[i] = blocks * multiprocessors
+            self.workers[i] = min(blocks, most_blocks(special.config)) * multiprocessors
+        self.multiprocessors = multiprocessors
 
     def space(self, **capacities: int) -> Workspace:
         """The workspace of these kernels; arguments as ``schedule.workspace``."""
-        return workspace_layout(self.kernels.plan.config, self.workers, **capacities)
+        return space_of(self.kernels, self.which, self.multiprocessors, **capacities)
 
     def lists(self, i: int, space: Workspace, base: int) -> dict[str, int]:
         """Where class ``i`` finds its work, and writes what is not final, in a workspace at ``base``."""
@@ -176,9 +176,123 @@ class Loaded:
         for i in active:
             part = space.classes[i]
             values |= {f"tiles{i}": base + part.tiles, f"workers{i}": base + part.workers,
-                       f"counters{i}": base + part.counters, f"num_workers{i}": part.num_workers,
+                       f"counters{i}": base + part.counters, f"num_workers{i}": self.workers[i],
                        f"max_tiles{i}": part.max_tiles}  # fmt: skip
         return values
+
+
+def space_of(kernels: Kernels, which: Sequence[int], multiprocessors: int, **capacities: int) -> Workspace:
+    """The workspace of the classes ``which`` on a GPU with so many multiprocessors; known before anything is built."""
+    workers = [most_blocks(s.config) * multiprocessors if i in which else 0 for i, s in enumerate(kernels.classes)]
+    return workspace_layout(kernels.plan.config, workers, **capacities)
+
+
+# ---------------------------------------------------------------- ahead of time
+
+
+@dataclass(frozen=True)
+class BuiltKernel:
+    """A CUDA kernel in the cache, not loaded.
+
+    Attributes:
+        name: "decode", "attention_sm80" or "plan".
+        problem, config: the compile-time facts and the chosen configuration, printable.
+        spec_hash: the cache key.
+        path: the cubin.
+    """
+
+    variant: Variant
+    name: str
+    problem: Problem
+    config: Any
+    spec_hash: str
+    entry: Entry = field(repr=False)
+
+    @property
+    def path(self) -> Any:
+        return self.entry.artifact
+
+    @property
+    def source(self) -> str:
+        """The rendered main file, as it was compiled. It is yours to use under any terms."""
+        return next(text for name, text in self.entry.sources().items() if name.endswith(".cu"))
+
+
+def compile_cuda(
+    variant: Variant, *, arch: str | None, dtype: torch.dtype, head_dim: int, head_dim_v: int, storage: Mapping[str, str],
+    paged: bool | None, batch_invariant: bool,
+) -> list[BuiltKernel]:  # fmt: skip
+    """``compile`` for a GPU: everything that BatchAttention and attention look up for these facts."""
+    if arch is None and not torch.cuda.is_available():
+        raise ParameterError("compile for CUDA without a CUDA device: required arch=, such as 'sm_90a'")
+    gpu = arch_named(arch) if arch else cuda.device_arch(torch.cuda.current_device())
+    problem = cuda_problem(gpu.name, dtype, head_dim, head_dim_v, tuple(sorted(storage.items())))
+    specials: dict[str, cuda.Specialised] = {}
+    for pages in (True, False) if paged is None else (paged,):
+        for most_rows in (16, 64) if batch_invariant else (0,):
+            kernels = kernels_of(variant, problem, paged=pages, batch_invariant=batch_invariant, most_rows=most_rows)
+            specials |= {s.key: s for s in (*kernels.classes, kernels.plan)}
+    entries = build(list(specials.values()))
+    return [BuiltKernel(variant, s.name, problem, s.config, s.key, e) for s, e in zip(specials.values(), entries)]
+
+
+def cuda_problem(
+    arch_name: str, dtype: torch.dtype, head_dim: int, head_dim_v: int, storage: tuple[tuple[str, str], ...]
+) -> Problem:
+    """The Problem of a call or batch on CUDA, or UnsupportedError."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        raise UnsupportedError(
+            f"dtype {dtype} on CUDA: the kernels take torch.bfloat16 and torch.float16; cast q, k and v, or use the CPU"
+        )
+    name = DTYPE_NAMES[dtype]
+    return Problem("cuda", arch_name, name, name, name, head_dim, head_dim_v, storage)
+
+
+def workspace_bytes(
+    variant: Variant | type[Variant],
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    max_requests: int,
+    max_q_tokens: int,
+    head_dim_v: int | None = None,
+    page_size: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    max_pages: int | None = None,
+    max_kv_tokens: int | None = None,
+    max_q_len: int | None = None,
+    batch_invariant: bool = False,
+    max_kv_len: int | None = None,
+    storage: Mapping[str, torch.dtype] | None = None,
+    arch: str | None = None,
+    multiprocessors: int | None = None,
+) -> int:
+    """Bytes of workspace that a BatchAttention of these arguments uses, without a GPU and without building anything.
+
+    Args:
+        arch, multiprocessors: of the GPU, such as "sm_90a" and 132; default those of the current CUDA device.
+        others: as BatchAttention's.
+    """
+    variant = as_variant(variant)
+    if arch is None or multiprocessors is None:
+        if not torch.cuda.is_available():
+            raise ParameterError("workspace_bytes without a CUDA device: required arch= and multiprocessors=, such as 'sm_90a' and 132")
+        device = torch.cuda.current_device()
+        arch = arch or cuda.device_arch(device).name
+        multiprocessors = multiprocessors or torch.cuda.get_device_properties(device).multi_processor_count
+    capacity = max_pages if page_size is not None else max_kv_tokens
+    if capacity is None:
+        raise ParameterError(f"workspace_bytes: required {'max_kv_tokens' if page_size is None else 'max_pages'}")
+    stored = tuple(sorted(stored_dtypes(variant, storage).items()))
+    problem = cuda_problem(arch_named(arch).name, dtype, head_dim, head_dim_v or head_dim, stored)
+    rows = min(max_q_len or max_q_tokens, max_q_tokens) * (num_heads // num_kv_heads)
+    kernels = kernels_of(variant, problem, paged=page_size is not None, batch_invariant=batch_invariant, most_rows=rows)
+    return space_of(
+        kernels, kernels.needed(rows), multiprocessors, max_requests=max_requests, max_q_tokens=max_q_tokens,
+        max_kv_len=max_kv_len or capacity * (page_size or 1), num_heads=num_heads, num_kv_heads=num_kv_heads,
+        head_dim_v=head_dim_v or head_dim,
+    ).num_bytes  # fmt: skip
 
 
 # ---------------------------------------------------------------- batches
@@ -200,9 +314,9 @@ class CudaEngine:
     def __init__(self, facts: Facts, workspace: torch.Tensor | None = None) -> None:
         self.facts = facts
         trace, device = facts.variant.trace, facts.device
-        arch = cuda.device_arch(device.index)
-        name = DTYPE_NAMES[facts.dtype]
-        self.problem = Problem("cuda", arch.name, name, name, name, facts.head_dim, facts.head_dim_v, facts.storage)
+        self.problem = cuda_problem(
+            cuda.device_arch(device.index).name, facts.dtype, facts.head_dim, facts.head_dim_v, facts.storage
+        )
         most_rows = facts.max_q_len * facts.group
         kernels = kernels_of(
             facts.variant, self.problem, paged=facts.page_size is not None, batch_invariant=facts.batch_invariant,

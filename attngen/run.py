@@ -107,17 +107,29 @@ def build_log() -> list[BuildRecord]:
 def compile(  # noqa: A001
     variant: Variant | type[Variant],
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     head_dim: int = 64,
     head_dim_v: int | None = None,
     storage: Mapping[str, torch.dtype] | None = None,
     isa: str | None = None,
-) -> Kernel:
-    """Compile ``variant`` for the CPU, or find it in the cache, and load it.
+    device: torch.device | str | None = None,
+    arch: str | None = None,
+    paged: bool | None = None,
+    batch_invariant: bool = False,
+) -> Any:
+    """Compile ``variant`` for the CPU, or find it in the cache, and load it: a ``Kernel``.
+
+    With device="cuda" or arch=: build what the variant needs on a GPU, where it is not in the cache, and load nothing; no GPU
+    is needed. Returns a list of kernels, each with ``name, config, spec_hash, path, source``: those of every row-tile class
+    and the planner, which ``BatchAttention`` and ``attention`` find there.
 
     Args:
-        dtype: of q, k, v and the output: float32, bfloat16 or float16.
-        head_dim, head_dim_v: multiples of 8 up to 256; head_dim_v defaults to head_dim.
+        dtype: of q, k, v and the output: float32 (the default on the CPU), bfloat16 (the default on CUDA) or float16.
+        head_dim, head_dim_v: multiples of 8 up to 256, on CUDA of 16 from 32; head_dim_v defaults to head_dim.
+        device: "cpu", the default, or "cuda".
+        arch: a GPU architecture such as "sm_90a" or "sm_86"; default that of the current CUDA device.
+        paged: CUDA: caches of pages alone, or contiguous keys alone; default both.
+        batch_invariant: CUDA: the kernels of ``BatchAttention(batch_invariant=True)`` instead.
         storage: stored dtype of tensor parameters, by name; defaults to that of a bound tensor, else float32, int32 or
             bool by the field's type.
         isa: CPU features to compile for; defaults to this host's best.
@@ -127,7 +139,17 @@ def compile(  # noqa: A001
     """
     variant = as_variant(variant)
     stored = stored_dtypes(variant, storage)
-    return _compile(variant, problem_for(dtype, head_dim, head_dim_v or head_dim, stored, isa))
+    on = torch.device(device or ("cuda" if arch else "cpu")).type
+    if on == "cpu" and not (arch or paged is not None or batch_invariant):
+        return _compile(variant, problem_for(dtype or torch.float32, head_dim, head_dim_v or head_dim, stored, isa))
+    if on not in device_compilers or isa:
+        raise ParameterError(
+            f"compile for {on!r}: isa belongs to the CPU; arch, paged and batch_invariant belong to CUDA (device=\"cuda\" or arch=)"
+        )
+    return device_compilers[on](
+        variant, arch=arch, dtype=dtype or torch.bfloat16, head_dim=head_dim, head_dim_v=head_dim_v or head_dim, storage=stored,
+        paged=paged, batch_invariant=batch_invariant,
+    )  # fmt: skip
 
 
 def stored_dtypes(variant: Variant, storage: Mapping[str, torch.dtype] | None) -> dict[str, str]:
@@ -736,8 +758,10 @@ def _site(variant: Variant, q: Any, k: Any, v: Any, layout: str, params: Mapping
     return site
 
 
-# What makes the site of a call on another device, by device type: rooms further down the street add theirs.
+# What makes the site of a call on another device, and what compiles for it, by device type: rooms further down the street
+# add theirs.
 device_sites: dict[str, Callable[..., Any]] = {}
+device_compilers: dict[str, Callable[..., Any]] = {}
 _MAX_SITES = 1024  # decoding sees a new kv_len each step; a site is about 2 kB
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
 
 import attngen as ag
 import emulated
-from attngen import cuda
+from attngen import cuda, engine
+from attngen.engine import CudaEngine, Facts
 from attngen.variants import Causal, SlidingWindow
 from compare import compare
+from toolchain import needs_nvcc
 
 
 def tensors(layout, q_len, kv_len, batch=3, heads=4, kv_heads=2, d=64, dv=64, dtype=torch.bfloat16, sliced=False):
@@ -141,6 +145,12 @@ def test_devices_that_have_no_kernels(monkeypatch):
         ag.attention(*(x.to("meta") for x in tensors("bshd", 1, 4)))
 
 
+def test_windows_is_refused_by_name():
+    program = "import torch, sys; sys.platform = 'win32'; import attngen"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "ImportError: attngen runs on Linux; found Windows" in done.stderr
+
+
 def test_a_capture_that_would_load_is_refused(monkeypatch):
     emulated.install(monkeypatch, variant := Causal())
 
@@ -157,3 +167,87 @@ def test_a_capture_that_would_load_is_refused(monkeypatch):
     ag.attention(q, k, v, variant)
     with pytest.raises(ag.UnsupportedError, match="kv_lens, which the host holds"):
         ag.attention(q, k, v, variant, kv_lens=[1, 2, 3])
+
+
+# ---------------------------------------------------------------- ahead of time
+
+
+def batch_engine(variant, space=None, **more):
+    facts = dict(
+        variant=variant, device=torch.device("cpu"), dtype=torch.bfloat16, num_heads=8, num_kv_heads=2, head_dim=64, head_dim_v=64,
+        page_size=16, max_requests=9, max_q_tokens=300, max_q_len=300, capacity=77, max_kv_len=77 * 16, head_offset=0, total_heads=8,
+        batch_invariant=False, storage=(), scale=0.1,
+    )  # fmt: skip
+    raw = torch.empty(1 << 25, dtype=torch.uint8)
+    return CudaEngine(Facts(**facts | more), raw[-raw.data_ptr() % 256 :])
+
+
+def test_compile_builds_what_batches_and_calls_look_up(monkeypatch):
+    emulated.install(monkeypatch, variant := SlidingWindow(20))
+    built, loaded = [], []
+    monkeypatch.setattr(cuda, "build", lambda special: built.append(special.key) or (None, True, 0.0))
+    kernels = ag.compile(variant, arch="sm_90", head_dim=64)
+    ahead = {k.spec_hash for k in kernels}
+    assert ahead == set(built) and len(kernels) == len(ahead)
+    assert sorted(k.name for k in kernels) == ["attention_sm80"] * 4 + ["decode"] * 2 + ["plan"]
+    invariant = {k.spec_hash for k in ag.compile(variant, arch="sm_90a", head_dim=64, batch_invariant=True)}
+
+    fake = cuda.load
+    monkeypatch.setattr(cuda, "load", lambda special, *rest: loaded.append(special.key) or fake(special, *rest))
+    for q_len in (1, 40, 300):
+        ag.attention(*tensors("bshd", q_len, 30, d=64), variant)
+        for page_size in (16, None):
+            batch_engine(variant, max_q_len=q_len, page_size=page_size)
+    assert set(loaded) == ahead
+    del loaded[:]
+    for q_len in (1, 40):
+        batch_engine(variant, max_q_len=q_len, batch_invariant=True)
+    assert set(loaded) < invariant and not set(loaded) & ahead
+
+
+@needs_nvcc
+def test_compile_for_a_gpu_that_is_not_here():
+    kernels = ag.compile(Causal(), arch="sm_86", head_dim=64, dtype=torch.float16, paged=False)
+    assert [k.name for k in kernels] == ["decode", "attention_sm80", "attention_sm80", "plan"]
+    for k in kernels:
+        assert k.path.read_bytes()[:4] == b"\x7fELF" and "__global__" in k.source and k.config.arch == "86"
+    again = ag.compile(Causal, device="cuda", arch="sm_86", head_dim=64, dtype=torch.float16, paged=False)
+    assert [k.spec_hash for k in again] == [k.spec_hash for k in kernels]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"arch": "sm_75"}, ag.UnsupportedError, "sm_75 has no CUDA kernels"),
+        ({"arch": "hopper"}, ag.UnsupportedError, "arch 'hopper': required the name"),
+        ({"arch": "sm_90a", "dtype": torch.float32}, ag.UnsupportedError, "float32 on CUDA"),
+        ({"arch": "sm_90a", "head_dim": 24}, ag.UnsupportedError, "multiple of 16"),
+        ({"arch": "sm_90a", "device": "cpu"}, ag.ParameterError, "arch, paged and batch_invariant belong to CUDA"),
+        ({"arch": "sm_90a", "isa": "avx2"}, ag.ParameterError, "isa belongs to the CPU"),
+    ],
+)
+def test_compile_refuses(arguments, error, message):
+    with pytest.raises(error, match=message):
+        ag.compile(Causal(), **arguments)
+
+
+@pytest.mark.parametrize("page_size", [16, None])
+@pytest.mark.parametrize("most", [1, 40, 300])
+@pytest.mark.parametrize("invariant", [False, True])
+def test_workspace_bytes_is_known_without_a_gpu(monkeypatch, page_size, most, invariant):
+    given = dict(num_heads=8, num_kv_heads=2, head_dim=64, page_size=page_size, max_requests=9, max_q_tokens=300, max_q_len=most,
+                 batch_invariant=invariant)  # fmt: skip
+    size = ag.workspace_bytes(Causal, max_pages=77, max_kv_tokens=77, arch="sm_90", multiprocessors=3, **given)
+    emulated.install(monkeypatch, variant := Causal())
+    made = batch_engine(variant, page_size=page_size, max_q_len=most, batch_invariant=invariant, max_kv_len=77 * (page_size or 1))
+    assert made.workspace_bytes == size
+    assert all(n <= part.num_workers for n, part in zip(made._loaded.workers, made._space.classes))
+
+
+@pytest.mark.parametrize("name", ["80", "86", "90a", "120"])
+@pytest.mark.parametrize("d", [32, 64, 128, 256])
+def test_no_more_blocks_fit_than_the_workspace_is_sized_for(name, d):
+    problem = engine.cuda_problem(name, torch.bfloat16, d, d, ())
+    for kernel in engine.kernels_of(Causal(), problem, paged=True).classes:
+        most = engine.most_blocks(kernel.config)
+        assert kernel.config.blocks_per_sm <= most and most * kernel.config.threads <= 2048
