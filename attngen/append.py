@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 
 from . import cuda
 from .abi_cuda import APPEND_FIELDS
 from .cache import Entry
 from .choose_cuda import AppendConfig, arch
 from .errors import ParameterError, UnsupportedError
+from .library import NO_GRAD, define
 from .rope import RoPE, rotate
 from .run import DTYPE_NAMES, MAX_LENGTH
 from .schedule import BAD_KV_INDPTR, BAD_PAGE, OVER_CAPACITY
@@ -110,6 +112,23 @@ def append_kv(
     one = isinstance(kv_cache, torch.Tensor)
     k_cache, v_cache = (kv_cache, None) if one else kv_cache if _is_pair(kv_cache) else (kv_cache, kv_cache)
     tensors = (k, v, k_cache, v_cache, slot_mapping, positions, request_of, kv_indices, kv_indptr, block_table, kv_lens)
+    if is_compiling():
+        if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors[:4]]):
+            raise UnsupportedError(NO_GRAD)
+        _operator(*tensors, kv_layout, None if rope is None else _handle(rope))
+        return
+    _append(*tensors, kv_layout, rope)
+
+
+def _append(
+    k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor | None, slot_mapping: torch.Tensor | None,
+    positions: torch.Tensor | None, request_of: torch.Tensor | None, kv_indices: torch.Tensor | None,
+    kv_indptr: torch.Tensor | None, block_table: torch.Tensor | None, kv_lens: torch.Tensor | None, kv_layout: str,
+    rope: RoPE | None,
+) -> None:  # fmt: skip
+    """append_kv of what it is given, v_cache None where k_cache holds both."""
+    tensors = (k, v, k_cache, v_cache, slot_mapping, positions, request_of, kv_indices, kv_indptr, block_table, kv_lens)
+    one = v_cache is None
     try:
         facts = None if rope is None else (rope.theta, rope.scaling, rope.interleaved, rope.rotary_dim, rope.keys)
         ident = (kv_layout, facts, *[None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors])
@@ -127,12 +146,12 @@ def append_kv(
     if (k_at | v_at | k_cache_at | v_cache_at) % 16:
         raise ParameterError("k, v or the cache starts at an address that is no multiple of 16 bytes: give an aligned tensor")
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors[:4]):
-        raise UnsupportedError("an input requires grad, and attngen has no backward yet: call under torch.no_grad()")
+        raise UnsupportedError(NO_GRAD)
     if not site.num_tokens:
         return
     loaded = site.loaded
     if loaded is None:
-        k_cache, v_cache = (kv_cache[:, 0], kv_cache[:, 1]) if one else kv_cache
+        k_cache, v_cache = (k_cache[:, 0], k_cache[:, 1]) if one else (k_cache, v_cache)
         page, slot = _find_slots(site, slot_mapping, positions, request_of, kv_indices, kv_indptr, block_table)
         keep = page >= 0
         page, slot, k, v = page[keep], slot[keep], k[: site.num_tokens][keep], v[: site.num_tokens][keep]
@@ -154,6 +173,36 @@ def append_kv(
     buffer = bytearray(site.template)
     _POINTERS.pack_into(buffer, 0, k_at, v_at, k_cache_at, v_cache_at, *[0 if t is None else t.data_ptr() for t in others])
     loaded.kernel.launch(buffer, loaded.config.blocks(site.num_tokens), 1, cuda.current_stream(k.device.index))
+
+
+# Under torch.compile a call is an operator; a graph names a RoPE by what it declares.
+_ropes: dict[str, RoPE] = {}
+
+
+def _handle(rope: RoPE) -> str:
+    handle = repr((rope.theta, rope.scaling, rope.interleaved, rope.rotary_dim, rope.keys))
+    _ropes[handle] = rope
+    return handle
+
+
+_handle._dynamo_marked_constant = True
+
+
+def _run_operator(*arguments: Any) -> None:
+    *tensors, kv_layout, handle = arguments
+    if handle is not None and handle not in _ropes:
+        raise ParameterError(f"a graph appends with the RoPE {handle}, which this process has not traced: trace its call here")
+    _append(*tensors, kv_layout, None if handle is None else _ropes[handle])
+
+
+_operator = define(
+    "append_kv",
+    "(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!)? v_cache, Tensor? slot_mapping, Tensor? positions, "
+    "Tensor? request_of, Tensor? kv_indices, Tensor? kv_indptr, Tensor? block_table, Tensor? kv_lens, str kv_layout, "
+    "str? rope) -> ()",
+    _run_operator,
+    lambda *arguments: None,
+)
 
 
 def append_positions(

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 
 from . import cuda
 from .abi_cuda import MERGE_FIELDS, MERGE_POINTERS
@@ -19,6 +20,7 @@ from .choose_cuda import MergeConfig, arch
 from .errors import ParameterError, UnsupportedError
 from .expr import Node
 from .interp import evaluate
+from .library import NO_GRAD, define
 from .ops import F32, TORCH_DTYPE
 from .run import DTYPE_NAMES, check_scalar
 from .spec import STORAGE, Variant, as_variant
@@ -77,27 +79,36 @@ def merge_states(
     Raises:
         ParameterError, UnsupportedError: what is required, what was found, what to do.
     """
-    variant = None if variant is None else as_variant(variant)
-    weighed = variant is None or variant.trace.weight is None
-    states = _States(outs, lses, weighed, variant)
-    result = states.dtype if out_dtype is None else out_dtype
-    if result not in _DTYPES:
-        raise UnsupportedError(f"out_dtype {result}: required {', '.join(map(str, _DTYPES))}")
-    base = base if base is not None else "e" if variant is None else 2
-    if isinstance(base, bool) or base not in _LOG2:
-        raise ParameterError(f'base {base!r}: required "e" or 2')
-    merge = _merge_cpu if states.device.type == "cpu" else _merge_cuda
-    if variant is None:
-        batch = {"q_indptr": q_indptr, "kv_lens": kv_lens, "q_positions": q_positions, "num_kv_heads": num_kv_heads,
-                 "total_heads": total_heads, "head_offset": head_offset or None, **params}  # fmt: skip
-        stray = [name for name, value in batch.items() if value is not None]
-        if stray:
-            raise ParameterError(f"merge_states got {', '.join(stray)} without a variant, whose hooks read them: add variant=")
-        return merge(states, _LOG2[base], result)
+    batch = {"q_indptr": q_indptr, "kv_lens": kv_lens, "q_positions": q_positions, "num_kv_heads": num_kv_heads,
+             "head_offset": head_offset or None, "total_heads": total_heads}  # fmt: skip
+    if variant is not None:
+        return _finish(outs, lses, base, as_variant(variant), out_dtype, batch, params)
+    stray = [name for name, value in (batch | params).items() if value is not None]
+    if stray:
+        raise ParameterError(f"merge_states got {', '.join(stray)} without a variant, whose hooks read them: add variant=")
+    base = "e" if base is None else base
+    if not is_compiling():
+        states = _States(outs, lses, True, None)
+        return _merge(states, base, states.dtype if out_dtype is None else out_dtype)
+    outs, lses = _unstack("outs", outs, 4), _unstack("lses", lses, 3)
+    if torch.is_grad_enabled() and any([t.requires_grad for t in (*outs, *lses)]):
+        raise UnsupportedError(NO_GRAD)
+    return _operator(outs, lses, str(base), out_dtype)
+
+
+@torch._disable_dynamo  # a graph ends here: the hooks are walked as they are evaluated
+def _finish(
+    outs: Any, lses: Any, base: Any, variant: Variant, out_dtype: torch.dtype | None, batch: Mapping[str, Any],
+    params: Mapping[str, Any],
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """merge_states with a variant."""
+    states = _States(outs, lses, variant.trace.weight is None, variant)
     hooks = [node for node in (variant.trace.sink, variant.trace.output) if node is not None]
-    values = _bind(variant, hooks, params, states, head_offset, total_heads)
-    symbols = _symbols(variant, hooks, states, q_indptr, kv_lens, q_positions, num_kv_heads, head_offset, total_heads)
-    out, lse = merge(states, _LOG2[base], torch.float32 if hooks else result)
+    values = _bind(variant, hooks, params, states, batch["head_offset"] or 0, batch["total_heads"])
+    symbols = _symbols(variant, hooks, states, **batch)
+    result = states.dtype if out_dtype is None else out_dtype
+    base = 2 if base is None else base
+    out, lse = _merge(states, base, torch.float32 if hooks and result in _DTYPES else result)
     if lse is not None:
         lse = lse if base == "e" else lse * _LN2
     with torch.device(states.device):  # constants too: copied from the host they would break a capture
@@ -174,7 +185,7 @@ class _States:
             for i, t in enumerate(self.lses):
                 _check(f"lses[{i}]", t, self.shape[:2], torch.float32, self.device)
         if torch.is_grad_enabled() and any(t.requires_grad for t in (*self.outs, *(self.lses or ()))):
-            raise UnsupportedError("a state requires grad, and attngen has no backward yet: call under torch.no_grad()")
+            raise UnsupportedError(NO_GRAD)
 
 
 def _unstack(name: str, given: Any, rank: int) -> list[torch.Tensor]:
@@ -196,6 +207,34 @@ def _weight(lse: torch.Tensor, top: torch.Tensor, log2_base: float) -> torch.Ten
     """base^(lse - top), for top >= lse: 1 at the top, infinite ones too, and 0 for a state without keys."""
     weight = torch.where(lse == top, 1.0, torch.exp2((lse - top) * log2_base))
     return torch.where(lse == -torch.inf, 0.0, weight)
+
+
+def _merge(states: _States, base: Any, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if dtype not in _DTYPES:
+        raise UnsupportedError(f"out_dtype {dtype}: required {', '.join(map(str, _DTYPES))}")
+    if isinstance(base, bool) or base not in _LOG2:
+        raise ParameterError(f'base {base!r}: required "e" or 2')
+    return (_merge_cpu if states.device.type == "cpu" else _merge_cuda)(states, _LOG2[base], dtype)
+
+
+def _run_operator(
+    outs: list[torch.Tensor], lses: list[torch.Tensor], base: str, out_dtype: torch.dtype | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    states = _States(outs, lses, True, None)
+    return _merge(states, int(base) if base.isdigit() else base, states.dtype if out_dtype is None else out_dtype)
+
+
+def _fake_operator(
+    outs: list[torch.Tensor], lses: list[torch.Tensor], base: str, out_dtype: torch.dtype | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = outs[0].shape
+    return outs[0].new_empty(shape, dtype=out_dtype or outs[0].dtype), outs[0].new_empty(shape[:2], dtype=torch.float32)
+
+
+_operator = define(
+    "merge_states", "(Tensor[] outs, Tensor[] lses, str base, ScalarType? out_dtype) -> (Tensor, Tensor)", _run_operator,
+    _fake_operator,
+)  # fmt: skip
 
 
 def _merge_cpu(states: _States, log2_base: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -327,8 +366,8 @@ def _bind(
 
 
 def _symbols(
-    variant: Variant, hooks: Sequence[Node], states: _States, q_indptr: Any, kv_lens: Any, q_positions: Any,
-    num_kv_heads: int | None, head_offset: int, total_heads: int | None,
+    variant: Variant, hooks: Sequence[Node], states: _States, *, q_indptr: Any, kv_lens: Any, q_positions: Any,
+    num_kv_heads: int | None, head_offset: int | None, total_heads: int | None,
 ) -> dict[str, torch.Tensor]:  # fmt: skip
     """Values of what the hooks read of ``at``, int32, to be broadcast over [tokens, heads, head_dim_v]."""
     read = frozenset().union(*(node.symbols for node in hooks), ())
@@ -340,6 +379,7 @@ def _symbols(
         raise ParameterError(f"merge_states with {variant.name}: its sink or output hook needs {wants}")
     tokens, heads, _ = states.shape
     device, i32 = states.device, torch.int32
+    head_offset = head_offset or 0
 
     def full(value: int) -> torch.Tensor:
         return torch.full((), value, dtype=i32, device=device)

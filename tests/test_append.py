@@ -410,6 +410,30 @@ def test_kernels_that_do_not_exist():
         append.compile(dtype=BF16, head_dim=64, arch="75")
 
 
+@pytest.mark.parametrize("device", [DEVICES[0], DEVICES[2]], indirect=True)
+@pytest.mark.parametrize("interleaved", [False, True], ids=["pair", "one tensor"])
+def test_one_graph_under_torch_compile(interleaved, device):
+    torch._dynamo.reset()
+
+    def step(k, v, cache, slots, positions, rope):
+        ag.append_kv(k + 0, v, cache, slot_mapping=slots, positions=positions, rope=rope)
+        return cache.sum() if interleaved else cache[0].nansum() + cache[1].nansum()
+
+    with torch.no_grad():
+        call = torch.compile(step, backend="aot_eager", fullgraph=True)
+        for q_lens, rope in (((3, 4), RoPE()), ((2, 9), RoPE()), ((2, 9), RoPE(5e5)), ((2, 9), None)):
+            batch = Batch(device, q_lens, q_lens, dv=64, interleaved=interleaved)
+            given = ints(batch.slots(), device), ints(batch.position, device), rope
+            first, second = (batch.cache.clone() if interleaved else tuple(c.clone() for c in batch.cache) for _ in range(2))
+            call(batch.k, batch.v, first, *given), step(batch.k, batch.v, second, *given)
+            assert all(same_bits(a, b) for a, b in zip(first, second))
+        batch = Batch(device)
+        given = batch.index("table", device)
+        inputs = batch.k, batch.v, batch.k_cache, batch.v_cache, None, given["positions"], given["request_of"], None, None, batch.table
+        result = torch.library.opcheck(append._operator, (*inputs, None, "NHD", append._handle(RoPE())))
+        assert set(result.values()) == {"SUCCESS"}
+
+
 @pytest.mark.gpu
 def test_a_graph_replays_with_new_tokens_and_slots():
     device = torch.device("cuda")

@@ -275,6 +275,22 @@ def test_kernels_that_do_not_exist():
         merge.compile(dtype=F32, head_dim_v=64, arch="75")
 
 
+@pytest.mark.parametrize("device", [DEVICES[0], DEVICES[2]], indirect=True)
+def test_one_graph_under_torch_compile(device):
+    torch._dynamo.reset()
+    with torch.no_grad():
+        call = torch.compile(lambda o, s: ag.merge_states(o, s, base=2, out_dtype=BF16), backend="aot_eager", fullgraph=True)
+        outs, lses = states(3, device)
+        wanted = ag.merge_states(outs, lses, base=2, out_dtype=BF16)
+        for found in (call(outs, lses), call(list(outs), list(lses))):
+            assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(found, wanted))
+        result = torch.library.opcheck(merge._operator, (list(outs.nan_to_num()), list(lses), "2", None))
+        assert set(result.values()) == {"SUCCESS"}
+        broken = torch.compile(lambda o, s, x: ag.merge_states(o * 1, s, variant=Sinks(), sinks=x)[1] * 2, backend="aot_eager")
+        sinks = torch.randn(3, device=device)
+        assert torch.equal(broken(outs, lses, sinks), ag.merge_states(outs, lses, variant=Sinks(), sinks=sinks)[1] * 2)
+
+
 @pytest.mark.gpu
 def test_a_graph_sees_new_states():
     """With a sink and an output hook whose parameters change too; a capture does not load."""
