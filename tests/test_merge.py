@@ -322,3 +322,38 @@ def test_a_graph_sees_new_states():
                                sinks=sinks.cpu(), gate=gate.cpu(), power=power.item())  # fmt: skip
         for a, b in zip(found, host):
             compare(a.cpu(), b.double())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["sinks", "sigmoid, gate"])
+def test_finishes_partial_runs(name):
+    """BatchAttention.run(partial=True) over the first three pages of each request, then over the others."""
+    variant, make = FINISHED[name]
+    variant = ag.compose(variant, SoftCap(20.0))
+    q_lens, kv_lens, cut, heads, kv_heads, d = [30, 1], [100, 300], 48, 4, 2, 128
+    params = make(sum(q_lens))
+    q, k, v = (torch.randn(2, n, h, d).to(BF16) for n, h in ((30, heads), (304, kv_heads), (304, kv_heads)))
+    caches = tuple(t.cuda().view(-1, 16, kv_heads, d) for t in (k, v))
+    table = torch.arange(38, dtype=torch.int32, device="cuda").view(2, 19)
+    attn = ag.BatchAttention(variant, num_heads=heads, num_kv_heads=kv_heads, head_dim=d, page_size=16, max_requests=2,
+                             max_q_tokens=64, max_pages=64)  # fmt: skip
+    packed = torch.cat([q[0], q[1, :1]]).cuda()
+    given = {x: t.cuda() if isinstance(t, torch.Tensor) else t for x, t in params.items()}
+    q_indptr, q_positions = ([0, 30, 31], [70, 299])
+    states = []
+    for pages, lens, start in ((table, [cut, cut], [0, 0]), (table[:, 3:], [n - cut for n in kv_lens], [cut, cut])):
+        attn.plan(q_indptr, block_table=pages, kv_lens=lens, q_positions=q_positions, kv_start=start)
+        states.append(attn.run(packed, caches, partial=True, **given))
+    attn.check()
+    softmax = variant.trace.weight is None
+    read = frozenset().union(*(node.params for node in (variant.trace.sink, variant.trace.output) if node is not None))
+    out, lse = ag.merge_states(
+        [o for o, _ in states], [x for _, x in states] if softmax else None, variant=variant, q_indptr=q_indptr, kv_lens=kv_lens,
+        **{x: t for x, t in given.items() if x in read},
+    )  # fmt: skip
+    result = ag.reference(q, k, v, variant, q_lens=q_lens, kv_lens=kv_lens, return_lse=softmax, **params)
+    ref = result[0] if softmax else result
+    ref = torch.cat([ref[0], ref[1, :1]])
+    compare(out.cpu(), ref, dtype=BF16, like=ref.to(BF16) + 2e-3)
+    if softmax:
+        compare(lse.cpu(), torch.cat([result[1][0].T, result[1][1, :, :1].T]), dtype=F16)
