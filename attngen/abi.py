@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from .ops import I32
 from .spec import Field
 
-LAUNCH_ABI = "attngen-cpu-1"
+LAUNCH_ABI = "attngen-cpu-2"
 
 # C type -> (struct code, size)
 _CODES = {"float": ("f", 4), "int32_t": ("i", 4), "int64_t": ("q", 8)}
@@ -25,14 +25,18 @@ STORAGE_CTYPE = {
     "uint8": "uint8_t", "bool": "uint8_t",
 }  # fmt: skip
 
+# Strides count elements. Row q_start + i of q, out and lse is that of token i of a request, plus request * stride_b (0 in
+# a batch; in dense calls less the rows that q_start counts). Paged caches: *_stride_b is a page, *_stride_s a slot in it;
+# contiguous ones: *_stride_b is a request (0 when ragged), *_stride_s a key.
 BASE_FIELDS: tuple[tuple[str, str], ...] = (
     ("const void*", "q"), ("const void*", "k"), ("const void*", "v"), ("void*", "out"), ("float*", "lse"),
     *((("int64_t"), f"{t}_stride_{d}") for t in ("q", "k", "v", "out") for d in ("b", "s", "h")),
     ("int64_t", "lse_stride_b"), ("int64_t", "lse_stride_h"), ("int64_t", "lse_stride_s"),
-    ("const int32_t*", "q_lens"), ("const int32_t*", "kv_lens"), ("const int32_t*", "q_offsets"),
+    ("const Request*", "requests"), ("const int32_t*", "page_table"), ("int32_t*", "status"),
     ("const float*", "rope_inv_freq"), ("const int32_t*", "rope_table"),
     ("int32_t", "batch"), ("int32_t", "num_heads"), ("int32_t", "num_kv_heads"), ("int32_t", "q_len"),
-    ("int32_t", "kv_len"), ("int32_t", "head_offset"), ("int32_t", "total_heads"), ("int32_t", "threads"),
+    ("int32_t", "kv_len"), ("int32_t", "page_size"), ("int32_t", "num_pages"), ("int32_t", "batch_invariant"),
+    ("int32_t", "head_offset"), ("int32_t", "total_heads"), ("int32_t", "threads"),
     ("float", "scale"), ("float", "rope_mscale"),
 )  # fmt: skip
 

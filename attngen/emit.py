@@ -35,7 +35,8 @@ from .spec import Trace
 CTYPE = {F32: "float", I32: "int32_t", BOOL: "bool"}
 _RESERVED = frozenset(  # names that the template's loops and C++ use beside the values
     "p c t s o m n q kv q_token kv_token head kv_head num_heads num_kv_heads request q_len kv_len dim rows cols "
-    "q_offset rope_table query_scale sink kv_position kind row i first count group local_kv_head scale NR LOG2E bool "
+    "q_offset q_start kv_start kv_base kv_token0 kv_head0 rope_table query_scale sink kv_position kind row i first count "
+    "group local_kv_head scale NR LOG2E bool "
     "int float double char short long unsigned signed void auto register static const volatile extern inline return "
     "if else for while do switch case default break continue goto sizeof struct union enum typedef class public "
     "private protected template typename this new delete operator errno stdin stdout stderr namespace using try catch "

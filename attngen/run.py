@@ -562,6 +562,8 @@ class _Shape:
             )
         if max(self.q_len, self.kv_len) >= MAX_LENGTH:
             raise UnsupportedError(f"q_len {self.q_len}, kv_len {self.kv_len}: lengths must stay below 2**30")
+        if self.batch * self.q_len > I32_MAX:
+            raise UnsupportedError(f"q has {self.batch} x {self.q_len} rows: the batch must stay below 2**31")
 
     def sizes(self) -> dict[str, int]:
         """What the known axis names stand for."""
@@ -680,8 +682,11 @@ class _Site(_Shape):
             for n, t in (("q", q), ("k", k), ("v", v), ("out", out))
             for d, i in (("b", 0), ("s", self.seq), ("h", self.head))
         }
+        strides |= {"lse_stride_b": self.num_heads * self.q_len, "lse_stride_h": self.q_len, "lse_stride_s": 1}
+        for n in ("q", "out", "lse"):  # a request's first row is number request * q_len
+            strides[f"{n}_stride_b"] -= self.q_len * strides[f"{n}_stride_s"]
         values = {
-            **strides, "lse_stride_b": self.num_heads * self.q_len, "lse_stride_h": self.q_len, "lse_stride_s": 1,
+            **strides,
             "rope_inv_freq": 0 if inv_freq is None else inv_freq.data_ptr(),
             "rope_mscale": 1.0 if rope is None else rope.mscale, "batch": self.batch, "num_heads": self.num_heads,
             "num_kv_heads": self.num_kv_heads, "q_len": self.q_len, "kv_len": self.kv_len, "head_offset": 0,
@@ -697,11 +702,17 @@ class _Site(_Shape):
     def bind_lengths(
         self, buffer: bytearray, q_lens: Any, kv_lens: Any, q_offset: Any, held: list[torch.Tensor]
     ) -> int:
-        """Write the length pointers; returns the longest kv_len."""
+        """Write the requests' records and RoPE's tables; returns the longest kv_len."""
+        from .schedule import REQUEST
+
         lens_q, lens_kv, offsets = self.lengths(q_lens, kv_lens, q_offset)
-        for name, values in (("q_lens", lens_q), ("kv_lens", lens_kv), ("q_offsets", offsets)):
-            held.append(torch.tensor(values, dtype=torch.int32, device="cpu"))
-            struct.pack_into("=Q", buffer, self.offsets[name], held[-1].data_ptr())
+        records = bytearray(REQUEST.size * self.batch)
+        for r, (q_len, kv_len, offset) in enumerate(zip(lens_q, lens_kv, offsets)):
+            kv_token = (r * self.kv_len + 2**31) % 2**32 - 2**31
+            REQUEST.pack_into(records, r * REQUEST.size, r * self.q_len, q_len, kv_len, 0, offset, kv_token, 0)
+        if self.batch:
+            held.append(torch.frombuffer(records, dtype=torch.uint8))
+            struct.pack_into("=Q", buffer, self.offsets["requests"], held[-1].data_ptr())
         if self.rope_needs_lens:
             with torch.device("cpu"):
                 inv_freq, table = self.rope.tables(self.head_dim, torch.tensor(lens_kv, dtype=torch.int64, device="cpu"))
