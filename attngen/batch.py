@@ -1,4 +1,4 @@
-"""Serving: attention over batches of requests, planned on the device.
+"""Serving: attention over batches of requests, planned where they run: on a CUDA device or on the CPU.
 
     attn = BatchAttention(variant, num_heads=32, num_kv_heads=8, head_dim=128, page_size=16,
                           max_requests=256, max_q_tokens=8192, max_pages=65536)
@@ -16,6 +16,8 @@ from typing import Any
 import torch
 
 from .engine import CudaEngine, Facts, Plan, Site
+from .engine_cpu import CpuEngine
+from .engine_cpu import Plan as CpuPlan
 from .errors import ParameterError, UnsupportedError
 from .ops import F32
 from .run import DTYPE_NAMES, check_scalar, stored_dtypes
@@ -31,18 +33,19 @@ class BatchAttention:
 
     Args:
         num_heads, num_kv_heads: of this rank; any ratio.
-        head_dim, head_dim_v: multiples of 16 from 32 to 256; head_dim_v defaults to head_dim.
+        head_dim, head_dim_v: multiples of 16 from 32 to 256, on the CPU of 8 from 8; head_dim_v defaults to head_dim.
         page_size: keys of a page, at least 1; None: k and v are ragged, without pages.
-        dtype: of q, k, v and the output: bfloat16 or float16.
+        dtype: of q, k, v and the output: bfloat16 or float16; on the CPU float32 too.
         max_requests, max_q_tokens: capacities; they fix memory, kernels and graphs.
         max_pages: the most entries of a page table (``kv_indices``); for ragged keys ``max_kv_tokens``.
         max_q_len: the most query tokens of one request; default max_q_tokens. 1 makes a decode-only object.
         kv_layout: of a page: "NHD" [page_size, num_kv_heads, head_dim] or "HND" [num_kv_heads, page_size, head_dim].
-        device: a CUDA device; default the current one.
-        workspace: a uint8 CUDA tensor of ``workspace_bytes`` to use, which several objects may share that are used one
+        device: a CUDA device or "cpu"; default the current CUDA device, or the CPU where there is none.
+        workspace: a uint8 tensor on the device, of ``workspace_bytes`` to use, which several objects may share that are used one
             after another on one stream; default one of its own.
         head_offset, total_heads: of a tensor-parallel rank: ``at.head`` counts from head_offset of total_heads.
         batch_invariant: a request's output bits depend neither on the rest of the batch nor on how its prompt was cut.
+            On the CPU it costs decode the splitting of long requests among threads.
         max_kv_len: the longest request under batch_invariant, which sizes its workspace; default all of the capacity.
         storage: stored dtype of tensor parameters, by name; default that of a bound tensor, else float32, int32 or bool.
         scale: of the logits; default the variant's, else head_dim ** -0.5.
@@ -77,9 +80,10 @@ class BatchAttention:
         scale: float | None = None,
     ) -> None:
         self.variant = as_variant(variant)
-        self.device = _cuda_device(device)
+        self.device = _device(device)
+        on_cuda = self.device.type == "cuda"
         trace = self.variant.trace
-        if dtype not in _DTYPES:
+        if on_cuda and dtype not in _DTYPES:
             raise UnsupportedError(f"dtype {dtype}: the CUDA kernels take torch.bfloat16 or torch.float16")
         if kv_layout not in ("NHD", "HND"):
             raise ParameterError(f'kv_layout {kv_layout!r}: required "NHD" or "HND"')
@@ -106,7 +110,7 @@ class BatchAttention:
         reads = trace.mask.params if trace.mask is not None else frozenset()
         self._mask_fields = {n: f for n, f in self._fields.items() if n in reads}
         self._run_fields = {n: f for n, f in self._fields.items() if n not in reads}
-        self.engine = CudaEngine(
+        self.engine = (CudaEngine if on_cuda else CpuEngine)(
             Facts(
                 variant=self.variant, device=self.device, dtype=dtype, num_heads=num_heads, num_kv_heads=num_kv_heads,
                 head_dim=head_dim, head_dim_v=self.head_dim_v, page_size=page_size, max_requests=max_requests,
@@ -119,7 +123,7 @@ class BatchAttention:
         )  # fmt: skip
         self.problem = self.engine.problem
         self._stored = dict(self.problem.storage)
-        self._planned: tuple[Plan, int, bool] | None = None  # the plan, its requests, whether each has one token
+        self._planned: tuple[Plan | CpuPlan, int, bool] | None = None  # the plan, its requests, whether each has one token
         self._sites: dict[Any, Site] = {}
 
     @property
@@ -294,7 +298,7 @@ class BatchAttention:
             if len(self._sites) >= 256:
                 self._sites.clear()
             site = self._sites[ident] = self._check_site(q, k, v)
-        if (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:
+        if (q.data_ptr() | k.data_ptr() | v.data_ptr()) % self.engine.alignment:
             raise ParameterError("q, k or v starts at an address that is no multiple of 16 bytes: give an aligned tensor")
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             raise UnsupportedError("an input requires grad, and attngen has no backward yet: call under torch.no_grad()")
@@ -304,10 +308,10 @@ class BatchAttention:
         for name, t in (("q", q), ("k", k), ("v", v)):
             if t.dtype != self.dtype or t.device != self.device:
                 raise ParameterError(f"{name} is {t.dtype} on {t.device}: required {self.dtype} on {self.device}")
-            if t.stride(-1) != 1 or any(s % 8 for s, n in zip(t.stride()[:-1], t.shape) if n > 1):
-                raise ParameterError(
-                    f"{name} has strides {t.stride()}: required a contiguous last dimension and the others multiples of 8"
-                )
+            multiple = self.engine.stride_multiple
+            if t.stride(-1) != 1 or any(s % multiple for s, n in zip(t.stride()[:-1], t.shape) if n > 1):
+                others = f" and the others multiples of {multiple}" if multiple > 1 else ""
+                raise ParameterError(f"{name} has strides {t.stride()}: required a contiguous last dimension{others}")
         if q.dim() != 3 or q.shape[1:] != (self.num_heads, self.head_dim):
             raise ParameterError(f"q has shape {tuple(q.shape)}: required [tokens, {self.num_heads}, {self.head_dim}]")
         values = {"q_stride_t": q.stride(0), "q_stride_h": q.stride(1)}
@@ -382,12 +386,14 @@ class BatchAttention:
             )
 
 
-def _cuda_device(device: Any) -> torch.device:
-    found = torch.device("cuda" if device is None else device)
+def _device(device: Any) -> torch.device:
+    found = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    if found.type == "cpu":
+        return torch.device("cpu")
     if found.type != "cuda":
-        raise UnsupportedError(f"device {found}: BatchAttention runs on CUDA devices; on the CPU use attngen.attention")
+        raise UnsupportedError(f"device {found}: BatchAttention runs on CUDA devices and on the CPU")
     if not torch.cuda.is_available():
-        raise UnsupportedError("no CUDA device here: BatchAttention needs one; on the CPU use attngen.attention")
+        raise UnsupportedError('no CUDA device here: leave out device=, or give device="cpu"')
     return torch.device("cuda", torch.cuda.current_device() if found.index is None else found.index)
 
 

@@ -311,6 +311,8 @@ class Plan:
 class CudaEngine:
     """Plans and runs batches on one CUDA device. See BatchAttention for ``workspace``."""
 
+    stride_multiple, alignment = 8, 16  # what copies of 16 bytes need: strides in elements, addresses in bytes
+
     def __init__(self, facts: Facts, workspace: torch.Tensor | None = None) -> None:
         self.facts = facts
         trace, device = facts.variant.trace, facts.device

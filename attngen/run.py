@@ -141,7 +141,7 @@ def compile(  # noqa: A001
     stored = stored_dtypes(variant, storage)
     on = torch.device(device or ("cuda" if arch else "cpu")).type
     if on == "cpu" and not (arch or paged is not None or batch_invariant):
-        return _compile(variant, problem_for(dtype or torch.float32, head_dim, head_dim_v or head_dim, stored, isa))
+        return kernel_for(variant, problem_for(dtype or torch.float32, head_dim, head_dim_v or head_dim, stored, isa))
     if on not in device_compilers or isa:
         raise ParameterError(
             f"compile for {on!r}: isa belongs to the CPU; arch, paged and batch_invariant belong to CUDA (device=\"cuda\" or arch=)"
@@ -185,7 +185,8 @@ def problem_for(
     return Problem("cpu", isa or host_isa(), name, name, name, head_dim, head_dim_v, tuple(sorted(storage.items())))
 
 
-def _compile(variant: Variant, problem: Problem) -> Kernel:
+def kernel_for(variant: Variant, problem: Problem) -> Kernel:
+    """The CPU kernel of ``variant`` for ``problem``: of this process, from the cache, or compiled now."""
     trace = variant.trace
     memo = (trace.key(problem.head_dim), problem)
     kernel = _kernels.get(memo)
@@ -660,7 +661,7 @@ class _Site(_Shape):
         super().__init__(variant, q, k, v, layout)
         trace = variant.trace
         problem = problem_for(q.dtype, self.head_dim, self.head_dim_v, storage)
-        self.kernel = _compile(variant, problem)
+        self.kernel = kernel_for(variant, problem)
         self.params = dict(trace.used())
         self.scale = _scale(variant, None, self.head_dim)
         self.lse_shape = (self.batch, self.num_heads, self.q_len)

@@ -8,85 +8,14 @@ from __future__ import annotations
 import random
 from concurrent.futures import ThreadPoolExecutor
 
+import attngen as ag
 import pytest
 import torch
-from compare import compare
-
-import attngen as ag
 from attngen import variants
 from attngen.variants import example_params
+from batches import PHASES, Batch, judge, make, split_params
 
 pytestmark = pytest.mark.gpu
-
-
-class Batch:
-    """A random batch in pages, and the same in dense form for the oracle."""
-
-    def __init__(self, q_lens, kv_lens, page_size=16, layout="NHD", d=128, dv=None, heads=8, kv_heads=2, dtype=torch.bfloat16,
-                 seed=0):  # fmt: skip
-        self.q_lens, self.kv_lens, self.page_size, self.layout = q_lens, kv_lens, page_size, layout
-        random_ = torch.Generator().manual_seed(seed)
-        requests, dv = len(q_lens), dv or d
-        self.dense_q = torch.randn(requests, max(*q_lens, 1), heads, d, generator=random_).to(dtype)
-        self.dense_k = torch.randn(requests, max(*kv_lens, 1), kv_heads, d, generator=random_).to(dtype)
-        self.dense_v = torch.randn(requests, max(*kv_lens, 1), kv_heads, dv, generator=random_).to(dtype)
-        counts = [-(-n // page_size) for n in kv_lens]
-        pages = torch.randperm(sum(counts) + 5, generator=random_)
-        shape = (len(pages), page_size, kv_heads) if layout == "NHD" else (len(pages), kv_heads, page_size)
-        k, v = torch.full((*shape, d), torch.nan, dtype=dtype), torch.full((*shape, dv), torch.nan, dtype=dtype)
-        self.indices, self.table = [], torch.full((requests, max(*counts, 1)), -1, dtype=torch.int32)
-        for r, (n, count) in enumerate(zip(kv_lens, counts)):
-            own = pages[len(self.indices) : len(self.indices) + count].tolist()
-            self.table[r, :count] = torch.tensor(own, dtype=torch.int32)
-            self.indices += own
-            for j in range(n):
-                place = (own[j // page_size], j % page_size) if layout == "NHD" else (own[j // page_size], slice(None), j % page_size)
-                k[place], v[place] = self.dense_k[r, j], self.dense_v[r, j]
-        self.q = torch.cat([self.dense_q[r, :n] for r, n in enumerate(q_lens)]).cuda()
-        self.k, self.v = k.cuda(), v.cuda()
-        self.q_indptr = ints([0, *torch.tensor(q_lens).cumsum(0).tolist()])
-        self.kv_indptr = ints([0, *torch.tensor(counts).cumsum(0).tolist()])
-        self.kv_indices = ints(self.indices or [0])
-        self.last = ints([n - (c - 1) * page_size if c else 0 for n, c in zip(kv_lens, counts)])
-
-    def pages(self):
-        return self.q_indptr, self.kv_indptr, self.kv_indices, self.last
-
-    def expected(self, variant, **params):
-        """Packed output and LSE of the oracle, and torch-like rounding for scale."""
-        lse = variant.trace.weight is None
-        result = ag.reference(self.dense_q, self.dense_k, self.dense_v, variant, q_lens=self.q_lens, kv_lens=self.kv_lens,
-                              return_lse=lse, **params)  # fmt: skip
-        out, sums = result if lse else (result, None)
-        out = torch.cat([out[r, :n] for r, n in enumerate(self.q_lens)])
-        return out, None if sums is None else torch.cat([sums[r, :, :n].T for r, n in enumerate(self.q_lens)])
-
-
-def ints(x):
-    return torch.tensor(x, dtype=torch.int32, device="cuda")
-
-
-def make(variant, batch, **more):
-    d, dv = batch.dense_k.shape[-1], batch.dense_v.shape[-1]
-    given = dict(
-        num_heads=batch.dense_q.shape[2], num_kv_heads=batch.dense_k.shape[2], head_dim=d, head_dim_v=dv,
-        page_size=batch.page_size, dtype=batch.q.dtype, max_requests=64, max_q_tokens=4096, max_pages=4096,
-        kv_layout=batch.layout,
-    )  # fmt: skip
-    return ag.BatchAttention(variant, **{**given, **more})
-
-
-def split_params(variant, params):
-    reads = variant.trace.mask.params if variant.trace.mask is not None else ()
-    device = {n: x.cuda() if isinstance(x, torch.Tensor) else x for n, x in params.items()}
-    return {n: x for n, x in device.items() if n in reads}, {n: x for n, x in device.items() if n not in reads}
-
-
-def judge(out, lse, batch, variant, **params):
-    ref, ref_lse = batch.expected(variant, **params)
-    compare(out.cpu(), ref, like=ref.to(out.dtype) + 2e-3)
-    if lse is not None:
-        compare(lse.cpu(), ref_lse, dtype=out.dtype if variant.trace.rope else torch.float16)  # rotated q is rounded again
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -97,22 +26,12 @@ def built():
         list(pool.map(lambda name: make(variants.library()[name](), batch), variants.library()))
 
 
-BATCHES = {
-    "decode": ([1, 1, 1, 1], [700, 1, 64, 5000]),
-    "append": ([4, 1, 7, 3], [300, 65, 7, 129]),
-    "prefill": ([200, 130], [200, 513]),
-    "mixed": ([1, 64, 0, 200, 3, 1], [900, 64, 40, 200, 0, 17]),
-    "longer queries": ([70, 20], [17, 0]),
-}
-
-
 @pytest.mark.parametrize("name", [n for n in variants.library() if n not in ("TreeMask",)])
-@pytest.mark.parametrize("phase", BATCHES)
+@pytest.mark.parametrize("phase", PHASES)
 def test_every_variant_in_every_phase(name, phase):
-    batch = Batch(*BATCHES[phase], page_size=random.Random(f"{name}{phase}").choice((1, 5, 16, 64)))
+    batch = Batch(*PHASES[phase], page_size=random.Random(f"{name}{phase}").choice((1, 5, 16, 64)))
     cls = variants.library()[name]
-    bound = example_params(cls, requests=len(batch.q_lens), q_len=batch.dense_q.shape[1], kv_len=batch.dense_k.shape[1],
-                           num_heads=8, num_kv_heads=2)  # fmt: skip
+    bound = example_params(cls, **batch.sizes())
     variant = cls()
     attn = make(variant, batch)
     to_plan, to_run = split_params(variant, bound)
@@ -130,7 +49,7 @@ def test_every_variant_in_every_phase(name, phase):
 @pytest.mark.parametrize("d,dv", [(32, 32), (64, 64), (80, 48), (192, 128), (256, 256)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_head_dims(d, dv, dtype):
-    batch = Batch(*BATCHES["mixed"], d=d, dv=dv, dtype=dtype, heads=6, kv_heads=2)
+    batch = Batch(*PHASES["mixed"], d=d, dv=dv, dtype=dtype, heads=6, kv_heads=2)
     variant = ag.compose(variants.SoftCap(20.0), variants.Causal())
     attn = make(variant, batch)
     attn.plan(*batch.pages())
@@ -141,12 +60,12 @@ def test_head_dims(d, dv, dtype):
 @pytest.mark.parametrize("layout", ["NHD", "HND"])
 @pytest.mark.parametrize("style", ["block_table", "one tensor"])
 def test_index_styles_and_layouts(layout, style):
-    batch = Batch(*BATCHES["mixed"], layout=layout, page_size=8)
+    batch = Batch(*PHASES["mixed"], layout=layout, page_size=8)
     variant = variants.SlidingWindow(100)
     attn = make(variant, batch)
     cache = (batch.k, batch.v)
     if style == "block_table":
-        attn.plan(batch.q_indptr, block_table=batch.table.cuda(), kv_lens=ints(batch.kv_lens))
+        attn.plan(batch.q_indptr, block_table=batch.table, kv_lens=batch.ints(batch.kv_lens))
     else:
         attn.plan(*batch.pages())
         cache = torch.stack(cache, 1)
@@ -155,11 +74,10 @@ def test_index_styles_and_layouts(layout, style):
 
 
 def test_ragged():
-    batch = Batch(*BATCHES["mixed"])
-    k = torch.cat([batch.dense_k[r, :n] for r, n in enumerate(batch.kv_lens)]).cuda()
-    v = torch.cat([batch.dense_v[r, :n] for r, n in enumerate(batch.kv_lens)]).cuda()
+    batch = Batch(*PHASES["mixed"])
+    kv_indptr, k, v = batch.ragged()
     attn = make(variants.Causal(), batch, page_size=None, max_pages=None, max_kv_tokens=8192)
-    attn.plan(batch.q_indptr, ints([0, *torch.tensor(batch.kv_lens).cumsum(0).tolist()]))
+    attn.plan(batch.q_indptr, kv_indptr)
     out, lse = attn.run(batch.q, (k, v), return_lse=True)
     judge(out, lse, batch, variants.Causal())
 
@@ -220,8 +138,8 @@ def test_batch_invariance():
                 continue
             kv_len = batch.kv_lens[r] - n + first + count
             pages = -(-kv_len // 16)
-            attn.plan(ints([0, count]), ints([0, pages]), batch.table[r, :pages].cuda().contiguous(),
-                      ints([kv_len - (pages - 1) * 16]))  # fmt: skip
+            attn.plan(batch.ints([0, count]), batch.ints([0, pages]), batch.table[r, :pages].contiguous(),
+                      batch.ints([kv_len - (pages - 1) * 16]))  # fmt: skip
             rows = slice(start + first, start + first + count)
             assert torch.equal(attn.run(batch.q[rows].contiguous(), (batch.k, batch.v)), whole[rows]), (r, first, count)
         start += n

@@ -35,6 +35,7 @@ STREET = (
     "run",
     "cuda",
     "engine",
+    "engine_cpu",
     "append",
     "merge",
     "dense",

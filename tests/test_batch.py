@@ -1,0 +1,308 @@
+"""BatchAttention on the CPU against the float64 oracle: layouts, phases, positions, parameters, bad input, invariance.
+
+Every cache slot that must not be read, and every output before a run, holds NaN.
+"""
+
+from __future__ import annotations
+
+import random
+
+import attngen as ag
+import pytest
+import torch
+from attngen import variants
+from attngen.variants import example_params
+from batches import PHASES, Batch, judge, make, split_params
+from grid import VARIANTS, KernelCase
+
+GRID = [KernelCase(name, torch.float32) for name in VARIANTS]
+
+
+def batch_of(phase="mixed", **more):
+    return Batch(*PHASES[phase], **{"d": 64, "dtype": torch.float32, "device": "cpu", **more})
+
+
+def run(attn, batch, cache=None, lse=True, **params):
+    """Output and LSE; rows that the plan does not own are NaN before and after."""
+    q = torch.cat([batch.q, torch.full_like(batch.q[:1], torch.nan).expand(3, -1, -1)])
+    out = torch.full((len(q), *batch.q.shape[1:2], batch.dense_v.shape[-1]), torch.nan, dtype=q.dtype)
+    found = attn.run(q, cache or (batch.k, batch.v), out=out, return_lse=lse, **params)
+    assert out[-3:].isnan().all(), "rows past the batch were written"
+    return out[:-3], found[1][:-3] if lse else None
+
+
+@pytest.mark.parametrize("kernel", GRID, ids=str)
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.usefixtures("kernels")
+def test_every_variant_in_every_phase(kernel, phase):
+    draw = random.Random(f"{kernel.name}{phase}")
+    batch = batch_of(phase, page_size=draw.choice((1, 5, 16, 64)), layout=draw.choice(("NHD", "HND")), seed=draw.randrange(99))
+    variant = kernel.variant
+    bound = example_params(variant, **batch.sizes())
+    to_plan, to_run = split_params(variant, bound, "cpu")
+    style = draw.choice(("indices", "table", "one tensor", "ragged"))
+    if style == "ragged":
+        attn = make(variant, batch, page_size=None, max_kv_tokens=8192)
+        kv_indptr, *cache = batch.ragged()
+        attn.plan(batch.q_indptr, kv_indptr, **to_plan)
+    else:
+        attn, cache = make(variant, batch), (batch.k, batch.v)
+        if style == "table":
+            attn.plan(batch.q_indptr, block_table=batch.table, kv_lens=batch.kv_lens, **to_plan)
+        else:
+            attn.plan(*batch.pages(), **to_plan)
+        if style == "one tensor":
+            cache = torch.stack(cache, 1)
+    cache = cache if isinstance(cache, torch.Tensor) else tuple(cache)
+    q = torch.cat([batch.q, torch.full_like(batch.q[:1], torch.nan).expand(3, -1, -1)])
+    out = torch.full((len(q), 8, 64), torch.nan)
+    found = attn.run(q, cache, out=out, return_lse=variant.trace.weight is None, **to_run)
+    attn.check()
+    assert out[-3:].isnan().all(), "rows past the batch were written"
+    judge(out[:-3], None if variant.trace.weight is not None else found[1][:-3], batch, variant, **bound)
+
+
+@pytest.mark.parametrize("d,dv,dtype", [(128, 128, torch.bfloat16), (64, 24, torch.float16), (40, 64, torch.float32)])
+@pytest.mark.parametrize("phase", ["decode", "mixed"])
+def test_head_dims_and_dtypes(d, dv, dtype, phase):
+    batch = batch_of(phase, d=d, dv=dv, dtype=dtype, heads=6, page_size=7)
+    attn = make(variants.Causal(), batch)
+    attn.plan(*batch.pages())
+    judge(*run(attn, batch), batch, variants.Causal())
+
+
+class Rows(ag.Variant):
+    """Reads every position and every packed row; keys before ``start`` are not there."""
+
+    start: ag.Tensor("requests", dtype=int)
+    by_q: ag.Tensor("q_tokens")
+    by_kv: ag.Tensor("kv_tokens")
+
+    def rope(self):
+        return ag.RoPE(10000.0, keys="rotate")
+
+    def logits(self, s, at):
+        return s + self.by_q[at.q_token] - self.by_kv[at.kv_token]
+
+    def mask(self, at):
+        return (at.kv <= at.q) & (at.kv >= self.start[at.request])
+
+
+@pytest.mark.parametrize("phase", ["append", "mixed"])
+def test_dropped_pages_and_given_positions(phase):
+    """A cache whose first pages are gone is the whole one under a mask, whatever the positions."""
+    batch = batch_of(phase, page_size=16, seed=3)
+    dropped = [min(2, n // 16) for n in batch.kv_lens]  # pages
+    start = batch.ints(dropped) * 16
+    positions = [n + 40 - m for m, n in zip(batch.q_lens, batch.kv_lens)]
+    table = torch.full_like(batch.table, -1)
+    for r, first in enumerate(dropped):
+        table[r, : table.shape[1] - first] = batch.table[r, first:]
+        batch.k[batch.table[r, :first].long()] = torch.nan
+        batch.v[batch.table[r, :first].long()] = torch.nan
+    kept = batch.ints(batch.kv_lens) - start
+    by_q = torch.randn(batch.dense_q.shape[:2])
+    by_kv = torch.randn(batch.dense_k.shape[:2])
+    attn = make(Rows(), batch)
+    attn.plan(batch.q_indptr, block_table=table, kv_lens=kept, kv_start=start, q_positions=positions, start=start)
+    out, lse = run(
+        attn, batch, by_q=torch.cat([by_q[r, :n] for r, n in enumerate(batch.q_lens)]),
+        by_kv=torch.cat([by_kv[r, first:n] for r, (first, n) in enumerate(zip(start.tolist(), batch.kv_lens))]),
+    )  # fmt: skip
+    attn.check()
+    judge(out, lse, batch, Rows(), q_offset=positions, start=start, by_q=by_q.flatten(), by_kv=by_kv.flatten())
+
+
+def test_a_page_of_negative_id_is_not_read():
+    """Masked it does not matter; a row that attends to it is NaN."""
+    batch = batch_of("mixed", page_size=16)
+    batch.table[0, :40] = -1  # keys 0 ... 639 of 900
+    batch.table[3, 2] = -7
+    attn = make(variants.SlidingWindow(100), batch)
+    attn.plan(batch.q_indptr, block_table=batch.table, kv_lens=batch.kv_lens)
+    out, lse = run(attn, batch)
+    attn.check()
+    ref, ref_lse = batch.expected(variants.SlidingWindow(100))
+    rows = slice(int(batch.q_indptr[3]), int(batch.q_indptr[4]))
+    touched = torch.zeros(len(ref), dtype=torch.bool)
+    touched[rows] = (torch.arange(200) >= 32) & (torch.arange(200) < 48 + 99)
+    assert torch.equal(out.isnan().all(-1).all(-1), touched) and torch.equal(lse.isnan().all(-1), touched)
+    torch.testing.assert_close(out[~touched].double(), ref[~touched], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse[~touched].double(), ref_lse[~touched], rtol=1e-5, atol=1e-5)
+
+
+def bad_page(batch):
+    batch.kv_indices[batch.kv_indptr[1]] = 10**6
+
+
+def decreasing_pages(batch):
+    batch.kv_indptr[2] = batch.kv_indptr[1] - 1
+
+
+def long_last_page(batch):
+    batch.last[1] = batch.page_size + 1
+
+
+def past_the_table(batch):
+    batch.kv_indptr[2:] = len(batch.kv_indices) + 1
+
+
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+@pytest.mark.parametrize(
+    "spoil,message",
+    [(bad_page, "a page number past"), (decreasing_pages, "kv_indptr decreases"), (long_last_page, "kv_last_page_len is not"),
+     (past_the_table, "more query tokens, keys or pages")],
+)  # fmt: skip
+def test_bad_keys_spoil_their_rows(spoil, message, phase):
+    batch = batch_of(phase)
+    good = batch.expected(variants.Causal())[0]
+    spoil(batch)
+    attn = make(variants.Causal(), batch)
+    attn.plan(*batch.pages())
+    out, lse = run(attn, batch)
+    first, end = batch.q_indptr[1:3].tolist()
+    assert out[first:end].isnan().all() and lse[first:end].isnan().all()
+    torch.testing.assert_close(out[:first].double(), good[:first], rtol=1e-5, atol=1e-5)
+    with pytest.raises(ag.ParameterError, match=f"request 1: .*{message}"):
+        attn.check()
+    attn.check()
+
+
+def test_bad_queries_are_reported_and_nothing_past_the_capacity_is_written():
+    batch = batch_of("append")
+    attn = make(variants.Causal(), batch, max_q_tokens=12)
+    for q_indptr, message in (([0, 4, 3, 9, 12], "q_indptr is negative or decreases"), ([0, 4, 5, 12, 15], "more query tokens")):
+        attn.plan(q_indptr, *batch.pages()[1:])
+        out = torch.full_like(batch.q, torch.nan)
+        attn.run(batch.q, (batch.k, batch.v), out=out)
+        assert out[:3].isfinite().all() and out[12:].isnan().all()
+        with pytest.raises(ag.ParameterError, match=message):
+            attn.check()
+
+
+def test_empty_batches():
+    batch = batch_of("mixed")
+    attn = make(variants.Causal(), batch)
+    attn.plan([0], [0], batch.kv_indices, [])
+    out = torch.full_like(batch.q, torch.nan)
+    attn.run(batch.q, (batch.k, batch.v), out=out)
+    assert out.isnan().all()
+    attn.plan([0, 0, 2], [0, 0, 0], torch.empty(0, dtype=torch.int32), [0, 0])  # two requests without keys
+    out, lse = attn.run(batch.q[:2], (batch.k[:0], batch.v[:0]), return_lse=True)
+    assert (out == 0).all() and (lse == -torch.inf).all()
+    attn.check()
+
+
+@pytest.mark.parametrize(
+    "variant,dtype",
+    [(variants.Causal(), torch.float32), (variants.StreamingLLM(), torch.float32),
+     (ag.compose(variants.Sinks(), variants.Causal()), torch.bfloat16)],
+    ids=["Causal", "StreamingLLM", "Sinks-bfloat16"],
+)  # fmt: skip
+def test_batch_invariance(variant, dtype):
+    """A request's bits depend neither on the batch, nor on threads, nor on how its prompt was cut."""
+    batch = Batch([1, 200, 5, 1], [3000, 700, 64, 1500], d=64, dtype=dtype, device="cpu")
+    attn = make(variant, batch, batch_invariant=True)
+    params = split_params(variant, example_params(variant, **batch.sizes()), "cpu")
+    attn.plan(*batch.pages(), **params[0])
+    whole = attn.run(batch.q, (batch.k, batch.v), **params[1])
+    threads, start = torch.get_num_threads(), 0
+    for r, n in enumerate(batch.q_lens):
+        for first, count in ((0, n), (0, n // 3), (n // 3, 1), (n - 1, 1)):
+            if count == 0:
+                continue
+            kv_len = batch.kv_lens[r] - n + first + count
+            torch.set_num_threads(random.choice((1, 4)))
+            attn.plan([0, count], block_table=batch.table[r : r + 1], kv_lens=[kv_len], **params[0])
+            rows = slice(start + first, start + first + count)
+            found = attn.run(batch.q[rows], (batch.k, batch.v), **params[1])
+            torch.set_num_threads(threads)
+            assert torch.equal(found, whole[rows]), (r, first, count)
+        start += n
+
+
+def test_scalars_in_tensors_are_read_at_each_run():
+    batch = batch_of("mixed")
+    variant = ag.compose(variants.SoftCap(), variants.SlidingWindow())
+    attn = make(variant, batch)
+    cap, window = torch.tensor(5.0), torch.tensor(50, dtype=torch.int32)
+    attn.plan(*batch.pages(), window=window)
+    for cap_value, window_value in ((5.0, 50), (9.0, 200)):
+        cap.fill_(cap_value), window.fill_(window_value)
+        judge(*run(attn, batch, cap=cap), batch, variant, cap=cap_value, window=window_value)
+
+
+class Scaled(ag.Variant):
+    def rope(self):
+        return ag.RoPE(10000.0, scaling=ag.DynamicNTK(2.0, 256), keys="rotate")
+
+
+def test_rope_tables_by_length():
+    batch = batch_of("mixed")
+    attn = make(Scaled(), batch)
+    attn.plan(*batch.pages())
+    judge(*run(attn, batch), batch, Scaled())
+
+
+class Slopes(ag.Variant):
+    slope: ag.Tensor("heads")
+
+    def logits(self, s, at):
+        return s + self.slope[at.head] * at.kv / at.kv_len + at.kv_head / at.num_kv_heads
+
+
+def test_tensor_parallel_ranks():
+    batch = batch_of("mixed", heads=6, kv_heads=3)
+    slope = torch.randn(6)
+    out = []
+    for rank in range(3):
+        attn = make(Slopes(), batch, num_heads=2, num_kv_heads=1, head_offset=2 * rank, total_heads=6)
+        attn.plan(*batch.pages())
+        heads = slice(2 * rank, 2 * rank + 2)
+        out.append(attn.run(batch.q[:, heads], (batch.k[:, :, rank : rank + 1], batch.v[:, :, rank : rank + 1]), slope=slope))
+    judge(torch.cat(out, 1), None, batch, Slopes(), slope=slope)
+
+
+def test_errors_on_the_host():
+    batch = batch_of("decode")
+    attn = make(ag.compose(variants.SoftCap(), variants.SlidingWindow()), batch)
+    cache = (batch.k, batch.v)
+    with pytest.raises(ag.ParameterError, match="run before plan"):
+        attn.run(batch.q, cache)
+    with pytest.raises(ag.ParameterError, match="`cap`, which belongs to run"):
+        attn.plan(*batch.pages(), cap=3.0)
+    with pytest.raises(ag.ParameterError, match="no parameter `windows`"):
+        attn.plan(*batch.pages(), windows=3)
+    with pytest.raises(ag.ParameterError, match="request 1 .* position 1073741824: required below"):
+        attn.plan(*batch.pages(), q_positions=[0, 2**30, 0, 0])
+    attn.plan(*batch.pages(), window=64)
+    with pytest.raises(ag.ParameterError, match="`window`, which belongs to plan"):
+        attn.run(batch.q, cache, window=64)
+    with pytest.raises(ag.ParameterError, match="q has 3 rows: required the 4 of the plan"):
+        attn.run(batch.q[:3], cache)
+    with pytest.raises(ag.ParameterError, match="q is torch.float64"):
+        attn.run(batch.q.double(), cache)
+    with pytest.raises(ag.ParameterError, match="contiguous last dimension"):
+        attn.run(batch.q.transpose(1, 2).contiguous().transpose(1, 2), cache)
+    ragged = make(variants.Causal(), batch, page_size=None, max_kv_tokens=8192)
+    kv_indptr, k, v = batch.ragged()
+    ragged.plan(batch.q_indptr, kv_indptr)
+    with pytest.raises(ag.ParameterError, match="k and v have 5764 rows: required the 5765 of the plan"):
+        ragged.run(batch.q, (k[:-1], v[:-1]))
+    tokens = make(Rows(), batch)
+    with pytest.raises(ag.ParameterError, match='by_q has 3 entries on axis "q_tokens": required the tokens of the batch, 4'):
+        tokens.plan(*batch.pages(), start=batch.ints([0] * 4))
+        tokens.run(batch.q, cache, by_q=torch.zeros(3), by_kv=torch.zeros(5765))
+    with pytest.raises(ag.UnsupportedError, match="head_dim 60: the CPU kernels take multiples of 8"):
+        make(variants.Causal(), batch, head_dim=60)
+    with pytest.raises(ag.UnsupportedError, match="device meta"):
+        make(variants.Causal(), batch, device="meta")
+
+
+def test_the_default_device_is_the_cpu_where_no_gpu_is(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    batch = batch_of("decode")
+    attn = make(variants.Causal(), batch, device=None)
+    assert attn.device == torch.device("cpu") and attn.workspace_bytes == 0
+    with pytest.raises(ag.UnsupportedError, match='no CUDA device here: leave out device=, or give device="cpu"'):
+        make(variants.Causal(), batch, device="cuda")
