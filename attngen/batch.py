@@ -249,7 +249,7 @@ class BatchAttention:
                 f"out is {tuple(out.shape)} {out.dtype} on {out.device}: required contiguous {tuple(site.out_shape)} "
                 f"{dtype} on {self.device}"
             )
-        elif out.data_ptr() % 16:
+        elif out.data_ptr() % self.engine.alignment:
             raise ParameterError("out starts at an address that is no multiple of 16 bytes: give an aligned tensor")
         lse = None
         if return_lse or partial and self.variant.trace.weight is None:
