@@ -60,7 +60,7 @@ class Kernel:
         )  # fmt: skip
         reach = schedule.Reach(analyse(self.variant.trace.mask), self.params(p), p.num_heads, p.num_kv_heads)
         counts = [getattr(p, f"num_workers{i}") for i in range(len(config.classes))]
-        assert blocks == max(i for i, c in enumerate(counts) if c) + 1
+        assert max(i for i, c in enumerate(counts) if c) < blocks <= len(counts)
         plans, status = schedule.plan(config, batch, reach, counts, [getattr(p, f"max_tiles{i}") for i in range(len(counts))])
         for i, made in enumerate(plans):
             if counts[i]:
@@ -72,7 +72,8 @@ class Kernel:
         problem, config = self.special.problem, self.special.config
         group, element = p.num_heads // p.num_kv_heads, ELEMENT[problem.q_dtype]
         first = schedule.WORKER.unpack(bytes(memory(p.workers, 128, torch.uint8).tolist()))
-        assert memory(p.workers, 128 * blocks, torch.uint8).numel() and first[5] >= 0
+        if first[5] < 0:  # nothing to do
+            return
         for index in range(first[7]):
             record = schedule.TILE.unpack(bytes(memory(p.tiles + 80 * index, 80, torch.uint8).tolist()))
             q_start, q_len, kv_len, kv_start, q_offset, _, kv_base = schedule.REQUEST.unpack(record[0])
@@ -82,7 +83,11 @@ class Kernel:
             for head in range(p.num_kv_heads):
                 def rows_of(name, dim):
                     stride = {d: getattr(p, f"{name}_stride_{d}") for d in "bsh"}
-                    at = [getattr(p, name) + 2 * (request * stride["b"] + (kv_base + s) * stride["s"] + head * stride["h"]) for s in slots]
+                    where = [(request, kv_base + s) for s in slots]
+                    if config.paged:
+                        where = [(memory(p.page_table + 4 * (kv_base + s // p.page_size), 1, torch.int32).item(), s % p.page_size)
+                                 for s in slots]  # fmt: skip
+                    at = [getattr(p, name) + 2 * (b * stride["b"] + s * stride["s"] + head * stride["h"]) for b, s in where]
                     return torch.stack([memory(x, dim, element) for x in at]).double() if at else torch.zeros(0, dim, dtype=torch.float64)
                 k, v = rows_of("k", problem.head_dim), rows_of("v", problem.head_dim_v)
                 for row in range(row0, row0 + rows):
@@ -97,9 +102,11 @@ class Kernel:
                         s = s.masked_fill(~evaluate(self.variant.trace.mask, at, self.params(p), frozenset()), -math.inf)
                     lse = torch.logsumexp(s, 0) if len(slots) else torch.tensor(-math.inf)
                     o = (s - lse).exp() @ v if lse > -math.inf else torch.zeros(problem.head_dim_v)
-                    memory(p.out + 2 * place[1], problem.head_dim_v, element).copy_(o * (math.nan if bad else 1.0))
+                    size, stored = (4, torch.float32) if p.partial else (2, element)
+                    memory(p.out + size * place[1], problem.head_dim_v, stored).copy_(o * (math.nan if bad else 1.0))
                     if p.lse:
-                        memory(p.lse + 4 * place[2], 1, torch.float32).fill_(math.nan if bad else lse)
+                        unit = math.log(2) if p.partial else 1.0
+                        memory(p.lse + 4 * place[2], 1, torch.float32).fill_(math.nan if bad else lse / unit)
 
 
 def install(monkeypatch: Any, variant: Any) -> list[Any]:
