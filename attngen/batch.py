@@ -10,15 +10,19 @@ Everything that a legal batch can need is compiled, loaded and allocated when th
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from .engine import CudaEngine, Facts, Plan, Site
 from .engine_cpu import CpuEngine
 from .engine_cpu import Plan as CpuPlan
 from .errors import ParameterError, UnsupportedError
+from .library import NO_GRAD, PARAMETERS, define, operands, parameters
 from .ops import F32
 from .run import DTYPE_NAMES, check_scalar, stored_dtypes
 from .schedule import STATUS_TEXT
@@ -26,6 +30,8 @@ from .spec import Variant, as_variant
 
 _DTYPES = (torch.bfloat16, torch.float16)
 _INT32_MAX = 2**31 - 1
+_objects: weakref.WeakValueDictionary[int, BatchAttention] = weakref.WeakValueDictionary()  # by the handle that graphs hold
+_handles = itertools.count(2)  # Dynamo makes a graph for each of 0 and 1
 
 
 class BatchAttention:
@@ -125,6 +131,9 @@ class BatchAttention:
         self._stored = dict(self.problem.storage)
         self._planned: tuple[Plan | CpuPlan, int, bool] | None = None  # the plan, its requests, whether each has one token
         self._sites: dict[Any, Site] = {}
+        self._run_names = tuple(self._run_fields)
+        self._handle = next(_handles)
+        _objects[self._handle] = self
 
     @property
     def workspace_bytes(self) -> int:
@@ -161,6 +170,8 @@ class BatchAttention:
                 and saves launches; default the object's.
             **params: values of the fields that the variant's mask reads.
         """
+        if is_dynamo_compiling():
+            raise UnsupportedError("plan inside a function that torch.compile traces: call it before; run belongs inside")
         values: dict[str, Any] = {}
 
         def give(name: str, given: Any, length: int | None, field: str | None = None) -> int:
@@ -232,6 +243,8 @@ class BatchAttention:
                 the output hook, lse base 2 before the sink; under a weight hook out is the plain sum and lse None.
             **params: values of the fields that the mask does not read.
         """
+        if is_dynamo_compiling():
+            return _traced_run(self, q, kv, out, return_lse, params)
         if self._planned is None:
             raise ParameterError("run before plan: call plan(...) first")
         planned, requests, decode = self._planned
@@ -401,3 +414,63 @@ def _same(known: int | None, found: int) -> int:
     if known is not None and known != found:
         raise ParameterError(f"q_indptr is of {known} requests and the key lengths of {found}: required as many")
     return found
+
+
+# ---------------------------------------------------------------- under torch.compile
+
+
+def _traced_run(attn: BatchAttention, q: torch.Tensor, kv: Any, out: torch.Tensor | None, return_lse: bool, params: Any) -> Any:
+    """What Dynamo traces of ``run``. What was planned is no part of the graph."""
+    k, v = kv if isinstance(kv, tuple) else (kv[:, 0], kv[:, 1])
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, out)):
+        raise UnsupportedError(NO_GRAD)
+    inputs = (attn._handle, q, k, v, *operands(attn.variant, attn._run_names, params), return_lse)
+    if out is None:
+        out, lse = _run_op(*inputs)
+    else:
+        lse = _run_out_op(*inputs, out)
+    return (out, lse) if return_lse else out
+
+
+def _run(
+    handle: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Any, ints: Any, names: Any, return_lse: bool,
+    out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    attn = _objects.get(handle)
+    if attn is None:
+        raise ParameterError(
+            f"a graph runs BatchAttention {handle}, which this process no longer has (or never had): keep the object as long as "
+            "the graph, and compile again with a new one"
+        )
+    if not _TAGS and q.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise UnsupportedError(
+            f"torch {torch.__version__} captures a compiled BatchAttention.run in a CUDA graph, whose replays would not see the "
+            'next plan: compile without mode="reduce-overhead", or use torch 2.8 or newer'
+        )
+    result = attn.run(q, (k, v), out=out, return_lse=return_lse, **parameters(tensors, ints, names))
+    return result if return_lse else (result, q.new_empty(0, dtype=torch.float32))
+
+
+def _fake_run(
+    handle: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Any, ints: Any, names: Any, return_lse: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if q.dim() != 3:
+        raise ParameterError(f"q has shape {tuple(q.shape)}: required [tokens, num_heads, head_dim]")
+    lse = q.shape[:2] if return_lse else 0
+    return q.new_empty((*q.shape[:2], v.shape[-1])), q.new_empty(lse, dtype=torch.float32)
+
+
+def _run_out(*arguments: Any) -> torch.Tensor:
+    *inputs, out = arguments
+    return _run(*inputs, out=out)[1]
+
+
+def _fake_run_out(*arguments: Any) -> torch.Tensor:
+    return _fake_run(*arguments[:-1])[1]
+
+
+_INPUTS = f"SymInt handle, Tensor q, Tensor k, Tensor v, {PARAMETERS}, bool return_lse"
+# inductor's own CUDA graphs would replay a launch without asking what was planned since
+_TAGS = [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []
+_run_op = define("batch_run", f"({_INPUTS}) -> (Tensor out, Tensor lse)", _run, _fake_run, *_TAGS)
+_run_out_op = define("batch_run_out", f"({_INPUTS}, Tensor(a!) out) -> Tensor lse", _run_out, _fake_run_out, *_TAGS)

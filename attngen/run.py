@@ -418,7 +418,7 @@ def _fake_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_lens: Any, kv_lens: Any, q_offset: Any, tensors: Any, ints: Any,
     names: Any, variant: str, layout: str, scale: float | None, return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    declared, params = variant_of(variant), parameters(tensors, ints, names)
+    declared, params = variant_of(variant), dict(zip(names, (*tensors, *ints)))
     _check_unknown(declared, params)
     for name in declared.reads:
         _value(declared, name, params)
