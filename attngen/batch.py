@@ -131,7 +131,7 @@ class BatchAttention:
         self._stored = dict(self.problem.storage)
         self._planned: tuple[Plan | CpuPlan, int, bool] | None = None  # the plan, its requests, whether each has one token
         self._sites: dict[Any, Site] = {}
-        self._run_names = tuple(self._run_fields)
+        self._run_names, self._has_lse = tuple(self._run_fields), trace.weight is None
         self._handle = next(_handles)
         _objects[self._handle] = self
 
@@ -244,7 +244,7 @@ class BatchAttention:
             **params: values of the fields that the mask does not read.
         """
         if is_dynamo_compiling():
-            return _traced_run(self, q, kv, out, return_lse, params)
+            return _traced_run(self, q, kv, out, return_lse, partial, params)
         if self._planned is None:
             raise ParameterError("run before plan: call plan(...) first")
         planned, requests, decode = self._planned
@@ -419,22 +419,25 @@ def _same(known: int | None, found: int) -> int:
 # ---------------------------------------------------------------- under torch.compile
 
 
-def _traced_run(attn: BatchAttention, q: torch.Tensor, kv: Any, out: torch.Tensor | None, return_lse: bool, params: Any) -> Any:
+def _traced_run(
+    attn: BatchAttention, q: torch.Tensor, kv: Any, out: torch.Tensor | None, return_lse: bool, partial: bool, params: Any
+) -> Any:
     """What Dynamo traces of ``run``. What was planned is no part of the graph."""
     k, v = kv if isinstance(kv, tuple) else (kv[:, 0], kv[:, 1])
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, out)):
         raise UnsupportedError(NO_GRAD)
-    inputs = (attn._handle, q, k, v, *operands(attn.variant, attn._run_names, params), return_lse)
+    with_lse = return_lse or partial and attn._has_lse
+    inputs = (attn._handle, q, k, v, *operands(attn.variant, attn._run_names, params), with_lse, partial)
     if out is None:
         out, lse = _run_op(*inputs)
     else:
         lse = _run_out_op(*inputs, out)
-    return (out, lse) if return_lse else out
+    return (out, lse if with_lse else None) if return_lse or partial else out
 
 
 def _run(
     handle: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Any, ints: Any, names: Any, return_lse: bool,
-    out: torch.Tensor | None = None,
+    partial: bool, out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     attn = _objects.get(handle)
     if attn is None:
@@ -447,17 +450,20 @@ def _run(
             f"torch {torch.__version__} captures a compiled BatchAttention.run in a CUDA graph, whose replays would not see the "
             'next plan: compile without mode="reduce-overhead", or use torch 2.8 or newer'
         )
-    result = attn.run(q, (k, v), out=out, return_lse=return_lse, **parameters(tensors, ints, names))
-    return result if return_lse else (result, q.new_empty(0, dtype=torch.float32))
+    result = attn.run(q, (k, v), out=out, return_lse=return_lse, partial=partial, **parameters(tensors, ints, names))
+    result, lse = result if return_lse or partial else (result, None)
+    return result, q.new_empty(0, dtype=torch.float32) if lse is None else lse
 
 
 def _fake_run(
-    handle: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Any, ints: Any, names: Any, return_lse: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+    handle: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Any, ints: Any, names: Any, return_lse: bool,
+    partial: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     if q.dim() != 3:
         raise ParameterError(f"q has shape {tuple(q.shape)}: required [tokens, num_heads, head_dim]")
+    out = q.new_empty((*q.shape[:2], v.shape[-1]), dtype=torch.float32 if partial else q.dtype)
     lse = q.shape[:2] if return_lse else 0
-    return q.new_empty((*q.shape[:2], v.shape[-1])), q.new_empty(lse, dtype=torch.float32)
+    return out, q.new_empty(lse, dtype=torch.float32)
 
 
 def _run_out(*arguments: Any) -> torch.Tensor:
@@ -469,7 +475,7 @@ def _fake_run_out(*arguments: Any) -> torch.Tensor:
     return _fake_run(*arguments[:-1])[1]
 
 
-_INPUTS = f"SymInt handle, Tensor q, Tensor k, Tensor v, {PARAMETERS}, bool return_lse"
+_INPUTS = f"SymInt handle, Tensor q, Tensor k, Tensor v, {PARAMETERS}, bool return_lse, bool partial"
 # inductor's own CUDA graphs would replay a launch without asking what was planned since
 _TAGS = [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []
 _run_op = define("batch_run", f"({_INPUTS}) -> (Tensor out, Tensor lse)", _run, _fake_run, *_TAGS)

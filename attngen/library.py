@@ -82,5 +82,5 @@ def operands(variant: Variant, names: Sequence[str], params: Mapping[str, Any]) 
 
 def parameters(tensors: Sequence[torch.Tensor], ints: Sequence[int], names: Sequence[str]) -> dict[str, Any]:
     """The parameters by name again, floats as floats."""
-    values = [t.item() if t.dtype == torch.float64 and not t.dim() else t for t in tensors]
+    values = [t.item() if t.dtype == torch.float64 and not t.dim() and t.device.type == "cpu" else t for t in tensors]
     return dict(zip(names, (*values, *ints)))

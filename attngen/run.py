@@ -422,7 +422,7 @@ def _fake_attention(
     _check_unknown(declared, params)
     for name in declared.reads:
         _value(declared, name, params)
-    shape = _Shape(declared, q, k, v, layout)
+    shape = _AnyShape(declared, q, k, v, layout)
     lse = (shape.batch, shape.num_heads, shape.q_len) if return_lse else 0
     return q.new_empty((*q.shape[:3], shape.head_dim_v)), q.new_empty(lse, dtype=torch.float32)
 
@@ -650,6 +650,10 @@ class _Shape:
         if _memory(out) and _memory(out) in {_memory(t) for t in (q, k, v)}:
             raise ParameterError("out shares memory with q, k or v: give another tensor")
         return out
+
+
+class _AnyShape(_Shape):
+    device_types = ("cpu", "cuda")
 
 
 class _Site(_Shape):

@@ -205,6 +205,155 @@ def test_out_and_a_cache_that_the_graph_writes(backend):
         assert same(*results) and same(*outs) and torch.equal(*(c[:, : i + 1] for c in caches))
 
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+class Serving:
+    """A cache of 20 pages and a BatchAttention over it, planned for batches of decoding requests."""
+
+    def __init__(self, variant, device):
+        self.dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        self.device = device
+        shape = (20, 16, 2, 64)
+        self.k, self.v = (torch.randn(shape, device=device).to(self.dtype) for _ in range(2))
+        self.attn = ag.BatchAttention(
+            variant, num_heads=4, num_kv_heads=2, head_dim=64, page_size=16, dtype=self.dtype, device=device, max_requests=4,
+            max_q_tokens=8, max_pages=20,
+        )  # fmt: skip
+
+    def plan(self, kv_lens, **params):
+        self.table = torch.randperm(20, device=self.device)[: len(kv_lens) * 4].view(-1, 4).int()
+        self.kv_lens = torch.tensor(kv_lens, dtype=torch.int32, device=self.device)
+        self.attn.plan(block_table=self.table, kv_lens=self.kv_lens, **params)
+
+    def new(self, *shape):
+        return torch.randn(4, *shape, 64, device=self.device).to(self.dtype)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("out", [False, True])
+def test_batch_runs_follow_the_plan_in_one_graph(device, out):
+    serving = Serving(Gemma2(), device)
+    outs = [torch.full((4, 4, 64), torch.nan, device=device, dtype=serving.dtype) for _ in range(2)] if out else [None] * 2
+
+    def step(q, k, v, cap, out):
+        return serving.attn.run(q * 2, (k, v), cap=cap, return_lse=True, out=out)
+
+    call, counter = compiled(step)
+    found = []
+    for kv_lens, cap, window in (([40, 3, 64, 17], 30.0, 9), ([1, 33, 2, 50], 2.5, 20), ([5, 5, 64, 60], 0.5, 64)):
+        serving.plan(kv_lens, window=window)
+        q = serving.new(4)
+        results = [f(q, serving.k, serving.v, cap, o) for f, o in zip((call, step), outs)]
+        assert same(*results) and not results[0][0].isnan().any()
+        found.append(results[0][0].clone())
+    assert counter.frame_count == 2  # the second by the cap
+    if out:
+        assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_graph_appends_and_attends(device):
+    """Rotated keys are written into pages and read by the run that follows, in one graph."""
+    serving, rope = Serving(Causal(), device), ag.RoPE(1e4)
+
+    def step(q, k, v, k_cache, v_cache, table, kv_lens):
+        request = torch.arange(4, dtype=torch.int32, device=q.device)
+        ag.append_kv(k, v, (k_cache, v_cache), positions=kv_lens - 1, request_of=request, block_table=table, rope=rope)
+        return serving.attn.run(q, (k_cache, v_cache), return_lse=True)
+
+    call, counter = compiled(step)
+    caches = [[serving.k.clone(), serving.v.clone()] for _ in range(2)]
+    for kv_lens in ([40, 3, 64, 17], [41, 4, 1, 18]):
+        serving.plan(kv_lens)
+        new = serving.new(4), serving.new(2), serving.new(2)
+        results = [f(*new, *cache, serving.table, serving.kv_lens) for f, cache in zip((call, step), caches)]
+        assert same(*results) and same(*map(tuple, caches))
+        assert not torch.equal(caches[0][0], serving.k)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.gpu
+def test_partial_states_of_a_graph(device="cuda"):
+    for variant, with_lse in ((ag.compose(SoftCap(5.0), Sinks(sinks=torch.randn(4, device=device))), True), (Sigmoid(bias=-2.0), False)):
+        serving = Serving(variant, device)
+        serving.plan([40, 3, 64, 17])
+        q = serving.new(4)
+        call, _ = compiled(lambda q: serving.attn.run(q, (serving.k, serving.v), partial=True))
+        (out, lse), (expected, expected_lse) = call(q), serving.attn.run(q, (serving.k, serving.v), partial=True)
+        assert out.dtype == torch.float32 and same(out, expected)
+        assert same(lse, expected_lse) if with_lse else lse is expected_lse is None
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_batch_operators_pass_opcheck(device):
+    from attngen import append, batch
+
+    serving = Serving(Gemma2(), device)
+    serving.plan([40, 3, 64, 17], window=9)
+    q, k, v = serving.new(4), serving.new(2), serving.new(2)
+    inputs = (serving.attn._handle, q, serving.k, serving.v, [torch.tensor(5.0, dtype=torch.float64)], [], ["cap"], True, False)
+    slots = torch.tensor([3, 70, -1, 301], device=device)
+    for operator, arguments in (
+        (batch._run_op, inputs),
+        (batch._run_out_op, (*inputs, torch.empty_like(q))),
+        (append._operator, (k, v, serving.k, serving.v, slots, *[None] * 6, "NHD", None)),
+    ):
+        assert set(torch.library.opcheck(operator, arguments).values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_batch_errors(device):
+    serving = Serving(Gemma2(), device)
+    q = serving.new(4)
+    call, _ = compiled(lambda attn, q, k, v: attn.run(q, (k, v)))
+    with pytest.raises(ag.ParameterError, match="run before plan"):
+        call(serving.attn, q, serving.k, serving.v)
+    serving.plan([1, 2, 3, 4])
+    with pytest.raises(Exception, match="plan inside"):
+        compiled(lambda lens: serving.attn.plan(None, lens))[0](torch.ones(3, dtype=torch.int32, device=device))
+    with pytest.raises(ag.ParameterError, match=r"required \[tokens, 4, 64\]"):
+        call(serving.attn, q[:, :2], serving.k, serving.v)
+    with pytest.raises(ag.ParameterError, match="BatchAttention 1, which this process no longer has"):
+        torch.ops.attngen.batch_run(1, q, serving.k, serving.v, [], [], [], False, False)
+    with torch.enable_grad(), pytest.raises(Exception, match="requires grad"):
+        call(serving.attn, q.clone().requires_grad_(), serving.k, serving.v)
+
+
+@pytest.mark.gpu
+def test_inductors_cuda_graphs_leave_batches_and_dense_calls_right():
+    """mode="reduce-overhead" replays launches: those of BatchAttention must not be among them."""
+    serving = Serving(Gemma2(), "cuda")
+    call = torch.compile(
+        lambda q, k, v, cap: serving.attn.run(q * 2, (k, v), cap=cap) + 1, mode="reduce-overhead", fullgraph=True
+    )
+    dense = torch.compile(lambda q, k: ag.attention(q * 2, k, k, GEMMA, return_lse=True)[0] + 1, mode="reduce-overhead", fullgraph=True)
+    for i, kv_lens in enumerate(([40, 3, 64, 17], [1, 33, 2, 50], [5, 5, 64, 60], [9, 1, 1, 64], [64, 2, 30, 8])):
+        serving.plan(kv_lens, window=9 + i)
+        q, cap = serving.new(4), torch.tensor(30.0 - 5 * i, device="cuda")
+        expected = serving.attn.run(q * 2, (serving.k, serving.v), cap=cap) + 1
+        torch.testing.assert_close(call(q, serving.k, serving.v, cap), expected, rtol=0, atol=0)
+        q, k = (torch.randn(2, n, 2, 64, device="cuda", dtype=torch.bfloat16) for n in (3, 50))
+        expected = ag.attention(q * 2, k, k, GEMMA) + 1
+        torch.testing.assert_close(dense(q, k).clone(), expected, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+def test_dense_calls_on_cuda():
+    q, k, v = (t.cuda().bfloat16() for t in inputs(d=64))
+    kv_lens = torch.tensor([40, 11], dtype=torch.int32, device="cuda")
+    bias = torch.randn(4, device="cuda")
+
+    def function(q, k, v, cap, bias):
+        first, lse = ag.attention(q, k, v, GEMMA, cap=cap, window=9, kv_lens=kv_lens, return_lse=True)
+        return ag.attention(first, k, v, BIAS, bias=bias, q_offset=2), lse
+
+    call, counter = compiled(function, "inductor")
+    for cap in (30.0, 2.5, 0.5, torch.tensor(4.0, device="cuda")):
+        assert same(call(q, k, v, cap, bias), function(q, k, v, cap, bias))
+    assert counter.frame_count == 3  # 30, other floats, tensors
+
+
 def bad_shape(q, k, v):
     return ag.attention(q, k[:, 1:], v, CAUSAL)
 
