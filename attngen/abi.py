@@ -36,6 +36,7 @@ BASE_FIELDS: tuple[tuple[str, str], ...] = (
     ("const float*", "rope_inv_freq"), ("const int32_t*", "rope_table"),
     ("int32_t", "batch"), ("int32_t", "num_heads"), ("int32_t", "num_kv_heads"), ("int32_t", "q_len"),
     ("int32_t", "kv_len"), ("int32_t", "page_size"), ("int32_t", "num_pages"), ("int32_t", "batch_invariant"),
+    ("int32_t", "partial"),
     ("int32_t", "head_offset"), ("int32_t", "total_heads"), ("int32_t", "threads"),
     ("float", "scale"), ("float", "rope_mscale"),
 )  # fmt: skip

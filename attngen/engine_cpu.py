@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .engine import Facts, Site, struct_values
-from .errors import ParameterError, UnsupportedError
+from .errors import ParameterError
 from .run import MAX_LENGTH, check_scalar, kernel_for, problem_for
 from .schedule import Lengths, Request, read_requests
 
@@ -110,10 +110,8 @@ class CpuEngine:
         self, plan: Plan, site: Site, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor,
         lse: torch.Tensor | None, params: Mapping[str, Any], partial: bool = False,
     ) -> None:  # fmt: skip
-        """The planned batch, now. ``params``: checked values of the fields that the mask does not read."""
+        """The planned batch, now. Arguments as for CudaEngine."""
         facts, layout = self.facts, self._kernel.layout
-        if partial:
-            raise UnsupportedError("run(partial=True): the CPU kernel has no raw states yet; use a CUDA device")
         if q.shape[0] < plan.q_rows:
             raise ParameterError(f"q has {q.shape[0]} rows: required the {plan.q_rows} of the plan, or more")
         if facts.page_size is None and k.shape[0] < plan.kv_rows:
@@ -124,7 +122,7 @@ class CpuEngine:
             **struct_values(self._numbers({**plan.params, **params})), "q": q.data_ptr(), "k": k.data_ptr(),
             "v": v.data_ptr(), "out": out.data_ptr(), "lse": 0 if lse is None else lse.data_ptr(),
             "status": self._status.data_ptr(), "num_heads": facts.num_heads, "num_kv_heads": facts.num_kv_heads,
-            "page_size": facts.page_size or 1, "batch_invariant": facts.batch_invariant, "head_offset": facts.head_offset,
+            "page_size": facts.page_size or 1, "batch_invariant": facts.batch_invariant, "partial": partial, "head_offset": facts.head_offset,
             "total_heads": facts.total_heads, "threads": torch.get_num_threads(), "scale": facts.scale,
             "rope_mscale": 1.0 if self._rope is None else self._rope.mscale,
         }  # fmt: skip

@@ -221,6 +221,29 @@ def test_batch_invariance(variant, dtype):
         start += n
 
 
+@pytest.mark.parametrize("variant", [ag.compose(variants.Sinks(), variants.Causal()), variants.Sigmoid()], ids=lambda v: v.name)
+def test_partial_states_over_disjoint_pages_merge(variant):
+    batch = batch_of("append", dtype=torch.bfloat16)
+    params = example_params(variant, **batch.sizes())
+    attn = make(variant, batch)
+    lens, positions = batch.ints(batch.kv_lens), batch.ints(batch.kv_lens) - batch.q_indptr.diff()
+    states = []
+    for pages, first, end in ((batch.table, lens * 0, lens.clamp(max=48)), (batch.table[:, 3:], lens.clamp(max=48), lens)):
+        attn.plan(batch.q_indptr, block_table=pages, kv_lens=end - first, kv_start=first, q_positions=positions)
+        states.append(attn.run(batch.q, (batch.k, batch.v), partial=True, **params))
+    attn.check()
+    softmax = variant.trace.weight is None
+    assert all(out.dtype == torch.float32 and (lse is None) != softmax for out, lse in states)
+    found = ag.merge_states(
+        [out for out, _ in states], [lse for _, lse in states] if softmax else None, variant=variant, q_indptr=batch.q_indptr,
+        kv_lens=lens, **({"sinks": params["sinks"]} if softmax else {}),
+    )  # fmt: skip
+    out, lse = found if isinstance(found, tuple) else (found, None)
+    judge(out.bfloat16(), lse, batch, variant, **params)
+    attn.plan(batch.q_indptr, [0, 5, 4, 5, 6], [0] * 9, [1] * 4)
+    assert attn.run(batch.q, (batch.k, batch.v), partial=True, **params)[0][4].isnan().all()
+
+
 def test_scalars_in_tensors_are_read_at_each_run():
     batch = batch_of("mixed")
     variant = ag.compose(variants.SoftCap(), variants.SlidingWindow())
