@@ -49,10 +49,14 @@ _RESERVED = frozenset(  # names that the template's loops and C++ use beside the
 _MEANINGFUL = re.compile(r"e\d+|q_position\d+|\w+_t|ag_\w+|[A-Z][A-Z0-9_]*|assert|offsetof|bf16|f16|std|main")
 _LEVEL_HINT = {CALL: "call", TILE: "tile", ROW: "row", COL: "col"}
 _LONG_TEXT = 400  # characters of one expression: past it, a part gets a name
-# A read indexed by exactly this symbol on this axis cannot be out of range: the call checks the axis's size.
+# A read indexed by exactly this symbol on this axis cannot be out of range: the call checks the axis's size. On CUDA lengths
+# may be known to the device alone, so that only the first three are checked.
 _SAFE_INDEX = {
-    "heads": "head", "kv_heads": "kv_head", "requests": "request", "positions": "kv", "q_tokens": "q_token",
-    "kv_tokens": "kv_token",
+    "cuda": {"heads": "head", "kv_heads": "kv_head", "requests": "request"},
+    "cpp": {
+        "heads": "head", "kv_heads": "kv_head", "requests": "request", "positions": "kv", "q_tokens": "q_token",
+        "kv_tokens": "kv_token",
+    },
 }  # fmt: skip
 
 
@@ -290,7 +294,7 @@ class _Emitter:
         name, axes = node.attr
         stored, checks, offset = self.storage[name], [], []
         for i, (axis, text, arg) in enumerate(zip(axes, index, node.args)):
-            safe = arg.op == "sym" and _SAFE_INDEX.get(axis) == arg.attr
+            safe = arg.op == "sym" and _SAFE_INDEX[self.dialect].get(axis) == arg.attr
             if not safe:
                 checks.append(f"(uint32_t)({text}) < (uint32_t)p.size{i}_{name}")
             offset.append(f"(int64_t)({text}) * p.stride{i}_{name}")
