@@ -19,7 +19,7 @@ from .cache import Entry
 from .choose_cuda import AppendConfig, arch
 from .errors import ParameterError, UnsupportedError
 from .library import NO_GRAD, define
-from .rope import RoPE, rotate
+from .rope import RoPE, alive, rotate
 from .run import DTYPE_NAMES, MAX_LENGTH
 from .schedule import BAD_KV_INDPTR, BAD_PAGE, OVER_CAPACITY
 
@@ -115,7 +115,7 @@ def append_kv(
     if is_compiling():
         if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors[:4]]):
             raise UnsupportedError(NO_GRAD)
-        _operator(*tensors, kv_layout, None if rope is None else _handle(rope))
+        _operator(*tensors, kv_layout, None if rope is None else rope.handle)
         return
     _append(*tensors, kv_layout, rope)
 
@@ -175,24 +175,23 @@ def _append(
     loaded.kernel.launch(buffer, loaded.config.blocks(site.num_tokens), 1, cuda.current_stream(k.device.index))
 
 
-# Under torch.compile a call is an operator; a graph names a RoPE by what it declares.
+# Under torch.compile a call is an operator; a graph names a RoPE by what it declares, and keeps it.
 _ropes: dict[str, RoPE] = {}
-
-
-def _handle(rope: RoPE) -> str:
-    handle = repr((rope.theta, rope.scaling, rope.interleaved, rope.rotary_dim, rope.keys))
-    _ropes[handle] = rope
-    return handle
-
-
-_handle._dynamo_marked_constant = True
 
 
 def _run_operator(*arguments: Any) -> None:
     *tensors, kv_layout, handle = arguments
-    if handle is not None and handle not in _ropes:
-        raise ParameterError(f"a graph appends with the RoPE {handle}, which this process has not traced: trace its call here")
-    _append(*tensors, kv_layout, None if handle is None else _ropes[handle])
+    if handle is not None and (found := _ropes.get(handle) or alive.get(handle)) is None:
+        raise ParameterError(f"a graph appends with the RoPE {handle}, which this process has not made: make it, then call the graph")
+    if handle is not None:
+        _ropes[handle] = found
+    _append(*tensors, kv_layout, None if handle is None else found)
+
+
+def _fake_operator(*arguments: Any) -> None:
+    handle = arguments[-1]
+    if handle is not None and handle not in _ropes and handle in alive:
+        _ropes[handle] = alive[handle]
 
 
 _operator = define(
@@ -201,7 +200,7 @@ _operator = define(
     "Tensor? request_of, Tensor? kv_indices, Tensor? kv_indptr, Tensor? block_table, Tensor? kv_lens, str kv_layout, "
     "str? rope) -> ()",
     _run_operator,
-    lambda *arguments: None,
+    _fake_operator,
 )
 
 

@@ -22,7 +22,7 @@ from .engine import CudaEngine, Facts, Plan, Site
 from .engine_cpu import CpuEngine
 from .engine_cpu import Plan as CpuPlan
 from .errors import ParameterError, UnsupportedError
-from .library import NO_GRAD, PARAMETERS, define, operands, parameters
+from .library import NO_GRAD, NOT_IN_GRAPHS, PARAMETERS, define, operands, parameters
 from .ops import F32
 from .run import DTYPE_NAMES, check_scalar, stored_dtypes
 from .schedule import STATUS_TEXT
@@ -248,8 +248,13 @@ class BatchAttention:
         if self._planned is None:
             raise ParameterError("run before plan: call plan(...) first")
         planned, requests, decode = self._planned
-        k, v = kv if isinstance(kv, tuple) else (kv[:, 0], kv[:, 1])
-        site = self._site(q, k, v)
+        one = isinstance(kv, torch.Tensor)
+        k, v = (kv, kv) if one else kv
+        site = self._site(q, k, v, one)
+        k_at = k.data_ptr()
+        v_at = k_at + site.second if one else v.data_ptr()
+        if (q.data_ptr() | k_at | v_at) % self.engine.alignment:
+            raise ParameterError("q, k or v starts at an address that is no multiple of 16 bytes: give an aligned tensor")
         if return_lse and self.variant.trace.weight is not None:
             raise UnsupportedError(f"return_lse with {self.variant.name}: its weight hook replaces softmax: there is no LSE")
         if decode and q.shape[0] < requests:
@@ -268,7 +273,7 @@ class BatchAttention:
         if return_lse or partial and self.variant.trace.weight is None:
             lse = torch.empty(site.out_shape[:2], dtype=torch.float32, device=self.device)
         bound = self._bind("run", self._run_fields, params, requests) if params or self._run_fields else {}
-        self.engine.launch(planned, site, q, k, v, out, lse, bound, partial)
+        self.engine.launch(planned, site, q.data_ptr(), k_at, v_at, out, lse, bound, partial)
         return (out, lse) if return_lse or partial else out
 
     def check(self) -> None:
@@ -303,21 +308,24 @@ class BatchAttention:
             )
         return tensor
 
-    def _site(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Site:
-        ident = (q.shape, q.stride(), q.dtype, q.device, k.shape, k.stride(), k.dtype, v.shape, v.stride(), v.dtype, k.device,
-                 v.device)  # fmt: skip
+    def _site(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, one: bool) -> Site:
+        """``one``: k and v are one tensor, which holds both."""
+        ident: tuple[Any, ...] = (q.shape, q.stride(), q.dtype, q.device, k.shape, k.stride(), k.dtype, k.device)
+        if not one:
+            ident += (v.shape, v.stride(), v.dtype, v.device)
         site = self._sites.get(ident)
         if site is None:
             if len(self._sites) >= 256:
                 self._sites.clear()
-            site = self._sites[ident] = self._check_site(q, k, v)
-        if (q.data_ptr() | k.data_ptr() | v.data_ptr()) % self.engine.alignment:
-            raise ParameterError("q, k or v starts at an address that is no multiple of 16 bytes: give an aligned tensor")
+            if one and (k.dim() < 2 or k.shape[1] != 2):
+                raise ParameterError(f"kv has shape {tuple(k.shape)}: required (k, v), or one tensor with a dimension of 2 after the first")
+            pair, second = ((k[:, 0], k[:, 1]), k.stride(1) * k.element_size()) if one else ((k, v), 0)
+            site = self._sites[ident] = self._check_site(q, *pair, second)
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             raise UnsupportedError("an input requires grad, and attngen has no backward yet: call under torch.no_grad()")
         return site
 
-    def _check_site(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Site:
+    def _check_site(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, second: int) -> Site:
         for name, t in (("q", q), ("k", k), ("v", v)):
             if t.dtype != self.dtype or t.device != self.device:
                 raise ParameterError(f"{name} is {t.dtype} on {t.device}: required {self.dtype} on {self.device}")
@@ -345,7 +353,7 @@ class BatchAttention:
         values["num_pages"] = k.shape[0]
         values |= {"out_stride_t": self.num_heads * self.head_dim_v, "out_stride_h": self.head_dim_v,
                    "lse_stride_t": self.num_heads, "lse_stride_h": 1}  # fmt: skip
-        return Site((q.shape[0], self.num_heads, self.head_dim_v), values)
+        return Site((q.shape[0], self.num_heads, self.head_dim_v), values, second)
 
     def _bind(self, where: str, fields: Mapping[str, Any], given: Mapping[str, Any], requests: int) -> dict[str, Any]:
         """Checked values of the parameters that belong to ``where`` ("plan" or "run"): numbers and device tensors."""
@@ -445,7 +453,7 @@ def _run(
             f"a graph runs BatchAttention {handle}, which this process no longer has (or never had): keep the object as long as "
             "the graph, and compile again with a new one"
         )
-    if not _TAGS and q.is_cuda and torch.cuda.is_current_stream_capturing():
+    if not NOT_IN_GRAPHS and q.is_cuda and torch.cuda.is_current_stream_capturing():
         raise UnsupportedError(
             f"torch {torch.__version__} captures a compiled BatchAttention.run in a CUDA graph, whose replays would not see the "
             'next plan: compile without mode="reduce-overhead", or use torch 2.8 or newer'
@@ -476,7 +484,5 @@ def _fake_run_out(*arguments: Any) -> torch.Tensor:
 
 
 _INPUTS = f"SymInt handle, Tensor q, Tensor k, Tensor v, {PARAMETERS}, bool return_lse, bool partial"
-# inductor's own CUDA graphs would replay a launch without asking what was planned since
-_TAGS = [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []
-_run_op = define("batch_run", f"({_INPUTS}) -> (Tensor out, Tensor lse)", _run, _fake_run, *_TAGS)
-_run_out_op = define("batch_run_out", f"({_INPUTS}, Tensor(a!) out) -> Tensor lse", _run_out, _fake_run_out, *_TAGS)
+_run_op = define("batch_run", f"({_INPUTS}) -> (Tensor out, Tensor lse)", _run, _fake_run, *NOT_IN_GRAPHS)
+_run_out_op = define("batch_run_out", f"({_INPUTS}, Tensor(a!) out) -> Tensor lse", _run_out, _fake_run_out, *NOT_IN_GRAPHS)

@@ -4,7 +4,7 @@
 
     engine = Engine(Facts, workspace)              kernels built and loaded, memory allocated
     plan = engine.plan(lengths, page_table, params)
-    engine.launch(plan, site, q, k, v, out, lse, params, partial)
+    engine.launch(plan, site, q_at, k_at, v_at, out, lse, params, partial)
     engine.status()                                0, or what the device found, as in schedule.STATUS_TEXT
     engine.workspace_bytes, engine.problem
 """
@@ -69,6 +69,7 @@ class Site:
 
     out_shape: tuple[int, ...]
     strides: Mapping[str, int]
+    second: int  # bytes from k to v, where one tensor holds both
 
 
 # ---------------------------------------------------------------- kernels
@@ -387,15 +388,15 @@ class CudaEngine:
 
     # ---- run
     def launch(
-        self, plan: Plan, site: Site, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor,
-        lse: torch.Tensor | None, params: Mapping[str, Any], partial: bool = False,
+        self, plan: Plan, site: Site, q_at: int, k_at: int, v_at: int, out: torch.Tensor, lse: torch.Tensor | None,
+        params: Mapping[str, Any], partial: bool = False,
     ) -> None:  # fmt: skip
-        """The planned batch, on the current stream. ``params``: checked values of the fields that the mask does not read;
+        """The planned batch, on the current stream; q_at, k_at, v_at: addresses. ``params``: checked values of the fields that the mask does not read;
         ``partial`` as BatchAttention.run."""
         bound = struct_values(params) if params else {}
         if partial:
             bound["partial"] = 1
-        pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), 0 if lse is None else lse.data_ptr())
+        pointers = (q_at, k_at, v_at, out.data_ptr(), 0 if lse is None else lse.data_ptr())
         stream = cuda.current_stream(self.facts.device.index)
         for i in plan.active:
             template = plan.templates.get((site, i))

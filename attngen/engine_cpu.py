@@ -107,20 +107,20 @@ class CpuEngine:
 
     # ---- run
     def launch(
-        self, plan: Plan, site: Site, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor,
-        lse: torch.Tensor | None, params: Mapping[str, Any], partial: bool = False,
+        self, plan: Plan, site: Site, q_at: int, k_at: int, v_at: int, out: torch.Tensor, lse: torch.Tensor | None,
+        params: Mapping[str, Any], partial: bool = False,
     ) -> None:  # fmt: skip
         """The planned batch, now. Arguments as for CudaEngine."""
         facts, layout = self.facts, self._kernel.layout
-        if q.shape[0] < plan.q_rows:
-            raise ParameterError(f"q has {q.shape[0]} rows: required the {plan.q_rows} of the plan, or more")
-        if facts.page_size is None and k.shape[0] < plan.kv_rows:
-            raise ParameterError(f"k and v have {k.shape[0]} rows: required the {plan.kv_rows} of the plan, or more")
+        if site.out_shape[0] < plan.q_rows:
+            raise ParameterError(f"q has {site.out_shape[0]} rows: required the {plan.q_rows} of the plan, or more")
+        if facts.page_size is None and (rows := site.strides["num_pages"]) < plan.kv_rows:
+            raise ParameterError(f"k and v have {rows} rows: required the {plan.kv_rows} of the plan, or more")
         self._check_axes(plan, params)
         values = {
             **{name.replace("_stride_t", "_stride_s"): x for name, x in site.strides.items()}, **plan.bound,
-            **struct_values(self._numbers({**plan.params, **params})), "q": q.data_ptr(), "k": k.data_ptr(),
-            "v": v.data_ptr(), "out": out.data_ptr(), "lse": 0 if lse is None else lse.data_ptr(),
+            **struct_values(self._numbers({**plan.params, **params})), "q": q_at, "k": k_at, "v": v_at,
+            "out": out.data_ptr(), "lse": 0 if lse is None else lse.data_ptr(),
             "status": self._status.data_ptr(), "num_heads": facts.num_heads, "num_kv_heads": facts.num_kv_heads,
             "page_size": facts.page_size or 1, "batch_invariant": facts.batch_invariant, "partial": partial, "head_offset": facts.head_offset,
             "total_heads": facts.total_heads, "threads": torch.get_num_threads(), "scale": facts.scale,

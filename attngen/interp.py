@@ -142,12 +142,11 @@ def reference_attention(
                     sink = value(trace.sink).double().expand(heads, len(i), 1)[..., 0]
                     top = torch.maximum(top, sink)
                 # Beside the largest logit, not the LSE: at 1e38 an LSE cannot hold the sum.
-                base = torch.where(top.isfinite(), top, 0.0)
-                p = torch.exp(s - base[..., None])
-                sum_ = p.sum(-1) if sink is None else p.sum(-1) + torch.exp(sink - base)
+                top = torch.where(top.isfinite(), top, 0.0)
+                p = torch.exp(s - top[..., None])
+                sum_ = p.sum(-1) if sink is None else p.sum(-1) + torch.exp(sink - top)
                 o = (p @ vf) / torch.where(sum_ == 0, 1.0, sum_)[..., None]
-                total = base + torch.log(sum_)
-                lse[b, :, i] = total
+                lse[b, :, i] = top + torch.log(sum_)
             if trace.output is not None:
                 dim = i32(torch.arange(dim_v)).view(1, 1, -1)
                 o = value(trace.output, o=o, dim=dim).double().expand(o.shape)

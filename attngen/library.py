@@ -18,6 +18,10 @@ from .spec import Bare, Variant, as_variant, bare_variants
 NO_GRAD = "an input requires grad, and attngen has no backward yet: call under torch.no_grad() or on detached tensors"
 PARAMETERS = "Tensor[] tensors, SymInt[] ints, str[] names"  # in a schema; `names` of the tensors, then of the ints
 
+# For operators that inductor's own CUDA graphs must leave out: a replay would see neither a float that the host gives, nor the
+# next plan.
+NOT_IN_GRAPHS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
+
 _library = torch.library.Library("attngen", "FRAGMENT")
 _pinned: dict[str, Bare] = {}  # the variants of compiled graphs: a graph holds but the handle
 

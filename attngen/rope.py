@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, MISSING, dataclass, fields
 from typing import Any, Literal
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -122,6 +123,9 @@ class LongRoPE:
 Scaling = Linear | DynamicNTK | YaRN | Llama3 | LongRoPE
 
 
+alive: WeakValueDictionary[str, RoPE] = WeakValueDictionary()  # by handle: what graphs call a RoPE
+
+
 @dataclass(frozen=True)
 class RoPE:
     """Fused rotary embedding of a variant: `rope = RoPE(500000.0, scaling=Llama3(8, 1, 4, 8192))`.
@@ -164,6 +168,9 @@ class RoPE:
                 f"RoPE: keys='cached' or keys='rotate' required; found {self.keys!r}; "
                 "write 'cached' where the cache holds rotated keys, 'rotate' where the kernel is to rotate them"
             )
+        handle = repr((self.theta, self.scaling, self.interleaved, self.rotary_dim, self.keys))
+        object.__setattr__(self, "handle", handle)  # an attribute, which Dynamo reads as a constant
+        alive[handle] = self
 
     @classmethod
     def from_config(

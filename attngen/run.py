@@ -24,7 +24,7 @@ from .choose import Choice, choose_cpu, cpu_flags, host_isa
 from .emit import emit
 from .errors import ParameterError, UnsupportedError
 from .interp import reference_attention
-from .library import NO_GRAD, PARAMETERS, define, operands, parameters, traced_variant, variant_of
+from .library import NO_GRAD, NOT_IN_GRAPHS, PARAMETERS, define, operands, parameters, traced_variant, variant_of
 from .load import LoadedKernel, host, load_kernel
 from .ops import F32, I32, I32_MAX, I32_MIN
 from .paths import PACKAGE, templates_dir
@@ -444,9 +444,11 @@ _INPUTS = (
     f"Tensor q, Tensor k, Tensor v, Tensor? q_lens, Tensor? kv_lens, Tensor? q_offset, {PARAMETERS}, "
     "str variant, str layout, float? scale, bool return_lse"
 )
-_attention_op = define("attention", f"({_INPUTS}) -> (Tensor out, Tensor lse)", _run_attention, _fake_attention)
+_attention_op = define(
+    "attention", f"({_INPUTS}) -> (Tensor out, Tensor lse)", _run_attention, _fake_attention, *NOT_IN_GRAPHS
+)
 _attention_out_op = define(
-    "attention_out", f"({_INPUTS}, Tensor(a!) out) -> Tensor lse", _run_attention_out, _fake_attention_out
+    "attention_out", f"({_INPUTS}, Tensor(a!) out) -> Tensor lse", _run_attention_out, _fake_attention_out, *NOT_IN_GRAPHS
 )
 
 

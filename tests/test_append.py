@@ -232,7 +232,7 @@ def test_batch_attention_over_appended_keys():
     """Prefill in two steps through append_kv and BatchAttention, against the oracle on unrotated keys."""
     from attngen.variants import Llama3RoPE
 
-    rope = Llama3RoPE.rope
+    rope = Llama3RoPE().trace.rope.rope
 
     class Cached(ag.Variant):
         def mask(self, at):
@@ -430,7 +430,7 @@ def test_one_graph_under_torch_compile(interleaved, device):
         batch = Batch(device)
         given = batch.index("table", device)
         inputs = batch.k, batch.v, batch.k_cache, batch.v_cache, None, given["positions"], given["request_of"], None, None, batch.table
-        result = torch.library.opcheck(append._operator, (*inputs, None, "NHD", append._handle(RoPE())))
+        result = torch.library.opcheck(append._operator, (*inputs, None, "NHD", RoPE().handle))
         assert set(result.values()) == {"SUCCESS"}
 
 

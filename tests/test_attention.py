@@ -181,3 +181,16 @@ def test_parallel_callers_do_not_disturb_each_other():
     with ThreadPoolExecutor(8) as pool:
         for out in pool.map(lambda _: ag.attention(q, k, v, Causal), range(64)):
             assert torch.equal(out, expected)
+
+
+def test_the_oracle_in_chunks(monkeypatch):
+    """Long inputs go through the oracle a few rows at a time."""
+    from attngen import interp
+    from attngen.variants import Sinks
+
+    q, k, v = torch.randn(2, 50, 4, 16), torch.randn(2, 70, 2, 16), torch.randn(2, 70, 2, 16)
+    options = dict(sinks=torch.randn(4), kv_lens=[70, 9], return_lse=True)
+    whole = ag.reference(q, k, v, Sinks(), **options)
+    monkeypatch.setattr(interp, "_CHUNK_ELEMENTS", 1000)
+    for a, b in zip(whole, ag.reference(q, k, v, Sinks(), **options)):
+        assert torch.allclose(a, b, rtol=1e-12, atol=0)
