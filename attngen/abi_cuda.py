@@ -43,7 +43,7 @@ PLAN_FIELDS: tuple[tuple[str, str], ...] = (
     ("int32_t*", "status"), ("int64_t", "block_table_stride"), ("int64_t", "kv_capacity"),
     *((("int32_t"), f"{name}{i}") for i in range(MAX_CLASSES) for name in ("num_workers", "max_tiles")),
     *_SHAPE, ("int32_t", "num_requests"), ("int32_t", "q_len"), ("int32_t", "kv_len"), ("int32_t", "max_q_tokens"),
-    ("int32_t", "max_q_len"),
+    ("int32_t", "max_q_len"), ("int32_t", "max_kv_len"),
 )  # fmt: skip
 
 # append_kv: new keys and values, packed [tokens, kv_heads, head_dim | head_dim_v], into the pages of a cache. A token goes

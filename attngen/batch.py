@@ -24,7 +24,7 @@ from .engine_cpu import Plan as CpuPlan
 from .errors import ParameterError, UnsupportedError
 from .library import NO_GRAD, NOT_IN_GRAPHS, PARAMETERS, define, operands, parameters
 from .ops import F32
-from .run import DTYPE_NAMES, check_scalar, stored_dtypes
+from .run import DTYPE_NAMES, _free_axes, _scale, _unequal_axis, check_scalar, stored_dtypes
 from .schedule import STATUS_TEXT
 from .spec import Variant, as_variant
 
@@ -97,22 +97,29 @@ class BatchAttention:
             raise ParameterError(f"num_heads {num_heads}, num_kv_heads {num_kv_heads}: num_kv_heads must divide num_heads")
         if page_size is not None and page_size < 1:
             raise ParameterError(f"page_size {page_size}: required at least 1, or None for ragged k and v")
-        for name, value in (("max_requests", max_requests), ("max_q_tokens", max_q_tokens)):
-            if value < 1:
+        for name, value in (("max_requests", max_requests), ("max_q_tokens", max_q_tokens), ("max_q_len", max_q_len),
+                            ("max_kv_len", max_kv_len), ("head_dim_v", head_dim_v)):  # fmt: skip
+            if value is not None and value < 1:
                 raise ParameterError(f"{name} {value}: required at least 1")
+        group, all_heads = num_heads // num_kv_heads, num_heads if total_heads is None else total_heads
+        if not 0 <= head_offset <= all_heads - num_heads or head_offset % group or all_heads % group:
+            raise ParameterError(
+                f"head_offset {head_offset}, total_heads {all_heads} with {num_heads} heads of its own: required head_offset from 0 "
+                f"to total_heads - num_heads, and both multiples of the {group} heads of a group"
+            )
         capacity = max_pages if page_size is not None else max_kv_tokens
         if capacity is None or capacity < 1:
             raise ParameterError(
                 f"{'max_pages' if page_size is not None else 'max_kv_tokens'} is {capacity}: required the capacity of the cache"
             )
-        self.num_heads, self.num_kv_heads, self.group = num_heads, num_kv_heads, num_heads // num_kv_heads
+        self.num_heads, self.num_kv_heads, self.group = num_heads, num_kv_heads, group
         self.head_dim, self.head_dim_v = head_dim, head_dim_v or head_dim
         self.dtype, self.page_size, self.kv_layout = dtype, page_size, kv_layout
         self.max_requests, self.max_q_tokens, self.capacity = max_requests, max_q_tokens, capacity
         self.max_q_len = min(max_q_len or max_q_tokens, max_q_tokens)
-        self.head_offset, self.total_heads = head_offset, total_heads or num_heads
-        self.scale = float(scale if scale is not None else trace.scale if trace.scale is not None else head_dim**-0.5)
-        self._fields = dict(trace.used())
+        self.head_offset, self.total_heads = head_offset, all_heads
+        self.scale = _scale(self.variant, scale, head_dim)
+        self._fields, self._free = dict(trace.used()), _free_axes(self.variant)
         reads = trace.mask.params if trace.mask is not None else frozenset()
         self._mask_fields = {n: f for n, f in self._fields.items() if n in reads}
         self._run_fields = {n: f for n, f in self._fields.items() if n not in reads}
@@ -129,7 +136,8 @@ class BatchAttention:
         )  # fmt: skip
         self.problem = self.engine.problem
         self._stored = dict(self.problem.storage)
-        self._planned: tuple[Plan | CpuPlan, int, bool] | None = None  # the plan, its requests, whether each has one token
+        self._planned: tuple[Plan | CpuPlan, int, int] | None = None  # the plan, its requests, the rows that q must have
+        self._plan_params: Mapping[str, Any] = {}
         self._sites: dict[Any, Site] = {}
         self._run_names, self._has_lse = tuple(self._run_fields), trace.weight is None
         self._handle = next(_handles)
@@ -172,6 +180,7 @@ class BatchAttention:
         """
         if is_dynamo_compiling():
             raise UnsupportedError("plan inside a function that torch.compile traces: call it before; run belongs inside")
+        self._planned = None  # nor will there be one if this fails
         values: dict[str, Any] = {}
 
         def give(name: str, given: Any, length: int | None, field: str | None = None) -> int:
@@ -181,6 +190,10 @@ class BatchAttention:
         requests = None
         if q_indptr is not None:
             requests = give("q_indptr", q_indptr, None) - 1
+        rows = 0  # that q must have, as far as the host knows
+        if q_indptr is not None:
+            on_host = not isinstance(q_indptr, torch.Tensor) or q_indptr.device != self.device
+            rows = max(map(int, q_indptr), default=0) if on_host else 0
         page_table = None
         if self.page_size is None:
             if kv_indptr is None or not (kv_indices is kv_last_page_len is block_table is kv_lens is None):
@@ -216,8 +229,11 @@ class BatchAttention:
                 raise ParameterError(f"max_q_len {max_q_len}: required 1 to the object's {self.max_q_len}")
             longest = max_q_len
         values |= {"num_requests": requests, "q_len": 1, "max_q_len": longest}
+        if q_indptr is None:
+            rows = requests
         bound = self._bind("plan", self._mask_fields, params, requests)
-        self._planned = self.engine.plan(values, page_table, bound), requests, q_indptr is None
+        self._plan_params = bound
+        self._planned = self.engine.plan(values, page_table, bound), requests, rows
 
     # ---- run
     def run(
@@ -247,18 +263,20 @@ class BatchAttention:
             return _traced_run(self, q, kv, out, return_lse, partial, params)
         if self._planned is None:
             raise ParameterError("run before plan: call plan(...) first")
-        planned, requests, decode = self._planned
+        planned, requests, rows = self._planned
         one = isinstance(kv, torch.Tensor)
         k, v = (kv, kv) if one else kv
         site = self._site(q, k, v, one)
+        if q.is_neg() or k.is_neg() or v.is_neg():
+            raise ParameterError("q, k or v is a view that torch negates when it is read: give its resolve_neg()")
         k_at = k.data_ptr()
         v_at = k_at + site.second if one else v.data_ptr()
         if (q.data_ptr() | k_at | v_at) % self.engine.alignment:
             raise ParameterError("q, k or v starts at an address that is no multiple of 16 bytes: give an aligned tensor")
         if return_lse and self.variant.trace.weight is not None:
             raise UnsupportedError(f"return_lse with {self.variant.name}: its weight hook replaces softmax: there is no LSE")
-        if decode and q.shape[0] < requests:
-            raise ParameterError(f"q has {q.shape[0]} rows: required one for each of the {requests} planned requests")
+        if q.shape[0] < rows:
+            raise ParameterError(f"q has {q.shape[0]} rows: required the {rows} of the {requests} planned requests, or more")
         dtype = torch.float32 if partial else self.dtype
         if out is None:
             out = torch.empty(site.out_shape, dtype=dtype, device=self.device)
@@ -269,6 +287,10 @@ class BatchAttention:
             )
         elif out.data_ptr() % self.engine.alignment:
             raise ParameterError("out starts at an address that is no multiple of 16 bytes: give an aligned tensor")
+        elif out.requires_grad and torch.is_grad_enabled():
+            raise UnsupportedError("out requires grad, and attngen has no backward yet: detach it")
+        elif any(at < out.data_ptr() + out.nbytes and out.data_ptr() < at + n for at, n in zip((q.data_ptr(), k_at, v_at), site.extents)):
+            raise ParameterError("out shares memory with q, k or v: give another tensor")
         lse = None
         if return_lse or partial and self.variant.trace.weight is None:
             lse = torch.empty(site.out_shape[:2], dtype=torch.float32, device=self.device)
@@ -287,9 +309,7 @@ class BatchAttention:
     # ---- checks
     def _ints(self, name: str, given: Any, length: int | None) -> torch.Tensor:
         """A contiguous int32 vector on the device."""
-        tensor = given
-        if not isinstance(given, torch.Tensor) or given.device != self.device:
-            tensor = torch.as_tensor(given, dtype=torch.int32).to(self.device, non_blocking=True)
+        tensor = self._on_device(name, given)
         if tensor.dtype != torch.int32 or tensor.dim() != 1 or not tensor.is_contiguous():
             raise ParameterError(
                 f"{name} is {tensor.dtype} {tuple(tensor.shape)}, strides {tensor.stride()}: required a contiguous int32 vector"
@@ -299,14 +319,21 @@ class BatchAttention:
         return tensor
 
     def _table(self, given: Any) -> torch.Tensor:
-        tensor = given
-        if not isinstance(given, torch.Tensor) or given.device != self.device:
-            tensor = torch.as_tensor(given, dtype=torch.int32).to(self.device, non_blocking=True)
+        tensor = self._on_device("block_table", given)
         if tensor.dtype != torch.int32 or tensor.dim() != 2 or (tensor.shape[1] > 1 and tensor.stride(1) != 1):
             raise ParameterError(
                 f"block_table is {tensor.dtype} {tuple(tensor.shape)}: required int32 [requests, pages] with contiguous rows"
             )
-        return tensor
+        return tensor if tensor.stride(0) else tensor.contiguous()  # stride 0 would mean no pages
+
+    def _on_device(self, name: str, given: Any) -> torch.Tensor:
+        """What is not there yet is copied: ints that fit int32."""
+        if isinstance(given, torch.Tensor) and given.device == self.device:
+            return given
+        tensor = torch.as_tensor(given)
+        if tensor.numel() and (tensor.dtype not in (torch.int32, torch.int64) or int(tensor.abs().max()) > _INT32_MAX):
+            raise ParameterError(f"{name} is {given!r:.200}: required ints of 32 bits")
+        return tensor.to(torch.int32).to(self.device, non_blocking=True)
 
     def _site(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, one: bool) -> Site:
         """``one``: k and v are one tensor, which holds both."""
@@ -335,7 +362,7 @@ class BatchAttention:
                 raise ParameterError(f"{name} has strides {t.stride()}: required a contiguous last dimension{others}")
         if q.dim() != 3 or q.shape[1:] != (self.num_heads, self.head_dim):
             raise ParameterError(f"q has shape {tuple(q.shape)}: required [tokens, {self.num_heads}, {self.head_dim}]")
-        values = {"q_stride_t": q.stride(0), "q_stride_h": q.stride(1)}
+        values = {"q_stride_t": _stride(q, 0), "q_stride_h": _stride(q, 1)}
         for name, t, d in (("k", k, self.head_dim), ("v", v, self.head_dim_v)):
             if self.page_size is None:
                 wanted: tuple[Any, ...] = (t.shape[0] if t.dim() else 0, self.num_kv_heads, d)
@@ -347,13 +374,13 @@ class BatchAttention:
             if tuple(t.shape) != wanted:
                 raise ParameterError(f"{name} has shape {tuple(t.shape)}: required {('N', *wanted[1:])}, {self.kv_layout}")
             for letter, i in zip("bsh", order):
-                values[f"{name}_stride_{letter}"] = 0 if i is None else t.stride(i)
+                values[f"{name}_stride_{letter}"] = 0 if i is None else _stride(t, i)
         if k.shape[0] != v.shape[0]:
             raise ParameterError(f"k has {k.shape[0]} pages and v {v.shape[0]}: required as many")
         values["num_pages"] = k.shape[0]
         values |= {"out_stride_t": self.num_heads * self.head_dim_v, "out_stride_h": self.head_dim_v,
                    "lse_stride_t": self.num_heads, "lse_stride_h": 1}  # fmt: skip
-        return Site((q.shape[0], self.num_heads, self.head_dim_v), values, second)
+        return Site((q.shape[0], self.num_heads, self.head_dim_v), values, second, tuple(map(_extent, (q, k, v))))
 
     def _bind(self, where: str, fields: Mapping[str, Any], given: Mapping[str, Any], requests: int) -> dict[str, Any]:
         """Checked values of the parameters that belong to ``where`` ("plan" or "run"): numbers and device tensors."""
@@ -372,8 +399,11 @@ class BatchAttention:
                 value = self.variant.__dict__.get(name)
             if value is None:
                 raise ParameterError(f"{self.variant.name} needs `{name}`: pass {name}=... to {where}")
+            if isinstance(value, torch.Tensor) and value.requires_grad and torch.is_grad_enabled():
+                raise UnsupportedError(f"{self.variant.name}.{name} requires grad: no backward yet; detach it")
             if f.kind == "tensor":
                 self._check_tensor(name, f, value, requests)
+                value = value.resolve_neg()
             elif isinstance(value, torch.Tensor) and value.device == self.device:
                 wanted = torch.float32 if f.dtype == F32 else torch.int32
                 if value.dim() or value.dtype != wanted:
@@ -381,7 +411,18 @@ class BatchAttention:
             else:
                 value = check_scalar(self.variant, name, value)
             values[name] = value
+        if self._free:
+            self._check_free(values if where == "plan" else {**self._plan_params, **values})
         return values
+
+    def _check_free(self, values: Mapping[str, Any]) -> None:
+        """Axes of a free name have one size."""
+        named: dict[str, tuple[str, int]] = {}
+        for name, value in values.items():
+            f = self._fields[name]
+            for axis, size in zip(f.axes, value.shape if f.kind == "tensor" else ()):
+                if axis in self._free and named.setdefault(axis, (name, size))[1] != size:
+                    raise _unequal_axis(axis, named[axis], (name, size))
 
     def _check_tensor(self, name: str, f: Any, value: Any, requests: int) -> None:
         stored = self._stored[name]
@@ -405,6 +446,16 @@ class BatchAttention:
             raise UnsupportedError(
                 f"{self.variant.name}.{name} holds this rank's heads alone: give all {self.total_heads}, or head_offset=0"
             )
+
+
+def _stride(t: torch.Tensor, i: int) -> int:
+    """A stride that may be used: that of a dimension of 1 can be anything."""
+    return t.stride(i) if t.shape[i] > 1 else 0
+
+
+def _extent(t: torch.Tensor) -> int:
+    """Bytes from a tensor's first element to the end of its last."""
+    return (sum((n - 1) * s for n, s in zip(t.shape, t.stride())) + 1) * t.element_size() if t.numel() else 0
 
 
 def _device(device: Any) -> torch.device:

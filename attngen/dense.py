@@ -60,12 +60,15 @@ class DenseSite(_Shape):
         values = {
             "num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads, "total_heads": self.num_heads, "page_size": 1,
             "num_requests": self.batch, "q_len": self.q_len, "kv_len": self.kv_len, "kv_capacity": self.kv_len,
+            "max_kv_len": self.kv_len,
             "max_q_tokens": self.batch * self.q_len, "max_q_len": self.q_len,
         }  # fmt: skip
         self.plan_template = self.loaded.plan.template(values)
         out = torch.empty(self.out_shape, dtype=q.dtype, device="meta")
         for n, t, token in (("q", q, "t"), ("k", k, "s"), ("v", v, "s"), ("out", out, "t")):
-            values |= {f"{n}_stride_{d}": t.stride(i) for d, i in (("b", 0), (token, self.seq), ("h", self.head))}
+            values |= {  # of a dimension of 1 it may be anything
+                f"{n}_stride_{d}": t.stride(i) if t.shape[i] > 1 else 0 for d, i in (("b", 0), (token, self.seq), ("h", self.head))
+            }
         values |= {"lse_stride_b": self.num_heads * self.q_len, "lse_stride_t": 1, "lse_stride_h": self.q_len}
         for n in ("q", "out", "lse"):  # a request's first token is number request * q_len
             values[f"{n}_stride_b"] -= self.q_len * values[f"{n}_stride_t"]

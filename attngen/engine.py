@@ -16,7 +16,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -25,6 +25,7 @@ from .cache import Entry
 from .choose_cuda import DecodeConfig, PlanConfig, TileClass, arch, arch_named, choose_attention, choose_decode, most_blocks
 from .emit import emit
 from .errors import ParameterError, UnsupportedError
+from .ops import I32_MAX
 from .run import DTYPE_NAMES, stored_dtypes
 from .schedule import Workspace
 from .schedule import workspace as workspace_layout
@@ -70,6 +71,7 @@ class Site:
     out_shape: tuple[int, ...]
     strides: Mapping[str, int]
     second: int  # bytes from k to v, where one tensor holds both
+    extents: tuple[int, ...]  # bytes of q, k and v
 
 
 # ---------------------------------------------------------------- kernels
@@ -312,6 +314,8 @@ class Plan:
 class CudaEngine:
     """Plans and runs batches on one CUDA device. See BatchAttention for ``workspace``."""
 
+    _planned_by: ClassVar[dict[int, object]] = {}  # by a workspace's address: the last plan's token
+
     stride_multiple, alignment = 8, 16  # what copies of 16 bytes need: strides in elements, addresses in bytes
 
     def __init__(self, facts: Facts, workspace: torch.Tensor | None = None) -> None:
@@ -337,7 +341,7 @@ class CudaEngine:
                 f"workspace of {workspace.numel() * workspace.element_size()} bytes on {workspace.device}: required "
                 f"{self.workspace_bytes} bytes on {device}"
             )
-        self._workspace = workspace
+        self._workspace, self._token = workspace, object()
         self._base = workspace.data_ptr()
         if self._base % 256:
             raise ParameterError("workspace starts at an address that is no multiple of 256: give a tensor of its own")
@@ -370,7 +374,9 @@ class CudaEngine:
         values |= {
             "num_heads": facts.num_heads, "num_kv_heads": facts.num_kv_heads, "head_offset": facts.head_offset,
             "total_heads": facts.total_heads, "max_q_tokens": facts.max_q_tokens,
+            "max_kv_len": min(facts.max_kv_len, I32_MAX),
         }  # fmt: skip
+        self._planned_by[self._base] = self._token = object()
         if lengths["num_requests"]:
             loaded.plan.launch(bytearray(loaded.plan.template(values)), {}, loaded.blocks, cuda.current_stream(facts.device.index))
         else:
@@ -393,6 +399,10 @@ class CudaEngine:
     ) -> None:  # fmt: skip
         """The planned batch, on the current stream; q_at, k_at, v_at: addresses. ``params``: checked values of the fields that the mask does not read;
         ``partial`` as BatchAttention.run."""
+        if self._planned_by.get(self._base) is not self._token:
+            raise ParameterError(
+                "another object has planned since in the workspace that both use: plan again before run, or give each its own"
+            )
         bound = struct_values(params) if params else {}
         if partial:
             bound["partial"] = 1

@@ -61,7 +61,7 @@ class CpuEngine:
         """Read the lengths. Arguments as for CudaEngine, on the host."""
         facts = self.facts
         given = {name: x.tolist() if isinstance(x, torch.Tensor) else x for name, x in lengths.items()}
-        requests, status = read_requests(Lengths(**given, max_q_tokens=facts.max_q_tokens))
+        requests, status = read_requests(Lengths(**given, max_q_tokens=facts.max_q_tokens, max_kv_len=facts.max_kv_len))
         self._report(status)
         for i, r in enumerate(requests):
             if r.kv_len >= MAX_LENGTH or abs(r.q_offset) >= MAX_LENGTH:

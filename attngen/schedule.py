@@ -87,6 +87,7 @@ class Lengths:
     kv_capacity: int = INT32_MAX
     max_q_tokens: int = INT32_MAX
     max_q_len: int = INT32_MAX
+    max_kv_len: int = INT32_MAX
 
 
 def read_requests(batch: Lengths) -> tuple[list[Request], int]:
@@ -132,6 +133,7 @@ def _read_request(b: Lengths, i: int) -> tuple[Request, int]:
         valid, fits = keys >= 0, keys <= b.kv_capacity
         if not b.block_table_stride:
             base, token = 0, i * b.kv_len
+    fits = fits and keys <= b.max_kv_len
     kv_start = b.kv_starts[i] if b.kv_starts is not None else 0
     valid = valid and kv_start >= 0 and kv_start + keys <= INT32_MAX
     error = error or (BAD_KV_INDPTR if not valid else 0 if fits else OVER_CAPACITY)

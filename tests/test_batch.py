@@ -322,6 +322,76 @@ def test_errors_on_the_host():
         make(variants.Causal(), batch, device="meta")
 
 
+class Paired(ag.Variant):
+    """Two tensors that share a free axis, one read by the mask."""
+
+    a: ag.Tensor("n")
+    b: ag.Tensor("n", dtype=bool)
+
+    def logits(self, s, at):
+        return s + self.a[at.kv % 4]
+
+    def mask(self, at):
+        return self.b[at.kv % 4]
+
+
+def test_what_is_refused():
+    batch = batch_of("decode")
+    for given in (dict(head_offset=1, total_heads=16), dict(head_offset=12, total_heads=16), dict(head_offset=-4), dict(total_heads=4)):
+        with pytest.raises(ag.ParameterError, match="required head_offset from 0"):
+            make(variants.Causal(), batch, **given)
+    for name in ("max_q_len", "head_dim_v", "max_kv_len"):
+        with pytest.raises(ag.ParameterError, match=f"{name} 0: required at least 1"):
+            make(variants.Causal(), batch, **{name: 0})
+    with pytest.raises(ag.ParameterError, match="scale is nan"):
+        make(variants.Causal(), batch, scale=float("nan"))
+    attn, cache = make(variants.Causal(), batch), (batch.k, batch.v)
+    with pytest.raises(ag.ParameterError, match="kv_lens is .*required ints of 32 bits"):
+        attn.plan(None, block_table=batch.table, kv_lens=[700, 1, 64.5, 5000])
+    attn.plan(*batch.pages())
+    with pytest.raises(ag.ParameterError, match="one tensor with a dimension of 2 after the first"):
+        attn.run(batch.q, torch.stack(cache))  # [2, pages, ...], as vLLM keeps it
+    with pytest.raises(ag.ParameterError, match="resolve_neg"):
+        attn.run(torch._neg_view(batch.q), cache)
+    with pytest.raises(ag.ParameterError, match="out shares memory"):
+        attn.run(batch.q, cache, out=batch.q)
+    with pytest.raises(ag.ParameterError, match="kv_lens beside it"):
+        attn.plan(None, block_table=batch.table)
+    with pytest.raises(ag.ParameterError, match="run before plan"):  # a plan that failed leaves none
+        attn.run(batch.q, cache)
+    paired = make(Paired(), batch)
+    paired.plan(*batch.pages(), b=torch.ones(4, dtype=torch.bool))
+    with pytest.raises(ag.ParameterError, match="'n' has"):
+        paired.run(batch.q, cache, a=torch.zeros(3))
+    with pytest.raises(ag.UnsupportedError, match="a requires grad"):
+        paired.run(batch.q, cache, a=torch.zeros(4, requires_grad=True))
+    a = torch._neg_view(torch.arange(4.0))
+    assert torch.equal(paired.run(batch.q, cache, a=a), paired.run(batch.q, cache, a=-torch.arange(4.0)))
+
+
+def test_requests_past_max_kv_len():
+    batch = batch_of("decode")
+    attn = make(variants.Causal(), batch, max_kv_len=700)
+    attn.plan(*batch.pages())
+    out = attn.run(batch.q, (batch.k, batch.v))
+    with pytest.raises(ag.ParameterError, match="request 3: more query tokens, keys or pages"):
+        attn.check()
+    assert out[3].isnan().all() and out[:3].isfinite().all()
+
+
+def test_one_row_of_pages_for_all_requests():
+    """An expanded page table is a table; kv_token counts each request's keys."""
+    batch = batch_of("decode")
+    attn = make(Rows(), batch)
+    row = batch.table[3:]
+    params = dict(by_q=torch.randn(4), by_kv=torch.randn(4 * 90))
+    outs = []
+    for table in (row.expand(4, -1), row.repeat(4, 1)):
+        attn.plan(None, block_table=table, kv_lens=[90, 17, 60, 90], start=batch.ints([0] * 4))
+        outs.append(attn.run(batch.q, (batch.k, batch.v), **params))
+    assert torch.equal(*outs)
+
+
 def test_the_default_device_is_the_cpu_where_no_gpu_is(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     batch = batch_of("decode")

@@ -205,7 +205,7 @@ def test_errors_on_the_host():
     attn.plan(*batch.pages(), window=64)
     with pytest.raises(ag.ParameterError, match="`window`, which belongs to plan"):
         attn.run(batch.q, (batch.k, batch.v), window=64)
-    with pytest.raises(ag.ParameterError, match="required one for each of the 2"):
+    with pytest.raises(ag.ParameterError, match="required the 2 of the 2 planned"):
         attn.plan(None, *batch.pages()[1:]), attn.run(batch.q[:1], (batch.k, batch.v))
     with pytest.raises(ag.ParameterError, match="float32"):
         attn.run(batch.q.float(), (batch.k, batch.v))

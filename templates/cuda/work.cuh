@@ -51,9 +51,11 @@ template <typename T> __device__ __forceinline__ T load_record(const T* source) 
   return record;
 }
 
-// Where cp.async reads the keys and values of a page that is not there. All-ones is NaN in bf16 and in f16.
+// Where cp.async reads the keys and values of a page that is not there. All-ones is NaN in bf16 and in f16. Values of a negative
+// page are zeros: such keys are masked, and a weight of 0 would not make up for a NaN.
 #define AG_NAN4 {~0u, ~0u, ~0u, ~0u}, {~0u, ~0u, ~0u, ~0u}, {~0u, ~0u, ~0u, ~0u}, {~0u, ~0u, ~0u, ~0u}
 static __device__ const uint4 NAN_ROW[32] = {AG_NAN4, AG_NAN4, AG_NAN4, AG_NAN4, AG_NAN4, AG_NAN4, AG_NAN4, AG_NAN4};
+static __device__ const uint4 ZERO_ROW[32] = {};
 
 // One after another the units of a worker.
 template <int UNIT_COST, bool FIXED_SPLIT> struct Cursor {
