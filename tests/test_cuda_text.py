@@ -97,7 +97,7 @@ def source(specs: list[tuple[Node, Node]], include: str) -> str:
     functions = (
         function(i, emit(Trace(logits=x, mask=m, fields=FIELDS), STORAGE, 64, "cuda")) for i, (x, m) in enumerate(specs)
     )
-    return f"{include}\nstruct Params {{\n{members}}};\n" + "\n".join(functions)
+    return f"{include}\nstruct Request;\nstruct Params {{\n{members}}};\n" + "\n".join(functions)
 
 
 @needs_nvcc

@@ -509,7 +509,7 @@ def test_the_emitted_bounds_never_lose_a_kept_element(tmp_path):
     storage = {"ids": "int32"}
     struct_layout = layout(fields, storage)
     parts = [
-        '#include "functions.h"\n#define EXPORT extern "C" __attribute__((visibility("default")))\nstruct Params {',
+        '#include "functions.h"\n#define EXPORT extern "C" __attribute__((visibility("default")))\nstruct Request;\nstruct Params {',
         *(f"  {f.ctype} {f.name};" for f in struct_layout.fields),
         "};",
     ]
