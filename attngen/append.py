@@ -16,7 +16,7 @@ from torch.compiler import is_compiling
 from . import cuda
 from .abi_cuda import APPEND_FIELDS
 from .cache import Entry
-from .choose_cuda import AppendConfig, arch
+from .choose_cuda import AppendConfig, arch_named
 from .errors import ParameterError, UnsupportedError
 from .library import NO_GRAD, define
 from .rope import RoPE, alive, rotate
@@ -286,7 +286,7 @@ def _config(arch_name: str, dtype: torch.dtype, d: int, dv: int, rope: RoPE | No
     for name, size in (("head_dim", d), ("head_dim_v", dv), ("rotary_dim", rotary)):
         if size % 8:
             raise UnsupportedError(f"append_kv with {name} {size} on CUDA: required a multiple of 8; pad, or rotate beforehand")
-    return AppendConfig(arch(arch_name).name, DTYPE_NAMES[dtype], d, dv, rotary, interleaved)
+    return AppendConfig(arch_named(arch_name).name, DTYPE_NAMES[dtype], d, dv, rotary, interleaved)
 
 
 def _specialise(config: AppendConfig) -> cuda.Specialised:

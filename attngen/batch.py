@@ -95,8 +95,8 @@ class BatchAttention:
             raise ParameterError(f'kv_layout {kv_layout!r}: required "NHD" or "HND"')
         if num_kv_heads < 1 or num_heads < 1 or num_heads % num_kv_heads:
             raise ParameterError(f"num_heads {num_heads}, num_kv_heads {num_kv_heads}: num_kv_heads must divide num_heads")
-        if page_size is not None and page_size < 1:
-            raise ParameterError(f"page_size {page_size}: required at least 1, or None for ragged k and v")
+        if page_size is not None and (not isinstance(page_size, int) or page_size < 1):
+            raise ParameterError(f"page_size {page_size!r}: required an int of at least 1, or None for ragged k and v")
         for name, value in (("max_requests", max_requests), ("max_q_tokens", max_q_tokens), ("max_q_len", max_q_len),
                             ("max_kv_len", max_kv_len), ("head_dim_v", head_dim_v)):  # fmt: skip
             if value is not None and value < 1:
@@ -312,7 +312,8 @@ class BatchAttention:
         tensor = self._on_device(name, given)
         if tensor.dtype != torch.int32 or tensor.dim() != 1 or not tensor.is_contiguous():
             raise ParameterError(
-                f"{name} is {tensor.dtype} {tuple(tensor.shape)}, strides {tensor.stride()}: required a contiguous int32 vector"
+                f"{name} is {tensor.dtype} {tuple(tensor.shape)}, strides {tensor.stride()}: required a contiguous int32 vector "
+                f"on {self.device}, one entry a request; .to(torch.int32) makes int32 of int64"
             )
         if length is not None and tensor.shape[0] != length:
             raise ParameterError(f"{name} has {tensor.shape[0]} entries: required {length}, one a request")
@@ -345,7 +346,7 @@ class BatchAttention:
             if len(self._sites) >= 256:
                 self._sites.clear()
             if one and (k.dim() < 2 or k.shape[1] != 2):
-                raise ParameterError(f"kv has shape {tuple(k.shape)}: required (k, v), or one tensor with a dimension of 2 after the first")
+                raise ParameterError(f"kv has shape {tuple(k.shape)}: required (k, v), or one tensor with a dimension of 2 after the first; [2, pages, ...] is (kv[0], kv[1])")
             pair, second = ((k[:, 0], k[:, 1]), k.stride(1) * k.element_size()) if one else ((k, v), 0)
             site = self._sites[ident] = self._check_site(q, *pair, second)
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
@@ -372,7 +373,7 @@ class BatchAttention:
             else:
                 wanted, order = (t.shape[0] if t.dim() else 0, self.num_kv_heads, self.page_size, d), (0, 2, 1)
             if tuple(t.shape) != wanted:
-                raise ParameterError(f"{name} has shape {tuple(t.shape)}: required {('N', *wanted[1:])}, {self.kv_layout}")
+                raise ParameterError(f"{name} has shape {tuple(t.shape)}: required [N, {', '.join(map(str, wanted[1:]))}], {self.kv_layout}")
             for letter, i in zip("bsh", order):
                 values[f"{name}_stride_{letter}"] = 0 if i is None else _stride(t, i)
         if k.shape[0] != v.shape[0]:
@@ -391,7 +392,10 @@ class BatchAttention:
                     raise ParameterError(
                         f"{where} got `{name}`, which belongs to {other}: what the mask reads goes to plan, the rest to run"
                     )
-                raise ParameterError(f"{self.variant.name} has no parameter `{name}`: it has {', '.join(self._fields) or 'none'}")
+                hint = "; scale is given to BatchAttention" if name in ("scale", "sm_scale", "softmax_scale") else ""
+                raise ParameterError(
+                    f"{self.variant.name} has no parameter `{name}`: it has {', '.join(self._fields) or 'none'}{hint}"
+                )
         values: dict[str, Any] = {}
         for name, f in fields.items():
             value = given.get(name)
@@ -438,7 +442,8 @@ class BatchAttention:
         for axis, size in zip(f.axes, value.shape):
             wanted = (axis,) if isinstance(axis, int) else heads.get(axis) or ((requests,) if axis == "requests" else None)
             if (wanted is not None and size not in wanted) or size > _INT32_MAX:
-                raise ParameterError(f"{self.variant.name}.{name} has {size} entries on axis {axis!r}: required {wanted}")
+                required = " or ".join(map(str, sorted(set(wanted or (_INT32_MAX,)))))
+                raise ParameterError(f"{self.variant.name}.{name} has {size} entries on axis {axis!r}: required {required}")
         local = self.head_offset and any(
             axis in heads and size == heads[axis][0] != heads[axis][1] for axis, size in zip(f.axes, value.shape)
         )

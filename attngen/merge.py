@@ -16,7 +16,7 @@ from torch.compiler import is_compiling
 from . import cuda
 from .abi_cuda import MERGE_FIELDS, MERGE_POINTERS
 from .cache import Entry
-from .choose_cuda import MergeConfig, arch
+from .choose_cuda import MergeConfig, arch_named
 from .errors import ParameterError, UnsupportedError
 from .expr import Node
 from .interp import evaluate
@@ -297,7 +297,7 @@ def _config(arch_name: str, dtype: torch.dtype, out_dtype: torch.dtype, dv: int)
         raise UnsupportedError(
             f"merge_states of {dtype} to {out_dtype}, head_dim_v {dv}: required {', '.join(map(str, _DTYPES))} and a multiple of 8"
         )
-    return MergeConfig(arch(arch_name).name, DTYPE_NAMES[dtype], DTYPE_NAMES[out_dtype], dv)
+    return MergeConfig(arch_named(arch_name).name, DTYPE_NAMES[dtype], DTYPE_NAMES[out_dtype], dv)
 
 
 def _specialise(config: MergeConfig) -> cuda.Specialised:

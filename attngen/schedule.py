@@ -35,8 +35,8 @@ assert (REQUEST.size, TILE.size, WORKER.size) == (32, 80, 128)  # as work.cuh as
 BAD_Q_INDPTR, BAD_KV_INDPTR, OVER_CAPACITY, BAD_PAGE = 1, 2, 4, 8
 STATUS_TEXT = {
     BAD_Q_INDPTR: "q_indptr is negative or decreases",
-    BAD_KV_INDPTR: "kv_indptr decreases, a length is negative, or kv_last_page_len is not in 1 ... page_size",
-    OVER_CAPACITY: "more query tokens, keys or pages than the capacities given at construction",
+    BAD_KV_INDPTR: "kv_indptr decreases, a length or kv_start is negative, or kv_last_page_len is not in 1 ... page_size",
+    OVER_CAPACITY: "more query tokens, keys or pages than the capacities given at construction, or than the page table given to plan",
     BAD_PAGE: "a page number past the end of the cache",
 }
 

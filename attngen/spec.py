@@ -393,7 +393,8 @@ def _check_trace(owner: str, trace: Trace) -> None:
 
 # What other systems call our hooks.
 _OTHER_NAMES = {"score_mod": ["logits"], "mask_mod": ["mask"], "logits_transform": ["logits"], "logits_mask": ["mask"],
-                "bias": ["logits"], "output_transform": ["output"]}  # fmt: skip
+                "bias": ["logits"], "output_transform": ["output"], "score": ["logits"], "mask_fn": ["mask"],
+                "sink_logit": ["sink"]}  # fmt: skip
 
 
 def _check_name(cls: type, name: str, declared: Mapping[str, Field]) -> None:
@@ -408,7 +409,7 @@ def _check_name(cls: type, name: str, declared: Mapping[str, Field]) -> None:
     if name.startswith("_") or name in known or name in declared or name in dir(Variant):
         return
     value = vars(cls).get(name)
-    close = _OTHER_NAMES.get(name) or difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+    close = _OTHER_NAMES.get(name) or difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.75)
     if callable(value) and close:
         remedy = f"Did you mean `{close[0]}`? Prefix helpers with an underscore"
         raise fail(f"{cls.__name__}.{name} is no hook and would be ignored", remedy, definition(value))

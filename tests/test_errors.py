@@ -124,6 +124,8 @@ DECLARATIONS: dict[str, tuple[str, int, list[str]]] = {
         8,
         ["Bad.logit is no hook", "`logits`", "underscore"],
     ),
+    "letters swapped": (hook("return True", signature="maks(self, at)"), 8, ["Bad.maks is no hook", "`mask`"]),
+    "capital": (hook("return True", signature="Mask(self, at)"), 8, ["Bad.Mask is no hook", "`mask`"]),
     "typo of mask": (hook("return True", signature="masks(self, at)"), 8, ["Bad.masks is no hook", "`mask`"]),
     "tensor unindexed": (hook("return s + self.t", 't: ag.Tensor("heads")'), 9, ["tensor field self.t", "self.t[...]"]),
     "tensor iterated": (
