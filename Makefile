@@ -30,7 +30,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard attngen/csrc/*)
 	@touch $(STAMP)
 
 test: setup
-	$(PY) -m pytest
+	$(PY) -m pytest -n logical
 
 demo: setup
 	$(PY) examples/demo.py
