@@ -85,7 +85,7 @@ def make(variant: ag.Variant, batch: Batch, **more: Any) -> ag.BatchAttention:
     given = dict(
         num_heads=batch.dense_q.shape[2], num_kv_heads=batch.dense_k.shape[2], head_dim=batch.dense_k.shape[-1],
         head_dim_v=batch.dense_v.shape[-1], page_size=batch.page_size, dtype=batch.q.dtype, max_requests=64,
-        max_q_tokens=4096, max_pages=4096, kv_layout=batch.layout, device=batch.device,
+        max_q_tokens=4096, max_pages=8192, kv_layout=batch.layout, device=batch.device,
     )  # fmt: skip
     return ag.BatchAttention(variant, **{**given, **more})
 
