@@ -193,7 +193,7 @@ class BatchAttention:
         rows = 0  # that q must have, as far as the host knows
         if q_indptr is not None:
             on_host = not isinstance(q_indptr, torch.Tensor) or q_indptr.device != self.device
-            rows = max(map(int, q_indptr), default=0) if on_host else 0
+            rows = int(torch.as_tensor(q_indptr).max()) if on_host and requests >= 0 else 0
         page_table = None
         if self.page_size is None:
             if kv_indptr is None or not (kv_indices is kv_last_page_len is block_table is kv_lens is None):
