@@ -24,7 +24,7 @@ from .engine_cpu import Plan as CpuPlan
 from .errors import ParameterError, UnsupportedError
 from .library import NO_GRAD, NOT_IN_GRAPHS, PARAMETERS, define, operands, parameters
 from .ops import F32
-from .run import DTYPE_NAMES, _free_axes, _scale, _unequal_axis, check_scalar, stored_dtypes
+from .run import DTYPE_NAMES, _free_axes, _scale, check_free_axes, check_scalar, stored_dtypes
 from .schedule import STATUS_TEXT
 from .spec import Variant, as_variant
 
@@ -187,11 +187,9 @@ class BatchAttention:
             tensor = values[field or name] = self._ints(name, given, length)
             return tensor.shape[0]
 
-        requests = None
+        requests, rows = None, 0  # rows: that q must have, as far as the host knows
         if q_indptr is not None:
             requests = give("q_indptr", q_indptr, None) - 1
-        rows = 0  # that q must have, as far as the host knows
-        if q_indptr is not None:
             on_host = not isinstance(q_indptr, torch.Tensor) or q_indptr.device != self.device
             rows = int(torch.as_tensor(q_indptr).max()) if on_host and requests >= 0 else 0
         page_table = None
@@ -229,11 +227,9 @@ class BatchAttention:
                 raise ParameterError(f"max_q_len {max_q_len}: required 1 to the object's {self.max_q_len}")
             longest = max_q_len
         values |= {"num_requests": requests, "q_len": 1, "max_q_len": longest}
-        if q_indptr is None:
-            rows = requests
         bound = self._bind("plan", self._mask_fields, params, requests)
         self._plan_params = bound
-        self._planned = self.engine.plan(values, page_table, bound), requests, rows
+        self._planned = self.engine.plan(values, page_table, bound), requests, requests if q_indptr is None else rows
 
     # ---- run
     def run(
@@ -416,17 +412,8 @@ class BatchAttention:
                 value = check_scalar(self.variant, name, value)
             values[name] = value
         if self._free:
-            self._check_free(values if where == "plan" else {**self._plan_params, **values})
+            check_free_axes(self._fields, values if where == "plan" else {**self._plan_params, **values}, self._free)
         return values
-
-    def _check_free(self, values: Mapping[str, Any]) -> None:
-        """Axes of a free name have one size."""
-        named: dict[str, tuple[str, int]] = {}
-        for name, value in values.items():
-            f = self._fields[name]
-            for axis, size in zip(f.axes, value.shape if f.kind == "tensor" else ()):
-                if axis in self._free and named.setdefault(axis, (name, size))[1] != size:
-                    raise _unequal_axis(axis, named[axis], (name, size))
 
     def _check_tensor(self, name: str, f: Any, value: Any, requests: int) -> None:
         stored = self._stored[name]

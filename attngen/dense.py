@@ -17,7 +17,7 @@ from . import cuda
 from .engine import POINTERS, Loaded, cuda_problem, kernels_of, rope_tables, struct_values
 from .errors import ParameterError, UnsupportedError
 from .ops import F32, I32_MAX, I32_MIN
-from .run import _free_axes, _memory, _scale, _Shape, _unequal_axis, _value, check_scalar
+from .run import _free_axes, _memory, _scale, _Shape, _value, check_free_axes, check_scalar
 from .spec import Problem, Variant
 
 _loaded: dict[Any, Loaded] = {}
@@ -162,14 +162,10 @@ class DenseSite(_Shape):
     def _bind(self, params: Mapping[str, Any], longest: int, out: torch.Tensor | None) -> dict[str, Any]:
         """Checked values, numbers and tensors on the device; ``longest`` kv_len."""
         values: dict[str, Any] = {}
-        named: dict[str, tuple[str, int]] = {}
         for name, f in self.params.items():
             value = _value(self.variant, name, params)
             if f.kind == "tensor":
                 value = self.check_tensor(name, value, longest)
-                for axis, size in zip(f.axes, value.shape):
-                    if axis in self.free_axes and named.setdefault(axis, (name, size))[1] != size:
-                        raise _unequal_axis(axis, named[axis], (name, size))
                 if out is not None and value.numel() and _memory(value) == _memory(out):
                     raise ParameterError("out shares memory with a parameter: give another tensor")
             elif isinstance(value, torch.Tensor) and value.device == self.device:
@@ -183,6 +179,7 @@ class DenseSite(_Shape):
             else:
                 value = check_scalar(self.variant, name, value)
             values[name] = value
+        check_free_axes(self.params, values, self.free_axes)
         return values
 
 

@@ -476,11 +476,7 @@ def reference(
         value = _value(variant, name, params)
         values[name] = shape.check_tensor(name, value, max(lens_kv, default=0)) if f.kind == "tensor" else check_scalar(variant, name, value)
     _check_unknown(variant, params)
-    free, named = _free_axes(variant), {}
-    for name, f in variant.trace.used().items():
-        for axis, size in zip(f.axes, values[name].shape if f.kind == "tensor" else ()):
-            if axis in free and named.setdefault(axis, (name, size))[1] != size:
-                raise _unequal_axis(axis, named[axis], (name, size))
+    check_free_axes(variant.trace.fields, values, _free_axes(variant))
     order = (0, 2, 1, 3) if layout == "bhsd" else (0, 1, 2, 3)
     with torch.device("cpu"):  # whatever the default device is
         out, lse = reference_attention(
@@ -736,7 +732,7 @@ class _Site(_Shape):
         self, buffer: bytearray, params: Mapping[str, Any], longest: int, held: list[torch.Tensor]
     ) -> None:
         """Write the parameters."""
-        named: dict[str, tuple[str, int]] = {}
+        tensors: dict[str, torch.Tensor] = {}
         for name, f in self.params.items():
             value = _value(self.variant, name, params)
             at = self.offsets[f"param_{name}"]
@@ -745,13 +741,14 @@ class _Site(_Shape):
                 continue
             value = self.check_tensor(name, value, longest)
             held.append(value)
+            tensors[name] = value
             empty = value.numel() == 0
             struct.pack_into("=Q", buffer, at, (_ZERO if empty else value).data_ptr())
-            for i, axis in enumerate(f.axes):
+            for i in range(len(f.axes)):
                 struct.pack_into("=q", buffer, self.offsets[f"stride{i}_{name}"], value.stride(i))
                 struct.pack_into("=i", buffer, self.offsets[f"size{i}_{name}"], value.shape[i])
-                if axis in self.free_axes and named.setdefault(axis, (name, value.shape[i]))[1] != value.shape[i]:
-                    raise _unequal_axis(axis, named[axis], (name, value.shape[i]))
+        if self.free_axes:
+            check_free_axes(self.params, tensors, self.free_axes)
 
 
 def _site(variant: Variant, q: Any, k: Any, v: Any, layout: str, params: Mapping[str, Any]) -> _Site:
@@ -868,10 +865,16 @@ def _storage_message(variant: Variant, name: str, dtype: str, found: torch.dtype
     return f"{variant.name}.{name} has dtype {found}: the field is {dtype}, stored as {allowed}; cast it"
 
 
-def _unequal_axis(axis: str, first: tuple[str, int], second: tuple[str, int]) -> ParameterError:
-    return ParameterError(
-        f"axis {axis!r} has {first[1]} entries in {first[0]} and {second[1]} in {second[0]}: required equal"
-    )
+def check_free_axes(fields: Mapping[str, Any], values: Mapping[str, Any], free: set[str]) -> None:
+    """Raises ParameterError where the tensors among ``values`` give an axis of a free name two sizes."""
+    named: dict[str, tuple[str, int]] = {}
+    for name, value in values.items():
+        f = fields[name]
+        for axis, size in zip(f.axes, value.shape if f.kind == "tensor" else ()):
+            if axis in free and named.setdefault(axis, (name, size))[1] != size:
+                raise ParameterError(
+                    f"axis {axis!r} has {named[axis][1]} entries in {named[axis][0]} and {size} in {name}: required equal"
+                )
 
 
 def _free_axes(variant: Variant) -> set[str]:
