@@ -9,11 +9,19 @@ template <int PANEL> __device__ __forceinline__ int panel_offset(int row, int ch
   return row * 2 * PANEL + ((chunk ^ (PANEL == 64 ? row & 7 : row >> 1 & 3)) << 4);
 }
 
-// Descriptor of an operand that starts at `smem`, the swizzle's origin at a multiple of 1024 bytes. Eight rows of a panel are
-// a core matrix; `next_panel` is the distance of panels in bytes, which counts where the panels lie along N (V).
-template <int PANEL> __device__ __forceinline__ uint64_t matrix_descriptor(uint32_t smem, uint32_t next_panel) {
-  constexpr uint64_t EIGHT_ROWS = 16 * PANEL, SWIZZLE = PANEL == 64 ? 1 : 2;
-  return (uint64_t)((smem & 0x3ffff) >> 4) | (uint64_t)(next_panel >> 4) << 16 | (EIGHT_ROWS >> 4) << 32 | SWIZZLE << 62;
+// An operand is named by a descriptor. Its low word says where the operand starts, in units of 16 bytes, and how far apart its
+// panels are, which counts where they lie along N (V); steps inside the operand are added to it. The tile's panels start at a
+// multiple of 1024 bytes, the swizzle's origin. The word is the same in all lanes, and the compiler is told so: otherwise it
+// would do the additions in vector registers, for each product anew.
+__device__ __forceinline__ uint32_t operand(uint32_t smem, uint32_t next_panel) {
+  return __shfl_sync(~0u, (smem & 0x3ffff) >> 4 | next_panel >> 4 << 16, 0);
+}
+// The high word: eight rows of a panel are a core matrix; the swizzle.
+template <int PANEL> __device__ __forceinline__ uint64_t descriptor(uint32_t operand) {
+  constexpr uint32_t EIGHT_ROWS = 16 * PANEL, SWIZZLE = PANEL == 64 ? 1 : 2;
+  uint64_t d;
+  asm("mov.b64 %0, {%1, %2};" : "=l"(d) : "r"(operand), "n"(EIGHT_ROWS >> 4 | SWIZZLE << 30));
+  return d;
 }
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
