@@ -133,5 +133,5 @@ def hopper_smem_bytes(d: int, dv: int, groups: int, block_n: int, stages: int, h
     need of each key, two units, barriers."""
     tiles = 128 * groups * d + 2 * stages * block_n * (d + dv)
     cols = 4 * stages * block_n * (2 + len(hooks.col)) if len(hooks.col) else 0
-    values = 8 * (len(hooks.call) + 2 * len(hooks.tile))
-    return -(-(tiles + cols + values + 768) // 1024) * 1024
+    units = 2 * (128 + 128 * groups + 8 * len(hooks.tile))
+    return -(-(tiles + cols + units + 8 * len(hooks.call) + 384) // 1024) * 1024
