@@ -16,32 +16,40 @@ _SHAPE: tuple[tuple[str, str], ...] = tuple(
 # ones: *_stride_b is a request (0 when ragged), *_stride_s a key. Rows of q, out and lse are at token * *_stride_t +
 # request * *_stride_b: 0 when packed; dense, a request's stride less those of the q_len tokens that it counts. partial: out
 # is float32 and lse base 2, before the sink and the output hook.
-ATTENTION_FIELDS: tuple[tuple[str, str], ...] = (
-    ("const void*", "q"), ("const void*", "k"), ("const void*", "v"), ("void*", "out"), ("float*", "lse"),
-    *(("int64_t", f"q_stride_{d}") for d in "bth"),
-    *(("int64_t", f"{x}_stride_{d}") for x in "kv" for d in "bsh"),
-    *(("int64_t", f"{x}_stride_{d}") for x in ("out", "lse") for d in "bth"),
-    ("const WorkTile*", "tiles"), ("const Worker*", "workers"), ("int32_t*", "counters"),
-    ("float*", "partial_out"), ("float*", "partial_lse"), ("int32_t*", "status"),
-    ("const int32_t*", "page_table"), ("const float*", "rope_inv_freq"), ("const int32_t*", "rope_table"),
-    *_SHAPE, ("int32_t", "num_pages"), ("int32_t", "partial"), ("float", "scale"), ("float", "rope_mscale"),
-)  # fmt: skip
+def _attention(*work_list: tuple[str, str]) -> tuple[tuple[str, str], ...]:
+    return (
+        ("const void*", "q"), ("const void*", "k"), ("const void*", "v"), ("void*", "out"), ("float*", "lse"),
+        *(("int64_t", f"q_stride_{d}") for d in "bth"),
+        *(("int64_t", f"{x}_stride_{d}") for x in "kv" for d in "bsh"),
+        *(("int64_t", f"{x}_stride_{d}") for x in ("out", "lse") for d in "bth"),
+        *work_list, ("int32_t*", "counters"), ("float*", "partial_out"), ("float*", "partial_lse"), ("int32_t*", "status"),
+        ("const int32_t*", "page_table"), ("const float*", "rope_inv_freq"), ("const int32_t*", "rope_table"),
+        *_SHAPE, ("int32_t", "num_pages"), ("int32_t", "partial"), ("float", "scale"), ("float", "rope_mscale"),
+    )  # fmt: skip
+
+
+ATTENTION_FIELDS = _attention(("const WorkTile*", "tiles"), ("const Worker*", "workers"))
+# The same for a kernel of kind "queue".
+QUEUE_ATTENTION_FIELDS = _attention(
+    ("const QueuedRequest*", "requests"), ("const int32_t*", "unit_starts"), ("Queue*", "queue")
+)
 
 # At most this many row-tile classes share a plan.
 MAX_CLASSES = 3
 
 # The planner. Exactly one way to give lengths of queries (q_indptr; or q_len each, with q_lens where they are shorter)
 # and of keys: kv_indptr + kv_last_page_len (pages), kv_lens + block_table_stride (pages), kv_indptr (ragged), kv_lens or
-# kv_len (dense). Unused pointers are null. Per class: its lists, and how many workers and tiles they hold; 0 workers: the
-# class is not launched.
+# kv_len (dense). Unused pointers are null. Per class: its lists, tiles and workers or, of kind "queue", requests, unit_starts
+# and queue; how many workers it has, 0 where it is not launched, and how many tiles or partial results there is room for.
 PLAN_FIELDS: tuple[tuple[str, str], ...] = (
     ("const int32_t*", "q_indptr"), ("const int32_t*", "q_lens"), ("const int32_t*", "q_positions"),
     ("const int32_t*", "kv_indptr"), ("const int32_t*", "kv_last_page_len"), ("const int32_t*", "kv_lens"),
     ("const int32_t*", "kv_starts"),
     *((ctype, f"{name}{i}") for i in range(MAX_CLASSES)
-      for ctype, name in (("WorkTile*", "tiles"), ("Worker*", "workers"), ("int32_t*", "counters"))),
+      for ctype, name in (("WorkTile*", "tiles"), ("Worker*", "workers"), ("QueuedRequest*", "requests"),
+                          ("int32_t*", "unit_starts"), ("Queue*", "queue"), ("int32_t*", "counters"))),
     ("int32_t*", "status"), ("int64_t", "block_table_stride"), ("int64_t", "kv_capacity"),
-    *((("int32_t"), f"{name}{i}") for i in range(MAX_CLASSES) for name in ("num_workers", "max_tiles")),
+    *((("int32_t"), f"{name}{i}") for i in range(MAX_CLASSES) for name in ("num_workers", "max_tiles", "max_slots")),
     *_SHAPE, ("int32_t", "num_requests"), ("int32_t", "q_len"), ("int32_t", "kv_len"), ("int32_t", "max_q_tokens"),
     ("int32_t", "max_q_len"), ("int32_t", "max_kv_len"),
 )  # fmt: skip
