@@ -16,22 +16,24 @@ _SHAPE: tuple[tuple[str, str], ...] = tuple(
 # ones: *_stride_b is a request (0 when ragged), *_stride_s a key. Rows of q, out and lse are at token * *_stride_t +
 # request * *_stride_b: 0 when packed; dense, a request's stride less those of the q_len tokens that it counts. partial: out
 # is float32 and lse base 2, before the sink and the output hook.
-def _attention(*work_list: tuple[str, str]) -> tuple[tuple[str, str], ...]:
-    return (
-        ("const void*", "q"), ("const void*", "k"), ("const void*", "v"), ("void*", "out"), ("float*", "lse"),
-        *(("int64_t", f"q_stride_{d}") for d in "bth"),
-        *(("int64_t", f"{x}_stride_{d}") for x in "kv" for d in "bsh"),
-        *(("int64_t", f"{x}_stride_{d}") for x in ("out", "lse") for d in "bth"),
-        *work_list, ("int32_t*", "counters"), ("float*", "partial_out"), ("float*", "partial_lse"), ("int32_t*", "status"),
-        ("const int32_t*", "page_table"), ("const float*", "rope_inv_freq"), ("const int32_t*", "rope_table"),
-        *_SHAPE, ("int32_t", "num_pages"), ("int32_t", "partial"), ("float", "scale"), ("float", "rope_mscale"),
-    )  # fmt: skip
+ATTENTION_FIELDS: tuple[tuple[str, str], ...] = (
+    ("const void*", "q"), ("const void*", "k"), ("const void*", "v"), ("void*", "out"), ("float*", "lse"),
+    *(("int64_t", f"q_stride_{d}") for d in "bth"),
+    *(("int64_t", f"{x}_stride_{d}") for x in "kv" for d in "bsh"),
+    *(("int64_t", f"{x}_stride_{d}") for x in ("out", "lse") for d in "bth"),
+    ("const WorkTile*", "tiles"), ("const Worker*", "workers"), ("int32_t*", "counters"),
+    ("float*", "partial_out"), ("float*", "partial_lse"), ("int32_t*", "status"),
+    ("const int32_t*", "page_table"), ("const float*", "rope_inv_freq"), ("const int32_t*", "rope_table"),
+    *_SHAPE, ("int32_t", "num_pages"), ("int32_t", "partial"), ("float", "scale"), ("float", "rope_mscale"),
+)  # fmt: skip
 
-
-ATTENTION_FIELDS = _attention(("const WorkTile*", "tiles"), ("const Worker*", "workers"))
-# The same for a kernel of kind "queue".
-QUEUE_ATTENTION_FIELDS = _attention(
-    ("const QueuedRequest*", "requests"), ("const int32_t*", "unit_starts"), ("Queue*", "queue")
+# The same for a kernel whose class is of kind "queue".
+_QUEUED = {
+    "tiles": (("const QueuedRequest*", "requests"), ("const int32_t*", "unit_starts")),
+    "workers": (("Queue*", "queue"),),
+}
+QUEUE_ATTENTION_FIELDS: tuple[tuple[str, str], ...] = tuple(
+    field for found in ATTENTION_FIELDS for field in _QUEUED.get(found[1], (found,))
 )
 
 # At most this many row-tile classes share a plan.

@@ -345,6 +345,7 @@ class ClassPlan:
 
 # Requests that are put in order together; more are ordered among each this many. As plan_queue.cuh, a thread each.
 ORDERED = PlanConfig.threads
+_FEW_ROUNDS = 4  # of the longest unit, in which a worker has its share: more even out by themselves
 _CANDIDATES = PlanConfig.threads // 32  # lengths of pieces that are compared, one a warp
 
 
@@ -487,36 +488,40 @@ def _pieces(shape: TileClass, m: _Measured, blocks: int) -> tuple[int, int, int]
 
 
 def _piece_blocks(shape: TileClass, heads: int, workers: int, requests: Sequence[_Measured], max_slots: int) -> int:
-    """Blocks of a piece of the requests whose tiles are longer than a worker's average load; 0: none is cut."""
+    """Blocks of a piece of the requests that have longer tiles; 0: none is cut, as where there are many units or short ones."""
     total = sum(_cost(shape, heads, m) for m in requests)
     longest = max((m.longest for m in requests), default=0)
-    average = total // (2 * workers)
-    if longest <= max(average, shape.min_piece):
+    average = total // (2 * workers)  # blocks of a worker
+    if longest <= shape.min_piece or longest * _FEW_ROUNDS <= average:
         return 0
-    long = [m for m in requests if m.longest > average]
-    work = sum((m.first + m.last) * m.tiles * heads for m in long)
-    best, found = 2 * max(average, longest + shape.unit_cost), 0
-    for i in range(_CANDIDATES):
-        # The fewest pieces that are no longer than the average; the most that fit one wave of workers, two, ...
-        count = -(-longest // max(average, 1)) if i == 0 else longest * 2 * workers * i // work
-        blocks = max(-(-longest // max(count, 1)), shape.min_piece)
-        units = slots = tiles = 0
-        for m in long:
+    work = sum((m.first + m.last) * m.tiles * heads for m in requests if m.longest > min(average, longest // 2))
+
+    def piece(i: int) -> int:
+        """Candidate: uncut; the fewest pieces no longer than the average; as many as fill half a round of workers, one, ..."""
+        count = 1 if i == 0 else -(-longest // max(average, 1)) if i == 1 else max(longest * workers * (i - 1) // work, 1)
+        return max(-(-longest // count), shape.min_piece)
+
+    def time(blocks: int) -> int:
+        """Half blocks until all is done; INT64_MAX if there is no room for the partial results."""
+        units = slots = added = 0  # twice the units that are not void, and those that cutting adds
+        for m in requests:
             pieces, _, size = _pieces(shape, m, blocks)
+            mine = m.tiles * heads
             if pieces > 1:
                 size //= shape.bn
-                units += (max(-(-m.first // size), 1) + max(-(-m.last // size), 1)) * m.tiles * heads
-                slots += pieces * m.tiles * heads
-                tiles += m.tiles * heads
-        if not 0 < slots <= max_slots:
-            continue
-        # In half blocks: even shares or whole waves, and then the merge, which takes half a block a piece.
-        shares = -(-(total + shape.unit_cost * (units - 2 * tiles)) // workers)
-        waves = -(-units // (2 * workers)) * 2 * (blocks + shape.unit_cost)
-        time = max(shares, waves) + -(-longest // blocks)
-        if time < best:
-            best, found = time, blocks
-    return found
+                real = (max(-(-m.first // size), 1) + max(-(-m.last // size), 1)) * mine
+                units, added, slots = units + real, added + real - 2 * mine, slots + pieces * mine
+            elif min(m.first, m.last) > blocks // 2:
+                units += 2 * mine
+            elif m.longest > blocks // 2:  # shorter ones fit beside others. Tiles grow evenly from the shortest to the longest
+                units += 2 * ((m.longest - blocks // 2) * mine // (m.longest - min(m.first, m.last)))
+        shares, last = -(-(total + shape.unit_cost * added) // workers), 2 * (blocks + shape.unit_cost)
+        rounds = -(-units // (2 * workers)) * last
+        merge = -(-longest // blocks) if slots else 0  # half a block a piece
+        return max(shares, min(rounds, shares + last)) + merge if slots <= max_slots else 2**63 - 1
+
+    blocks = piece(min(range(_CANDIDATES), key=lambda i: time(piece(i))))
+    return blocks if blocks < longest else 0
 
 
 def _cost(shape: TileClass, heads: int, m: _Measured) -> int:
