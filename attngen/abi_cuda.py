@@ -27,21 +27,31 @@ ATTENTION_FIELDS: tuple[tuple[str, str], ...] = (
     *_SHAPE, ("int32_t", "num_pages"), ("int32_t", "partial"), ("float", "scale"), ("float", "rope_mscale"),
 )  # fmt: skip
 
+# The same for a kernel whose class is of kind "queue".
+_QUEUED = {
+    "tiles": (("const QueuedRequest*", "requests"), ("const int32_t*", "unit_starts")),
+    "workers": (("Queue*", "queue"),),
+}
+QUEUE_ATTENTION_FIELDS: tuple[tuple[str, str], ...] = tuple(
+    field for found in ATTENTION_FIELDS for field in _QUEUED.get(found[1], (found,))
+)
+
 # At most this many row-tile classes share a plan.
 MAX_CLASSES = 3
 
 # The planner. Exactly one way to give lengths of queries (q_indptr; or q_len each, with q_lens where they are shorter)
 # and of keys: kv_indptr + kv_last_page_len (pages), kv_lens + block_table_stride (pages), kv_indptr (ragged), kv_lens or
-# kv_len (dense). Unused pointers are null. Per class: its lists, and how many workers and tiles they hold; 0 workers: the
-# class is not launched.
+# kv_len (dense). Unused pointers are null. Per class: its lists, tiles and workers or, of kind "queue", requests, unit_starts
+# and queue; how many workers it has, 0 where it is not launched, and how many tiles or partial results there is room for.
 PLAN_FIELDS: tuple[tuple[str, str], ...] = (
     ("const int32_t*", "q_indptr"), ("const int32_t*", "q_lens"), ("const int32_t*", "q_positions"),
     ("const int32_t*", "kv_indptr"), ("const int32_t*", "kv_last_page_len"), ("const int32_t*", "kv_lens"),
     ("const int32_t*", "kv_starts"),
     *((ctype, f"{name}{i}") for i in range(MAX_CLASSES)
-      for ctype, name in (("WorkTile*", "tiles"), ("Worker*", "workers"), ("int32_t*", "counters"))),
+      for ctype, name in (("WorkTile*", "tiles"), ("Worker*", "workers"), ("QueuedRequest*", "requests"),
+                          ("int32_t*", "unit_starts"), ("Queue*", "queue"), ("int32_t*", "counters"))),
     ("int32_t*", "status"), ("int64_t", "block_table_stride"), ("int64_t", "kv_capacity"),
-    *((("int32_t"), f"{name}{i}") for i in range(MAX_CLASSES) for name in ("num_workers", "max_tiles")),
+    *((("int32_t"), f"{name}{i}") for i in range(MAX_CLASSES) for name in ("num_workers", "max_tiles", "max_slots")),
     *_SHAPE, ("int32_t", "num_requests"), ("int32_t", "q_len"), ("int32_t", "kv_len"), ("int32_t", "max_q_tokens"),
     ("int32_t", "max_q_len"), ("int32_t", "max_kv_len"),
 )  # fmt: skip

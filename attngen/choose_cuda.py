@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import UnsupportedError
 
@@ -103,7 +103,7 @@ class DecodeConfig(_WarpConfig):
     split: int  # keys of a fixed piece (batch_invariant); 0: pieces end where the workers' shares end
     smem_bytes: int
 
-    block_m = 16
+    template, kind, block_m = "decode", "slices", 16
 
     @property
     def block_n(self) -> int:
@@ -204,6 +204,8 @@ class AttentionConfig(_WarpConfig):
     unit_cost: int  # fixed cost of a unit, in blocks of keys
     split: int  # keys of a fixed piece (batch_invariant), a multiple of block_n; 0: none
     smem_bytes: int
+
+    template, kind = "attention_sm80", "slices"
 
 
 @dataclass(frozen=True)
@@ -306,12 +308,31 @@ def attention_smem_bytes(d: int, dv: int, block_m: int, block_n: int, stages: in
 
 @dataclass(frozen=True)
 class TileClass:
-    """A row-tile class as the planner sees it."""
+    """A row-tile class as the planner sees it. Those of kind "slices" are planned as work.cuh says, those of kind "queue" as
+    queue.cuh says."""
 
     bm: int  # packed rows of a tile
     bn: int  # keys of a block
     unit_cost: int  # in blocks
     split: int = 0  # keys of a fixed piece, a multiple of bn; 0: none
+    kind: str = "slices"
+    # Of kind "queue" alone:
+    groups: int = 1  # warpgroups that finish their rows of a tile by themselves
+    row_bytes: int = 0  # of a key and its value
+    l2_bytes: int = 32 << 20  # what keys and values of a section may take
+    min_piece: int = 4  # blocks of a piece, at least
+
+    def __str__(self) -> str:
+        text = f"{self.bm}x{self.bn}+{self.unit_cost}" + (f"/{self.split}" if self.split else "")
+        return text if self.kind == "slices" else f"{text}:{self.kind},groups={self.groups},row_bytes={self.row_bytes}"
+
+
+def tile_class(config: Any, problem: Problem) -> TileClass:
+    """The class of an attention kernel, by its configuration."""
+    shape = (config.block_m, config.block_n, config.unit_cost, config.split)
+    if config.kind == "slices":
+        return TileClass(*shape)
+    return TileClass(*shape, "queue", config.groups, 2 * (problem.head_dim + problem.head_dim_v))
 
 
 @dataclass(frozen=True)
@@ -324,9 +345,7 @@ class PlanConfig:
     threads = 320  # of a block; one block a class. As many as an H100 has workers, since each thread places one
 
     def __str__(self) -> str:
-        return f"arch={self.arch} " + " ".join(
-            f"{k.bm}x{k.bn}+{k.unit_cost}" + (f"/{k.split}" if k.split else "") for k in self.classes
-        )
+        return " ".join((f"arch={self.arch}", *map(str, self.classes)))
 
 
 class _GridConfig(_Printed):

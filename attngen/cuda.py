@@ -17,7 +17,7 @@ import torch
 
 from . import cache
 from .abi import Layout, parameter_fields
-from .abi_cuda import ATTENTION_FIELDS, CUDA_ABI, PLAN_FIELDS
+from .abi_cuda import ATTENTION_FIELDS, CUDA_ABI, PLAN_FIELDS, QUEUE_ATTENTION_FIELDS
 from .choose_cuda import Arch, arch_of, cuda_flags
 from .emit import Hooks, emit
 from .errors import UnsupportedError
@@ -56,7 +56,7 @@ def specialise(name: str, title: str, trace: Trace, problem: Problem, config: An
     if name == "plan":
         trace = Trace(mask=trace.mask, fields=trace.fields, where=trace.where)
     used = trace.used()
-    base = PLAN_FIELDS if name == "plan" else ATTENTION_FIELDS
+    base = PLAN_FIELDS if name == "plan" else QUEUE_ATTENTION_FIELDS if config.kind == "queue" else ATTENTION_FIELDS
     hooks = emit(trace, storage, problem.head_dim, dialect="cuda", device_scalars=True)
     layout = Layout(base + parameter_fields(used, storage, device_scalars=True))
     flags = tuple(cuda_flags(arch_name))

@@ -22,7 +22,7 @@ import torch
 
 from . import cuda
 from .cache import Entry
-from .choose_cuda import DecodeConfig, PlanConfig, TileClass, arch, arch_named, choose_attention, choose_decode, most_blocks
+from .choose_cuda import PlanConfig, arch, arch_named, choose_attention, choose_decode, most_blocks, tile_class
 from .emit import emit
 from .errors import ParameterError, UnsupportedError
 from .ops import I32_MAX
@@ -105,9 +105,9 @@ def kernels_of(
             configs.append(choose_attention(problem, name, hooks, 128, paged=paged).config)
     elif not configs:  # one kernel for all lengths: two would round differently, and a prompt may be cut anywhere
         configs.append(choose_attention(problem, name, hooks, 64, paged=paged, split=split).config)
-    plan = PlanConfig(name, tuple(TileClass(c.block_m, c.block_n, c.unit_cost, c.split) for c in configs))
-    named = [("decode" if isinstance(c, DecodeConfig) else "attention_sm80", c) for c in configs]
-    specials = [cuda.specialise(n, variant.name, trace, problem, c, name) for n, c in (*named, ("plan", plan))]
+    plan = PlanConfig(name, tuple(tile_class(c, problem) for c in configs))
+    named = [*((c.template, c) for c in configs), ("plan", plan)]
+    specials = [cuda.specialise(n, variant.name, trace, problem, c, name) for n, c in named]
     return Kernels(tuple(specials[:-1]), specials[-1])
 
 
@@ -168,8 +168,7 @@ class Loaded:
     def lists(self, i: int, space: Workspace, base: int) -> dict[str, int]:
         """Where class ``i`` finds its work, and writes what is not final, in a workspace at ``base``."""
         part = space.classes[i]
-        return {
-            "tiles": base + part.tiles, "workers": base + part.workers, "counters": base + part.counters,
+        return {name: base + at for name, at in part.lists.items()} | {
             "partial_out": base + space.partial_out, "partial_lse": base + space.partial_lse, "status": base + space.status,
         }  # fmt: skip
 
@@ -178,9 +177,8 @@ class Loaded:
         values = {"status": base + space.status}
         for i in active:
             part = space.classes[i]
-            values |= {f"tiles{i}": base + part.tiles, f"workers{i}": base + part.workers,
-                       f"counters{i}": base + part.counters, f"num_workers{i}": self.workers[i],
-                       f"max_tiles{i}": part.max_tiles}  # fmt: skip
+            values |= {f"{name}{i}": base + at for name, at in part.lists.items()}
+            values |= {f"num_workers{i}": self.workers[i], f"max_tiles{i}": part.max_tiles, f"max_slots{i}": part.max_slots}
         return values
 
 
@@ -198,7 +196,7 @@ class BuiltKernel:
     """A CUDA kernel in the cache, not loaded.
 
     Attributes:
-        name: "decode", "attention_sm80" or "plan".
+        name: the template's: "decode", "attention_sm80" or "plan".
         problem, config: the compile-time facts and the chosen configuration, printable.
         spec_hash: the cache key.
         path: the cubin.

@@ -7,6 +7,9 @@ A row-tile class has ``bm`` packed rows (token * group + head in group) a tile. 
 cost is its KV blocks plus ``unit_cost``. The units of a class lie on a line, and worker w of n owns the cost interval
 [w * total / n, (w + 1) * total / n): only its first and its last unit can be partial, so that partial results have fixed
 slots, 2w and 2w + 1. With a fixed split, tiles are cut beforehand into pieces that are units of their own.
+
+A class of kind "queue" (``queue.cuh``) has one record a request; workers draw its units from a counter. Only requests whose
+tiles are longer than the workers' average load are cut.
 """
 
 from __future__ import annotations
@@ -29,7 +32,10 @@ INT32_MAX = 2**31 - 1
 REQUEST = struct.Struct("=6iq")
 TILE = struct.Struct("=32s10iq")
 WORKER = struct.Struct("=3q6i80s")
+QUEUED_REQUEST = struct.Struct("=32s12i")
+QUEUE = struct.Struct("=4i")
 assert (REQUEST.size, TILE.size, WORKER.size) == (32, 80, 128)  # as work.cuh asserts
+assert (QUEUED_REQUEST.size, QUEUE.size) == (80, 16)  # as queue.cuh asserts
 
 # Bits of the status word; the request's number stands above them.
 BAD_Q_INDPTR, BAD_KV_INDPTR, OVER_CAPACITY, BAD_PAGE = 1, 2, 4, 8
@@ -166,6 +172,15 @@ class Reach:
             return 0, 0
         begin, end = max(min(b for b, _ in ranges) - r.kv_start, 0), max(e for _, e in ranges) - r.kv_start
         return (begin, end) if begin < end else (0, 0)
+
+    def row_slots(self, index: int, r: Request, row0: int, row1: int) -> tuple[int, int]:
+        """The same for packed rows [row0, row1)."""
+        return self.slots(index, r, r.q_offset + row0 // self.group, r.q_offset + (row1 - 1) // self.group)
+
+    @property
+    def group(self) -> int:
+        """Query heads of a KV head."""
+        return self.num_heads // self.num_kv_heads
 
     @property
     def _per_head(self) -> bool:
@@ -304,6 +319,10 @@ class ClassPlan:
         merge = (2 * w0 + 1, *(2 * w for w in range(w0 + 1, w1 + 1)))
         return Unit(tile, head, begin, end, len(merge), 2 * worker + (begin == 0), w0, merge)
 
+    def pack(self) -> dict[str, bytes]:
+        """The lists as the device writes them, by the names of struct fields."""
+        return {"tiles": self.pack_tiles(), "workers": self.pack_workers()}
+
     def pack_tiles(self) -> bytes:
         """The tile records as the device writes them."""
         return b"".join(tile.pack() for tile in self.tiles)
@@ -322,6 +341,225 @@ class ClassPlan:
         return b"".join(records)
 
 
+# ---------------------------------------------------------------- the queue
+
+# Requests that are put in order together; more are ordered among each this many. As plan_queue.cuh, a thread each.
+ORDERED = PlanConfig.threads
+_FEW_ROUNDS = 4  # of the longest unit, in which a worker has its share: more even out by themselves
+_CANDIDATES = PlanConfig.threads // 32  # lengths of pieces that are compared, one a warp
+
+
+@dataclass(frozen=True)
+class QueuedRequest:
+    """The units of a request in a queue. ``index`` is negative (~index) for a bad one."""
+
+    request: Request
+    index: int
+    rows: int
+    tiles: int
+    pieces: int
+    piece0: int
+    piece_slots: int
+    section_heads: int
+    slot0: int
+    counter0: int
+    unit0: int
+
+    def pack(self) -> bytes:
+        """As in queue.cuh."""
+        return QUEUED_REQUEST.pack(
+            self.request.pack(), self.index, self.rows, self.tiles, self.pieces, self.piece0, self.piece_slots,
+            self.section_heads, self.slot0, self.counter0, self.unit0, 0, 0,
+        )  # fmt: skip
+
+    def unit(self, number: int, num_kv_heads: int) -> tuple[int, int, int]:
+        """Tile, piece and KV head of unit ``number`` of the queue, one of this request's: ``unit_of`` in queue.cuh."""
+        section, i = divmod(number - self.unit0, self.section_heads * self.pieces * self.tiles)
+        head0 = section * self.section_heads
+        row, head = divmod(i, min(self.section_heads, num_kv_heads - head0))
+        piece, tile = divmod(row, self.tiles)
+        return self.tiles - 1 - tile, self.piece0 + self.pieces - 1 - piece, head0 + head
+
+    def pieces_met(self, begin: int, end: int) -> tuple[int, int]:
+        """The first of the pieces that cache slots [begin, end) meet, and their number: ``pieces_met`` in queue.cuh."""
+        first = begin // self.piece_slots
+        return (first, (end - 1) // self.piece_slots + 1 - first) if begin < end else (self.piece0, 0)
+
+
+@dataclass(frozen=True)
+class QueuedUnit:
+    """A unit that is not void: rows [row0, row0 + rows) of a request and cache slots [begin, end).
+
+    ``pieces`` > 1: the result is partial, goes to slot ``slot``, and the last of the pieces to arrive at ``counter``, the first
+    of one counter a warpgroup, merges the slots ``merge`` in this order.
+    """
+
+    record: QueuedRequest
+    kv_head: int
+    row0: int
+    rows: int
+    begin: int
+    end: int
+    pieces: int
+    slot: int
+    counter: int
+    merge: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class QueuePlan:
+    """The work list of a class of kind "queue"."""
+
+    shape: TileClass
+    num_kv_heads: int
+    num_workers: int
+    records: tuple[QueuedRequest, ...]
+    units: int
+    reach: Reach
+
+    def unit(self, number: int) -> QueuedUnit | None:
+        """What the block computes that draws unit ``number``; None if it is void."""
+        record = self.records[bisect.bisect_right(self.records, number, key=lambda r: r.unit0) - 1]
+        heads, shape = self.num_kv_heads, self.shape
+        tile, piece, head = record.unit(number, heads)
+        row0, rows = tile * shape.bm, min(record.rows - tile * shape.bm, shape.bm)
+        begin, end = self.reach.row_slots(record.index if record.index >= 0 else ~record.index, record.request, row0, row0 + rows)
+        first, count = record.pieces_met(begin, end)
+        if not first <= piece < first + max(count, 1):
+            return None
+        begin, end = max(begin, piece * record.piece_slots), min(end, (piece + 1) * record.piece_slots)
+        if count <= 1:
+            return QueuedUnit(record, head, row0, rows, begin, max(begin, end), 1, 0, 0, ())
+        merge = tuple(
+            record.slot0 + (tile * record.pieces + i - record.piece0) * heads + head for i in range(first, first + count)
+        )
+        counter = record.counter0 + (tile * heads + head) * shape.groups
+        return QueuedUnit(record, head, row0, rows, begin, end, count, merge[piece - first], counter, merge)
+
+    def walk(self) -> Iterator[QueuedUnit]:
+        """All units that are not void, in the order in which they are drawn."""
+        yield from filter(None, map(self.unit, range(self.units)))
+
+    def pack(self) -> dict[str, bytes]:
+        """The lists as the device writes them, by the names of struct fields."""
+        starts = struct.pack(f"={len(self.records) + 1}i", *(r.unit0 for r in self.records), self.units)
+        header = QUEUE.pack(self.units, len(self.records), 0, 0)
+        return {"requests": b"".join(r.pack() for r in self.records), "unit_starts": starts, "queue": header}
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """A request of a queue before it has a place: blocks of its first and last tile, and all slots that it reaches."""
+
+    request: Request
+    index: int
+    rows: int
+    tiles: int
+    first: int
+    last: int
+    begin: int
+    end: int
+
+    @property
+    def longest(self) -> int:
+        """Blocks of its longest tile, as a rule."""
+        return max(self.first, self.last)
+
+
+def _measure(shape: TileClass, index: int, r: Request, rows: int, reach: Reach) -> _Measured:
+    def blocks(row0: int, row1: int) -> int:
+        begin, end = reach.row_slots(index, r, row0, row1)
+        return (end - 1) // shape.bn + 1 - begin // shape.bn if begin < end else 0
+
+    tiles = -(-rows // shape.bm)
+    first, last = blocks(0, min(rows, shape.bm)), blocks((tiles - 1) * shape.bm, rows)
+    return _Measured(r, index, rows, tiles, first, last, *reach.row_slots(index, r, 0, rows))
+
+
+def _pieces(shape: TileClass, m: _Measured, blocks: int) -> tuple[int, int, int]:
+    """Pieces of a request, the first one, and a piece's slots, where pieces are to have up to ``blocks`` blocks (0: uncut)."""
+    uncut = 1, 0, INT32_MAX // shape.bn * shape.bn
+    if m.begin >= m.end or not (shape.split or 0 < blocks < m.longest):
+        return uncut
+    slots = shape.split or -(-m.longest // -(-m.longest // blocks)) * shape.bn  # pieces of equal length
+    first = m.begin // slots
+    pieces = (m.end - 1) // slots + 1 - first
+    return (pieces, first, slots) if pieces > 1 else uncut
+
+
+def _piece_blocks(shape: TileClass, heads: int, workers: int, requests: Sequence[_Measured], max_slots: int) -> int:
+    """Blocks of a piece of the requests that have longer tiles; 0: none is cut, as where there are many units or short ones."""
+    total = sum(_cost(shape, heads, m) for m in requests)
+    longest = max((m.longest for m in requests), default=0)
+    average = total // (2 * workers)  # blocks of a worker
+    if longest <= shape.min_piece or longest * _FEW_ROUNDS <= average:
+        return 0
+    work = sum((m.first + m.last) * m.tiles * heads for m in requests if m.longest > min(average, longest // 2))
+
+    def piece(i: int) -> int:
+        """Candidate: uncut; the fewest pieces no longer than the average; as many as fill half a round of workers, one, ..."""
+        count = 1 if i == 0 else -(-longest // max(average, 1)) if i == 1 else max(longest * workers * (i - 1) // work, 1)
+        return max(-(-longest // count), shape.min_piece)
+
+    def time(blocks: int) -> int:
+        """Half blocks until all is done; INT64_MAX if there is no room for the partial results."""
+        units = slots = added = 0  # twice the units that are not void, and those that cutting adds
+        for m in requests:
+            pieces, _, size = _pieces(shape, m, blocks)
+            mine = m.tiles * heads
+            if pieces > 1:
+                size //= shape.bn
+                real = (max(-(-m.first // size), 1) + max(-(-m.last // size), 1)) * mine
+                units, added, slots = units + real, added + real - 2 * mine, slots + pieces * mine
+            elif min(m.first, m.last) > blocks // 2:
+                units += 2 * mine
+            elif m.longest > blocks // 2:  # shorter ones fit beside others. Tiles grow evenly from the shortest to the longest
+                units += 2 * ((m.longest - blocks // 2) * mine // (m.longest - min(m.first, m.last)))
+        shares, last = -(-(total + shape.unit_cost * added) // workers), 2 * (blocks + shape.unit_cost)
+        rounds = -(-units // (2 * workers)) * last
+        merge = -(-longest // blocks) if slots else 0  # half a block a piece
+        return max(shares, min(rounds, shares + last)) + merge if slots <= max_slots else 2**63 - 1
+
+    blocks = piece(min(range(_CANDIDATES), key=lambda i: time(piece(i))))
+    return blocks if blocks < longest else 0
+
+
+def _cost(shape: TileClass, heads: int, m: _Measured) -> int:
+    """Twice the blocks of a request's units, by the mean of its first and last tile, with their fixed costs."""
+    return (m.first + m.last + 2 * shape.unit_cost) * m.tiles * heads
+
+
+def _plan_queue(
+    shape: TileClass, requests: Sequence[tuple[int, Request]], rows: Callable[[Request], int], reach: Reach, workers: int,
+    max_slots: int,
+) -> tuple[QueuePlan, int]:  # fmt: skip
+    """A queue of the requests, which are given with their numbers, and the status word."""
+    heads, status = reach.num_kv_heads, 0
+    measured = [_measure(shape, index, r, rows(r), reach) for index, r in requests]
+    blocks = 0 if shape.split or not workers else _piece_blocks(shape, heads, workers, measured, max_slots)
+    # Unique in each chunk; blocks are capped as they share a word with the number.
+    ordered = sorted(measured, key=lambda m: (m.index // ORDERED, -min(m.longest, 2**22 - 1), m.index))
+    records, units, slots = [], 0, 0
+    for m in ordered:
+        r, bad = m.request, m.request.kv_base < 0
+        pieces, piece0, piece_slots = _pieces(shape, m, blocks)
+        if pieces > 1 and slots + pieces * m.tiles * heads > max_slots:  # only where query rows overlap
+            r, bad = Request(**{**vars(r), "kv_start": 0, "kv_len": 0, "kv_base": -1}), True
+            status = status or OVER_CAPACITY | m.index << 8
+        section = max(1, min(heads, shape.l2_bytes // shape.row_bytes // max(m.end - m.begin, 1)))
+        slot0 = slots if pieces > 1 else 0
+        records.append(QueuedRequest(
+            r, ~m.index if bad else m.index, m.rows, m.tiles, pieces, piece0, piece_slots, section, slot0,
+            slot0 // 2 * shape.groups, min(units, INT32_MAX),
+        ))  # fmt: skip
+        units += pieces * m.tiles * heads
+        slots = min(slots + (pieces * m.tiles * heads if pieces > 1 else 0), max_slots)
+    return QueuePlan(shape, heads, workers, tuple(records), min(units, INT32_MAX), reach), status
+
+
+# ---------------------------------------------------------------- the plan
+
+
 def class_of(classes: Sequence[TileClass], launched: Sequence[bool], rows: int) -> int:
     """The class of a request with ``rows`` packed rows: the smallest launched one that holds them in one tile, else the
     largest launched one."""
@@ -338,12 +576,15 @@ def plan(
     reach: Reach,
     num_workers: Sequence[int],
     max_tiles: Sequence[int] | None = None,
-) -> tuple[list[ClassPlan], int]:
+    max_slots: Sequence[int] | None = None,
+) -> tuple[list[ClassPlan | QueuePlan], int]:
     """The work lists of all classes and the status word.
 
     Args:
         num_workers: workers of each class (its kernel's grid); 0: the class is not launched.
         max_tiles: capacity of each class's tile list; None: unlimited.
+        max_slots: partial results that a class of kind "queue" has room for; None: as many as ``workspace`` gives to one
+            without a fixed split, else unlimited.
     """
     if len(num_workers) != len(config.classes) or not any(num_workers):
         raise ParameterError(
@@ -352,16 +593,23 @@ def plan(
         )
     requests, status = read_requests(batch)
     launched = [n > 0 for n in num_workers]
-    group = reach.num_heads // reach.num_kv_heads
-    plans = []
+    group = reach.group
+    plans: list[ClassPlan | QueuePlan] = []
     for i, shape in enumerate(config.classes):
+        mine = [
+            (index, r) for index, r in enumerate(requests)
+            if launched[i] and r.q_len and class_of(config.classes, launched, r.q_len * group) == i
+        ]  # fmt: skip
+        if shape.kind == "queue":
+            slots = max_slots[i] if max_slots is not None else INT32_MAX if shape.split else SLOTS_PER_WORKER * num_workers[i]
+            made, over = _plan_queue(shape, mine, lambda r: r.q_len * group, reach, num_workers[i], slots)
+            status = status or over
+            plans.append(made)
+            continue
         tiles: list[WorkTile] = []
         line, limit = 0, max_tiles[i] if max_tiles is not None else INT32_MAX
-        for index, r in enumerate(requests):
-            rows = r.q_len * group
-            if not launched[i] or rows == 0 or class_of(config.classes, launched, rows) != i:
-                continue
-            for tile in _tiles(shape, index, r, rows, group, reach.slots):
+        for index, r in mine:
+            for tile in _tiles(shape, index, r, r.q_len * group, reach):
                 if len(tiles) == limit:
                     status = status or OVER_CAPACITY | index // 1024 * 1024 << 8
                     break
@@ -371,17 +619,15 @@ def plan(
     return plans, status
 
 
-def _tiles(
-    shape: TileClass, index: int, r: Request, rows: int, group: int, slots: Callable[..., tuple[int, int]]
-) -> Iterator[WorkTile]:
+def _tiles(shape: TileClass, index: int, r: Request, rows: int, reach: Reach) -> Iterator[WorkTile]:
     first, pieces = 0, 1
     if shape.split:
-        begin, end = slots(index, r, r.q_offset, r.q_offset + (rows - 1) // group)
+        begin, end = reach.row_slots(index, r, 0, rows)
         first = begin // shape.split
         pieces = (end - 1) // shape.split + 1 - first if begin < end else 1
     for row0 in range(0, rows, shape.bm):
         count = min(rows - row0, shape.bm)
-        reached = slots(index, r, r.q_offset + row0 // group, r.q_offset + (row0 + count - 1) // group)
+        reached = reach.row_slots(index, r, row0, row0 + count)
         for piece in range(pieces):
             begin, end = reached
             if shape.split:
@@ -394,15 +640,22 @@ def _tiles(
 # ---------------------------------------------------------------- workspace
 
 
+# Partial results of a worker that a queue without a fixed split has room for: it cuts tiles into fewer pieces rather than
+# need more.
+SLOTS_PER_WORKER = 4
+
+
 @dataclass(frozen=True)
 class ClassSpace:
-    """Byte offsets in the workspace of one class's lists, and their lengths."""
+    """Byte offsets in the workspace of one class's lists, by the names of struct fields, and how much they hold.
 
-    workers: int
-    tiles: int
-    counters: int
+    ``max_slots``: partial results that a class of kind "queue" has room for; of kind "slices", the most that it uses.
+    """
+
+    lists: Mapping[str, int]
     num_workers: int
     max_tiles: int
+    max_slots: int
 
 
 @dataclass(frozen=True)
@@ -446,9 +699,16 @@ def workspace(
     classes, rows = [], 0
     for shape, workers in zip(config.classes, num_workers):
         tiles = max_tiles(shape, max_requests, max_q_tokens, num_heads // num_kv_heads, max_kv_len) if workers else 0
-        slots = tiles * num_kv_heads if shape.split else 2 * workers
-        counters = tiles * num_kv_heads if shape.split else workers
+        if shape.kind == "queue":
+            requests = max_requests if workers else 0
+            slots = tiles * num_kv_heads if shape.split else SLOTS_PER_WORKER * workers
+            sizes = {"requests": QUEUED_REQUEST.size * requests, "unit_starts": 4 * (requests + 1), "queue": QUEUE.size,
+                     "counters": 4 * (slots // 2 * shape.groups)}  # fmt: skip
+        else:
+            slots = tiles * num_kv_heads if shape.split else 2 * workers
+            counters = tiles * num_kv_heads if shape.split else workers
+            sizes = {"workers": WORKER.size * workers, "tiles": TILE.size * tiles, "counters": 4 * counters}
         rows = max(rows, slots * shape.bm)
-        classes.append(ClassSpace(take(WORKER.size * workers), take(TILE.size * tiles), take(4 * counters), workers, tiles))
+        classes.append(ClassSpace({name: take(size) for name, size in sizes.items()}, workers, tiles, slots))
     partial_out, partial_lse = take(4 * rows * head_dim_v), take(4 * rows)
     return Workspace(tuple(classes), 0, partial_out, partial_lse, offset)

@@ -400,8 +400,8 @@ def test_the_device_plans_what_the_python_twin_plans():
         found_status = engine.status()
         assert (found_status == 0) == (status == 0), (trial, found_status, status)
         for i in active:
-            for kind, at, wanted in (("tiles", space.classes[i].tiles, plans[i].pack_tiles()),
-                                     ("workers", space.classes[i].workers, plans[i].pack_workers())):  # fmt: skip
+            for kind, wanted in plans[i].pack().items():
+                at = space.classes[i].lists[kind]
                 found = bytes(memory[at : at + len(wanted)].cpu().tolist())
                 size = schedule.TILE.size if kind == "tiles" else schedule.WORKER.size
                 wrong = [j for j in range(0, len(wanted), size) if found[j : j + size] != wanted[j : j + size]]
