@@ -170,7 +170,7 @@ class Loaded:
         part = space.classes[i]
         return {
             "tiles": base + part.tiles, "workers": base + part.workers, "counters": base + part.counters,
-            "partial_out": base + space.partial_out, "partial_lse": base + space.partial_lse, "status": base + space.status,
+            "partial_out": base + space.partial_out, "partial_state": base + space.partial_state, "status": base + space.status,
         }  # fmt: skip
 
     def plan_lists(self, space: Workspace, base: int, active: Sequence[int]) -> dict[str, int]:

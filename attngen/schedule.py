@@ -32,12 +32,14 @@ WORKER = struct.Struct("=3q6i80s")
 assert (REQUEST.size, TILE.size, WORKER.size) == (32, 80, 128)  # as work.cuh asserts
 
 # Bits of the status word; the request's number stands above them.
-BAD_Q_INDPTR, BAD_KV_INDPTR, OVER_CAPACITY, BAD_PAGE = 1, 2, 4, 8
+BAD_Q_INDPTR, BAD_KV_INDPTR, OVER_CAPACITY, BAD_PAGE, SHORT_Q, SHORT_KV = 1, 2, 4, 8, 32, 64
 STATUS_TEXT = {
     BAD_Q_INDPTR: "q_indptr is negative or decreases",
     BAD_KV_INDPTR: "kv_indptr decreases, a length or kv_start is negative, or kv_last_page_len is not in 1 ... page_size",
     OVER_CAPACITY: "more query tokens, keys or pages than the capacities given at construction, or than the page table given to plan",
     BAD_PAGE: "a page number past the end of the cache",
+    SHORT_Q: "q has fewer rows than q_indptr counts",
+    SHORT_KV: "k and v have fewer rows than kv_indptr counts",
 }
 
 
@@ -413,7 +415,7 @@ class Workspace:
     classes: tuple[ClassSpace, ...]
     status: int
     partial_out: int
-    partial_lse: int
+    partial_state: int
     num_bytes: int
 
 
@@ -450,5 +452,5 @@ def workspace(
         counters = tiles * num_kv_heads if shape.split else workers
         rows = max(rows, slots * shape.bm)
         classes.append(ClassSpace(take(WORKER.size * workers), take(TILE.size * tiles), take(4 * counters), workers, tiles))
-    partial_out, partial_lse = take(4 * rows * head_dim_v), take(4 * rows)
-    return Workspace(tuple(classes), 0, partial_out, partial_lse, offset)
+    partial_out, partial_state = take(4 * rows * head_dim_v), take(8 * rows)
+    return Workspace(tuple(classes), 0, partial_out, partial_state, offset)

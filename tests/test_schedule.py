@@ -225,7 +225,7 @@ def test_workspace_holds_every_plan():
         for p, s in zip(plans, space.classes):
             assert len(p.tiles) <= s.max_tiles
             used = [u.slot for w in range(p.num_workers) for u in p.walk(w) if u.pieces > 1]
-            assert all((slot + 1) * p.shape.bm * 64 * 4 <= space.partial_lse - space.partial_out for slot in used)
+            assert all((slot + 1) * p.shape.bm * 64 * 4 <= space.partial_state - space.partial_out for slot in used)
             ends.append(s.counters)
         assert all(offset % 256 == 0 for offset in ends) and max(ends) == space.num_bytes
 

@@ -8,6 +8,8 @@
 // owns the cost interval [w * total / n, (w + 1) * total / n). So a unit may be cut into pieces, but only the first and the
 // last piece of a worker can be partial: partial results have fixed slots, 2w for a unit that began in an earlier worker
 // and 2w + 1 for one that goes on in the next. The last worker to finish a piece merges them, in the workers' order.
+// A partial row is its state (largest score in base 2, sum of the weights relative to it) and its output relative to the same
+// score, not divided by the sum: exact for scores of any size, and the bits of a row alone are those beside empty pieces.
 // With a fixed split (batch_invariant) a tile is cut beforehand into pieces that are units of their own, never cut again.
 #pragma once
 #include <stdint.h>
@@ -135,7 +137,7 @@ __device__ __forceinline__ bool arrive_last(int32_t* counter, int32_t pieces, in
 
 // The device's verdict on its input: the first error wins. Bits 0-7 say what, the rest is the request's number.
 // append_kv says a token's number instead.
-enum Status : int32_t { BAD_Q_INDPTR = 1, BAD_KV_INDPTR = 2, OVER_CAPACITY = 4, BAD_PAGE = 8, BAD_REQUEST = 16 };
+enum Status : int32_t { BAD_Q_INDPTR = 1, BAD_KV_INDPTR = 2, OVER_CAPACITY = 4, BAD_PAGE = 8, BAD_REQUEST = 16, SHORT_Q = 32, SHORT_KV = 64 };
 __device__ __forceinline__ void report(int32_t* status, int32_t what, int32_t request) {
   atomicCAS(status, 0, what | request << 8);
 }
