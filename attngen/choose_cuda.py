@@ -104,6 +104,7 @@ class DecodeConfig(_WarpConfig):
     smem_bytes: int
 
     block_m = 16
+    head_major = True  # workers a head apart read neighbouring rows of a page together
 
     @property
     def block_n(self) -> int:
@@ -204,6 +205,8 @@ class AttentionConfig(_WarpConfig):
     unit_cost: int  # fixed cost of a unit, in blocks of keys
     split: int  # keys of a fixed piece (batch_invariant), a multiple of block_n; 0: none
     smem_bytes: int
+
+    head_major = False  # workers share the keys of a head in L2
 
 
 @dataclass(frozen=True)
@@ -312,6 +315,7 @@ class TileClass:
     bn: int  # keys of a block
     unit_cost: int  # in blocks
     split: int = 0  # keys of a fixed piece, a multiple of bn; 0: none
+    head_major: bool = False  # order of units: all tiles of a KV head, then of the next; else all KV heads of a tile
 
 
 @dataclass(frozen=True)
@@ -325,7 +329,7 @@ class PlanConfig:
 
     def __str__(self) -> str:
         return f"arch={self.arch} " + " ".join(
-            f"{k.bm}x{k.bn}+{k.unit_cost}" + (f"/{k.split}" if k.split else "") for k in self.classes
+            f"{k.bm}x{k.bn}+{k.unit_cost}" + (f"/{k.split}" if k.split else "") + ("h" if k.head_major else "") for k in self.classes
         )
 
 

@@ -105,7 +105,7 @@ def kernels_of(
             configs.append(choose_attention(problem, name, hooks, 128, paged=paged).config)
     elif not configs:  # one kernel for all lengths: two would round differently, and a prompt may be cut anywhere
         configs.append(choose_attention(problem, name, hooks, 64, paged=paged, split=split).config)
-    plan = PlanConfig(name, tuple(TileClass(c.block_m, c.block_n, c.unit_cost, c.split) for c in configs))
+    plan = PlanConfig(name, tuple(TileClass(c.block_m, c.block_n, c.unit_cost, c.split, c.head_major) for c in configs))
     named = [("decode" if isinstance(c, DecodeConfig) else "attention_sm80", c) for c in configs]
     specials = [cuda.specialise(n, variant.name, trace, problem, c, name) for n, c in (*named, ("plan", plan))]
     return Kernels(tuple(specials[:-1]), specials[-1])
