@@ -132,8 +132,9 @@ class DecodeChoice:
     candidates: tuple[DecodeCandidate, ...]
 
 
-# Best first, as measured on an H100 at head_dim 128 (KERNELS.md E): two blocks an SM beat one with more stages and three
-# with fewer. Wide heads go down the list until they fit.
+# Best first, as measured on an H100 at head_dim 128: two blocks an SM beat one with more stages and three with fewer. More than
+# 64 KB in flight a block queue up in front of HBM: 1% slower. Wide heads go down the list until they fit.
+_IN_FLIGHT = 64 * _KB
 _DECODE_SHAPES = tuple(
     (warps, stages, blocks) for blocks in (2, 1) for warps in (4, 2) for stages in (6, 5, 4, 3, 2)
 )  # fmt: skip
@@ -155,6 +156,8 @@ def choose_decode(problem: Problem, arch_name: str, hooks: Hooks, paged: bool = 
             lost = f"needs {smem} bytes of shared memory, a block has {gpu.smem_per_block}"
         elif blocks * (smem + _SMEM_RESERVED) > gpu.smem_per_sm:
             lost = f"{blocks} blocks need {blocks * (smem + _SMEM_RESERVED)} bytes of shared memory, an SM has {gpu.smem_per_sm}"
+        elif blocks > 1 and stages > 2 and warps * stages * 32 * (d + dv) > _IN_FLIGHT:
+            lost = f"{warps * stages * 32 * (d + dv)} bytes in flight a block queue up in front of memory, {_IN_FLIGHT} suffice"
         elif won is not None:
             lost = f"{won.warps} warps, {won.stages} stages, {won.blocks_per_sm} blocks an SM come first"
         candidate = DecodeCandidate(warps, stages, blocks, q_in_smem, smem, lost)
@@ -169,8 +172,8 @@ def decode_smem_bytes(d: int, dv: int, warps: int, stages: int, staged_queries: 
     """No less than the size of ``Shared`` in decode.cu: ring, staged queries, where the warps' results meet, the worker."""
     ring = warps * stages * 32 * (d + dv)
     queries = staged_queries * 32 * d
-    meet = warps * 8 * (4 * (dv + 4) + (8 if softmax else 0))
-    return -(-(ring + queries + meet + 128 + 28) // 128) * 128
+    meet = warps * 8 * (4 * dv + (8 if softmax else 0))
+    return -(-(ring + queries + meet + 128 + 112 + 32) // 128) * 128
 
 
 def most_blocks(config: DecodeConfig | AttentionConfig) -> int:

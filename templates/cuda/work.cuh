@@ -124,19 +124,17 @@ __device__ __forceinline__ Pieces find_pieces(const Cursor<UNIT_COST, FIXED_SPLI
 }
 
 // Announces a piece whose results all threads of the block have written. True, in all threads, for the last piece of the
-// unit: every other piece is then visible, and the counter is 0 again for the next launch or graph replay.
+// unit: every other piece is then visible in L2, and the counter is 0 again for the next launch or graph replay. One thread releases
+// what all have written and acquires for them, between barriers.
 __device__ __forceinline__ bool arrive_last(int32_t* counter, int32_t pieces, int32_t* shared_flag) {
-  __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
-    const bool last = atomicAdd(counter, 1) == pieces - 1;
+    const bool last = atomic_add_acq_rel(counter, 1) == pieces - 1;
     if (last) *counter = 0;
     *shared_flag = last;
   }
   __syncthreads();
-  const bool last = *shared_flag;
-  if (last) __threadfence();
-  return last;
+  return *shared_flag;
 }
 
 // The device's verdict on its input: the first error wins. Bits 0-7 say what, the rest is the request's number.
