@@ -6,7 +6,7 @@ variant's parameters, the planner those that its mask reads.
 
 from __future__ import annotations
 
-CUDA_ABI = "attngen-cuda-2"
+CUDA_ABI = "attngen-cuda-3"
 
 _SHAPE: tuple[tuple[str, str], ...] = tuple(
     ("int32_t", name) for name in ("num_heads", "num_kv_heads", "head_offset", "total_heads", "page_size")
@@ -14,27 +14,29 @@ _SHAPE: tuple[tuple[str, str], ...] = tuple(
 
 # Decode and attention. Strides count elements. Paged caches: *_stride_b is a page, *_stride_s a slot in it; contiguous
 # ones: *_stride_b is a request (0 when ragged), *_stride_s a key. Rows of q, out and lse are at token * *_stride_t +
-# request * *_stride_b: 0 when packed; dense, a request's stride less those of the q_len tokens that it counts. partial: out
-# is float32 and lse base 2, before the sink and the output hook.
+# request * *_stride_b: 0 when packed; dense, a request's stride less those of the q_len tokens that it counts. q_rows: tokens
+# of q; num_pages: of the cache, without pages the rows of k and v (dense: those of a request). partial: out is float32 and
+# lse base 2, before the sink and the output hook. partial_out, partial_state: of pieces of units (work.cuh).
 ATTENTION_FIELDS: tuple[tuple[str, str], ...] = (
     ("const void*", "q"), ("const void*", "k"), ("const void*", "v"), ("void*", "out"), ("float*", "lse"),
     *(("int64_t", f"q_stride_{d}") for d in "bth"),
     *(("int64_t", f"{x}_stride_{d}") for x in "kv" for d in "bsh"),
     *(("int64_t", f"{x}_stride_{d}") for x in ("out", "lse") for d in "bth"),
     ("const WorkTile*", "tiles"), ("const Worker*", "workers"), ("int32_t*", "counters"),
-    ("float*", "partial_out"), ("float*", "partial_lse"), ("int32_t*", "status"),
+    ("float*", "partial_out"), ("float2*", "partial_state"), ("int32_t*", "status"),
     ("const int32_t*", "page_table"), ("const float*", "rope_inv_freq"), ("const int32_t*", "rope_table"),
-    *_SHAPE, ("int32_t", "num_pages"), ("int32_t", "partial"), ("float", "scale"), ("float", "rope_mscale"),
+    *_SHAPE, ("int32_t", "q_rows"), ("int32_t", "num_pages"), ("int32_t", "partial"), ("float", "scale"), ("float", "rope_mscale"),
 )  # fmt: skip
 
-# The same for a kernel whose class is of kind "queue".
+# The same for the Hopper kernel, whose class is of kind "queue". k_map, v_map: the same keys and values as the copy engine
+# sees them, in boxes of box_rows slots of a page, without pages of a block.
 _QUEUED = {
     "tiles": (("const QueuedRequest*", "requests"), ("const int32_t*", "unit_starts")),
     "workers": (("Queue*", "queue"),),
 }
 QUEUE_ATTENTION_FIELDS: tuple[tuple[str, str], ...] = tuple(
     field for found in ATTENTION_FIELDS for field in _QUEUED.get(found[1], (found,))
-)
+) + (("int32_t", "box_rows"), ("TensorMap", "k_map"), ("TensorMap", "v_map"))
 
 # At most this many row-tile classes share a plan.
 MAX_CLASSES = 3

@@ -104,6 +104,7 @@ class DecodeConfig(_WarpConfig):
     smem_bytes: int
 
     template, kind, block_m = "decode", "slices", 16
+    head_major = True  # workers a head apart read neighbouring rows of a page together
 
     @property
     def block_n(self) -> int:
@@ -131,8 +132,9 @@ class DecodeChoice:
     candidates: tuple[DecodeCandidate, ...]
 
 
-# Best first, as measured on an H100 at head_dim 128 (KERNELS.md E): two blocks an SM beat one with more stages and three
-# with fewer. Wide heads go down the list until they fit.
+# Best first, as measured on an H100 at head_dim 128: two blocks an SM beat one with more stages and three with fewer. More than
+# 64 KB in flight a block queue up in front of HBM: 1% slower. Wide heads go down the list until they fit.
+_IN_FLIGHT = 64 * _KB
 _DECODE_SHAPES = tuple(
     (warps, stages, blocks) for blocks in (2, 1) for warps in (4, 2) for stages in (6, 5, 4, 3, 2)
 )  # fmt: skip
@@ -154,6 +156,8 @@ def choose_decode(problem: Problem, arch_name: str, hooks: Hooks, paged: bool = 
             lost = f"needs {smem} bytes of shared memory, a block has {gpu.smem_per_block}"
         elif blocks * (smem + _SMEM_RESERVED) > gpu.smem_per_sm:
             lost = f"{blocks} blocks need {blocks * (smem + _SMEM_RESERVED)} bytes of shared memory, an SM has {gpu.smem_per_sm}"
+        elif blocks > 1 and stages > 2 and warps * stages * 32 * (d + dv) > _IN_FLIGHT:
+            lost = f"{warps * stages * 32 * (d + dv)} bytes in flight a block queue up in front of memory, {_IN_FLIGHT} suffice"
         elif won is not None:
             lost = f"{won.warps} warps, {won.stages} stages, {won.blocks_per_sm} blocks an SM come first"
         candidate = DecodeCandidate(warps, stages, blocks, q_in_smem, smem, lost)
@@ -168,8 +172,8 @@ def decode_smem_bytes(d: int, dv: int, warps: int, stages: int, staged_queries: 
     """No less than the size of ``Shared`` in decode.cu: ring, staged queries, where the warps' results meet, the worker."""
     ring = warps * stages * 32 * (d + dv)
     queries = staged_queries * 32 * d
-    meet = warps * 8 * (4 * (dv + 4) + (8 if softmax else 0))
-    return -(-(ring + queries + meet + 128 + 28) // 128) * 128
+    meet = warps * 8 * (4 * dv + (8 if softmax else 0))
+    return -(-(ring + queries + meet + 128 + 112 + 32) // 128) * 128
 
 
 def most_blocks(config: DecodeConfig | AttentionConfig) -> int:
@@ -206,6 +210,7 @@ class AttentionConfig(_WarpConfig):
     smem_bytes: int
 
     template, kind = "attention_sm80", "slices"
+    head_major = False  # workers share the keys of a head in L2
 
 
 @dataclass(frozen=True)
@@ -316,6 +321,7 @@ class TileClass:
     unit_cost: int  # in blocks
     split: int = 0  # keys of a fixed piece, a multiple of bn; 0: none
     kind: str = "slices"
+    head_major: bool = False  # slices' order of units: all tiles of a KV head, then of the next; else all KV heads of a tile
     # Of kind "queue" alone:
     groups: int = 1  # warpgroups that finish their rows of a tile by themselves
     row_bytes: int = 0  # of a key and its value
@@ -323,7 +329,7 @@ class TileClass:
     min_piece: int = 4  # blocks of a piece, at least
 
     def __str__(self) -> str:
-        text = f"{self.bm}x{self.bn}+{self.unit_cost}" + (f"/{self.split}" if self.split else "")
+        text = f"{self.bm}x{self.bn}+{self.unit_cost}" + (f"/{self.split}" if self.split else "") + ("h" if self.head_major else "")
         return text if self.kind == "slices" else f"{text}:{self.kind},groups={self.groups},row_bytes={self.row_bytes}"
 
 
@@ -331,8 +337,8 @@ def tile_class(config: Any, problem: Problem) -> TileClass:
     """The class of an attention kernel, by its configuration."""
     shape = (config.block_m, config.block_n, config.unit_cost, config.split)
     if config.kind == "slices":
-        return TileClass(*shape)
-    return TileClass(*shape, "queue", config.groups, 2 * (problem.head_dim + problem.head_dim_v))
+        return TileClass(*shape, head_major=config.head_major)
+    return TileClass(*shape, "queue", groups=config.groups, row_bytes=2 * (problem.head_dim + problem.head_dim_v))
 
 
 @dataclass(frozen=True)

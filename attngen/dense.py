@@ -72,6 +72,7 @@ class DenseSite(_Shape):
         values |= {"lse_stride_b": self.num_heads * self.q_len, "lse_stride_t": 1, "lse_stride_h": self.q_len}
         for n in ("q", "out", "lse"):  # a request's first token is number request * q_len
             values[f"{n}_stride_b"] -= self.q_len * values[f"{n}_stride_t"]
+        values |= {"q_rows": self.batch * self.q_len, "num_pages": self.kv_len}
         values["rope_mscale"] = 1.0 if self.rope is None else self.rope.mscale
         self.template = self.loaded.classes[self.tile].template(values)
 

@@ -169,7 +169,7 @@ class Loaded:
         """Where class ``i`` finds its work, and writes what is not final, in a workspace at ``base``."""
         part = space.classes[i]
         return {name: base + at for name, at in part.lists.items()} | {
-            "partial_out": base + space.partial_out, "partial_lse": base + space.partial_lse, "status": base + space.status,
+            "partial_out": base + space.partial_out, "partial_state": base + space.partial_state, "status": base + space.status,
         }  # fmt: skip
 
     def plan_lists(self, space: Workspace, base: int, active: Sequence[int]) -> dict[str, int]:

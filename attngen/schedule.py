@@ -4,8 +4,8 @@ This is the planner of ``templates/cuda/plan.cu.jinja`` in plain Python, record 
 ``work.cuh`` over its result. It serves the CPU backend and the tests; ``pack`` writes what the device would have written.
 
 A row-tile class has ``bm`` packed rows (token * group + head in group) a tile. A unit is one tile and one KV head; its
-cost is its KV blocks plus ``unit_cost``. The units of a class lie on a line, and worker w of n owns the cost interval
-[w * total / n, (w + 1) * total / n): only its first and its last unit can be partial, so that partial results have fixed
+cost is its KV blocks plus ``unit_cost``. The units of a class lie on a line, tile by tile or KV head by KV head, and worker w
+of n owns the cost interval [w * total / n, (w + 1) * total / n): only its first and its last unit can be partial, so that partial results have fixed
 slots, 2w and 2w + 1. With a fixed split, tiles are cut beforehand into pieces that are units of their own.
 
 A class of kind "queue" (``queue.cuh``) has one record a request; workers draw its units from a counter. Only requests whose
@@ -38,12 +38,14 @@ assert (REQUEST.size, TILE.size, WORKER.size) == (32, 80, 128)  # as work.cuh as
 assert (QUEUED_REQUEST.size, QUEUE.size) == (80, 16)  # as queue.cuh asserts
 
 # Bits of the status word; the request's number stands above them.
-BAD_Q_INDPTR, BAD_KV_INDPTR, OVER_CAPACITY, BAD_PAGE = 1, 2, 4, 8
+BAD_Q_INDPTR, BAD_KV_INDPTR, OVER_CAPACITY, BAD_PAGE, SHORT_Q, SHORT_KV = 1, 2, 4, 8, 32, 64
 STATUS_TEXT = {
     BAD_Q_INDPTR: "q_indptr is negative or decreases",
     BAD_KV_INDPTR: "kv_indptr decreases, a length or kv_start is negative, or kv_last_page_len is not in 1 ... page_size",
     OVER_CAPACITY: "more query tokens, keys or pages than the capacities given at construction, or than the page table given to plan",
     BAD_PAGE: "a page number past the end of the cache",
+    SHORT_Q: "q has fewer rows than q_indptr counts",
+    SHORT_KV: "k and v have fewer rows than kv_indptr counts",
 }
 
 
@@ -282,9 +284,20 @@ class ClassPlan:
 
     def first_unit(self, worker: int) -> tuple[int, int]:
         """Tile and KV head at which a worker's share begins."""
-        begin = self.share(worker)[0]
+        begin, head = self.share(worker)[0], 0
+        if self.shape.head_major:
+            head, begin = divmod(begin, self.total // self.num_kv_heads)
         tile = bisect.bisect_right(self.tiles, begin, key=lambda t: t.prefix) - 1
-        return tile, (begin - self.tiles[tile].prefix) // (self.tiles[tile].blocks + self.shape.unit_cost)
+        if not self.shape.head_major:
+            head = (begin - self.tiles[tile].prefix) // (self.tiles[tile].blocks + self.shape.unit_cost)
+        return tile, head
+
+    def start(self, index: int, head: int) -> int:
+        """Where a unit begins on the line."""
+        tile = self.tiles[index]
+        if self.shape.head_major:
+            return self.total // self.num_kv_heads * head + tile.prefix
+        return tile.prefix + head * (tile.blocks + self.shape.unit_cost)
 
     def walk(self, worker: int) -> Iterator[Unit]:
         """The units that a worker computes, in order."""
@@ -293,18 +306,20 @@ class ClassPlan:
         lo, hi = self.share(worker)
         index, head = self.first_unit(worker)
         cost = self.shape.unit_cost
-        while index < len(self.tiles):
+        while (start := self.start(index, head)) < hi:
             tile = self.tiles[index]
-            start = tile.prefix + head * (tile.blocks + cost)
-            if start >= hi:
-                return
             if self.shape.split:
                 begin, end = 0, tile.blocks if start >= lo else 0
             else:
                 begin, end = max(lo - start - cost, 0), min(max(hi - start - cost, 0), tile.blocks)
             if begin < end or (tile.blocks == 0 and start >= lo):
                 yield self._unit(worker, index, head, start, begin, end)
-            index, head = (index, head + 1) if head + 1 < self.num_kv_heads else (index + 1, 0)
+            if self.shape.head_major:
+                index, head = (index + 1, head) if index + 1 < len(self.tiles) else (0, head + 1)
+            else:
+                index, head = (index, head + 1) if head + 1 < self.num_kv_heads else (index + 1, 0)
+            if index == len(self.tiles) or head == self.num_kv_heads:
+                return
 
     def _unit(self, worker: int, index: int, head: int, start: int, begin: int, end: int) -> Unit:
         tile, heads = self.tiles[index], self.num_kv_heads
@@ -336,7 +351,8 @@ class ClassPlan:
                 continue
             index, head = self.first_unit(w)
             records.append(WORKER.pack(
-                *self.share(w), self.total, w, self.active_workers, index, head, len(self.tiles), 0, self.tiles[index].pack()
+                *self.share(w), self.total, w, self.active_workers, index, head, len(self.tiles),
+                self.share(w)[0] - self.start(index, head), self.tiles[index].pack(),
             ))  # fmt: skip
         return b"".join(records)
 
@@ -614,8 +630,9 @@ def plan(
                     status = status or OVER_CAPACITY | index // 1024 * 1024 << 8
                     break
                 tiles.append(WorkTile(**{**vars(tile), "prefix": line}))
-                line += (tile.blocks + shape.unit_cost) * reach.num_kv_heads
-        plans.append(ClassPlan(shape, reach.num_kv_heads, num_workers[i], tuple(tiles), line))
+                line += (tile.blocks + shape.unit_cost) * (1 if shape.head_major else reach.num_kv_heads)
+        total = line * reach.num_kv_heads if shape.head_major else line
+        plans.append(ClassPlan(shape, reach.num_kv_heads, num_workers[i], tuple(tiles), total))
     return plans, status
 
 
@@ -666,7 +683,7 @@ class Workspace:
     classes: tuple[ClassSpace, ...]
     status: int
     partial_out: int
-    partial_lse: int
+    partial_state: int
     num_bytes: int
 
 
@@ -710,5 +727,5 @@ def workspace(
             sizes = {"workers": WORKER.size * workers, "tiles": TILE.size * tiles, "counters": 4 * counters}
         rows = max(rows, slots * shape.bm)
         classes.append(ClassSpace({name: take(size) for name, size in sizes.items()}, workers, tiles, slots))
-    partial_out, partial_lse = take(4 * rows * head_dim_v), take(4 * rows)
-    return Workspace(tuple(classes), 0, partial_out, partial_lse, offset)
+    partial_out, partial_state = take(4 * rows * head_dim_v), take(8 * rows)
+    return Workspace(tuple(classes), 0, partial_out, partial_state, offset)

@@ -239,7 +239,6 @@ def test_lengths_out_of_range_on_the_device_spoil_their_request_alone():
         assert out[::2].isfinite().all() and not lse[::2].isnan().any()
 
 
-@pytest.mark.xfail(strict=True, reason="pieces of a row meet by LSE, which loses the sum of weights beside a score of 1e38")
 @pytest.mark.parametrize("q_len", [1, 20, 40])
 def test_huge_logits_weigh_as_the_oracle_says(q_len):
     """Finite logits near the end of f32's range, beyond it in base-2 units, weigh as the oracle says."""

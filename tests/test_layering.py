@@ -24,6 +24,7 @@ STREET = (
     "abi_cuda",
     "choose",
     "choose_cuda",
+    "choose_hopper",
     "emit",
     "render",
     "render_cuda",
