@@ -22,8 +22,8 @@ class HopperConfig(_Printed):
     groups: int  # computing warpgroups, 64 packed rows each
     block_n: int  # keys of a block
     stages: int  # buffers of keys and of values
+    q_buffers: int  # of queries: with two, the next unit's are there when this one ends
     ping_pong: bool  # groups take turns at the tensor cores
-    rescale_first: bool  # O is rescaled before its product is issued, not after: wide heads
     feeding_registers: int  # of a thread of the feeding warpgroup
     computing_registers: int
     unit_cost: int  # fixed cost of a unit, in blocks of keys
@@ -51,8 +51,8 @@ class HopperCandidate:
     groups: int
     block_n: int
     stages: int
+    q_buffers: int
     ping_pong: bool
-    rescale_first: bool
     smem_bytes: int
     lost: str
 
@@ -92,8 +92,10 @@ def choose_hopper(problem: Problem, arch_name: str, hooks: Hooks, paged: bool = 
     candidates: list[HopperCandidate] = []
     won: HopperCandidate | None = None
     for groups, block_n in shapes:
-        ping_pong, rescale_first = wide <= 128, dv > 128
-        smem = hopper_smem_bytes(d, dv, groups, block_n, 2, hooks)
+        ping_pong, q_buffers = wide <= 128, 2
+        if hopper_smem_bytes(d, dv, groups, block_n, 2, 2, hooks) > gpu.smem_per_block:
+            q_buffers = 1
+        smem = hopper_smem_bytes(d, dv, groups, block_n, 2, q_buffers, hooks)
         lost = ""
         if split % block_n:
             lost = f"pieces of {split} keys are not made of blocks of {block_n}"
@@ -101,7 +103,7 @@ def choose_hopper(problem: Problem, arch_name: str, hooks: Hooks, paged: bool = 
             lost = f"needs {smem} bytes of shared memory, a block has {gpu.smem_per_block}"
         elif won is not None:
             lost = f"{64 * won.groups} rows, {won.block_n} keys come first"
-        candidate = HopperCandidate(groups, block_n, 2, ping_pong, rescale_first, smem, lost)
+        candidate = HopperCandidate(groups, block_n, 2, q_buffers, ping_pong, smem, lost)
         won = won if lost else candidate
         candidates.append(candidate)
     if won is None:
@@ -110,7 +112,7 @@ def choose_hopper(problem: Problem, arch_name: str, hooks: Hooks, paged: bool = 
             + "; ".join(f"{c.groups * 64}x{c.block_n}: {c.lost}" for c in candidates) + "\n  do: use attention_sm80"
         )  # fmt: skip
     config = HopperConfig(
-        arch_name, paged, won.groups, won.block_n, won.stages, won.ping_pong, won.rescale_first, *_REGISTERS[won.groups], 2, split,
+        arch_name, paged, won.groups, won.block_n, won.stages, won.q_buffers, won.ping_pong, *_REGISTERS[won.groups], 2, split,
         won.smem_bytes,
     )  # fmt: skip
     return HopperChoice(config, tuple(candidates))
@@ -128,10 +130,11 @@ def unserved(problem: Problem, arch_name: str, hooks: Hooks) -> str:
     return ""
 
 
-def hopper_smem_bytes(d: int, dv: int, groups: int, block_n: int, stages: int, hooks: Hooks) -> int:
+def hopper_smem_bytes(d: int, dv: int, groups: int, block_n: int, stages: int, q_buffers: int, hooks: Hooks) -> int:
     """No less than the size of ``Shared`` in attention_sm90.cu, which asserts it: tiles of queries, keys and values, what hooks
     need of each key, two units, barriers."""
-    tiles = 128 * groups * d + 2 * stages * block_n * (d + dv)
-    cols = 4 * stages * block_n * (2 + len(hooks.col)) if len(hooks.col) else 0
-    units = 2 * (128 + 128 * groups + 8 * len(hooks.tile))
+    tiles = 128 * groups * q_buffers * max(d, dv) + 2 * stages * block_n * (d + dv)
+    staged = [value for value in hooks.col if value.name not in ("kv", "kv_token")]
+    cols = 4 * stages * block_n * (2 + len(staged)) if staged else 0
+    units = 2 * (144 + 128 * groups + 8 * len(hooks.tile))
     return -(-(tiles + cols + units + 8 * len(hooks.call) + 384) // 1024) * 1024
