@@ -54,15 +54,20 @@ template <typename T> inline T __shfl_up_sync(unsigned, T x, int by) {
   const int lane = threadIdx.x % 32;
   return exchange(x, lane < by ? lane : lane - by);
 }
+template <typename Join> inline int joined(int x, Join join) {  // of the warp's values, with their lanes
+  given[threadIdx.x] = x;
+  meet(warp(), 32);
+  const int64_t* values = given + threadIdx.x / 32 * 32;
+  int result = join(0, (int)values[0], 0);
+  for (int lane = 1; lane < 32; ++lane) result = join(result, (int)values[lane], lane);
+  meet(warp(), 32);
+  return result;
+}
 inline int __reduce_max_sync(unsigned, int x) {
-  int most = x;
-  for (int lane = 0; lane < 32; ++lane) { const int other = exchange(x, lane); most = other > most ? other : most; }
-  return most;
+  return joined(x, [](int most, int other, int lane) { return lane && most > other ? most : other; });
 }
 inline unsigned __ballot_sync(unsigned, int x) {
-  unsigned bits = 0;
-  for (int lane = 0; lane < 32; ++lane) bits |= (unsigned)(exchange(x != 0, lane) != 0) << lane;
-  return bits;
+  return joined(x, [](int bits, int other, int lane) { return bits | (int)((unsigned)(other != 0) << lane); });
 }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }

@@ -3,6 +3,7 @@ planner and queue.cuh against the twin (on the host as fibers, and on a GPU), an
 
 from __future__ import annotations
 
+import bisect
 import heapq
 import math
 import random
@@ -33,11 +34,11 @@ KEEPS = {**KEEPS, Causal: lambda q, kv, window: kv <= q}
 QUEUE = TileClass(32, 16, 2, kind="queue", groups=2, row_bytes=512)
 
 
-def queued(variant, q_lens, kv_lens, heads=2, group=1, workers=4, shape=QUEUE, **more) -> QueuePlan:
-    """The plan of a ragged batch in one class."""
+def queued(variant, q_lens, kv_lens, heads=2, group=1, workers=4, shape=QUEUE, room=None, **more) -> QueuePlan:
+    """The plan of a ragged batch in one class; ``room``: for partial results."""
     batch = Lengths(len(q_lens), q_indptr=indptr(q_lens), kv_indptr=indptr(kv_lens), **more)
     reach = Reach(analyse(variant.trace.mask), variant.values, heads * group, heads)
-    (made,), status = plan(PlanConfig("90a", (shape,)), batch, reach, [workers])
+    (made,), status = plan(PlanConfig("90a", (shape,)), batch, reach, [workers], max_slots=room and [room])
     assert status == 0
     return made
 
@@ -152,12 +153,12 @@ def test_one_long_request_fills_the_workers_once():
     assert queued(Causal(), [512] * 32, [512] * 32, heads=16, workers=132, shape=shape).records[0].pieces == 1
 
 
-def test_little_room_means_fewer_pieces():
+def test_pieces_that_have_no_room_are_not_made():
     reach, batch = Reach(analyse(None), {}, 2, 2), Lengths(1, q_indptr=[0, 1], kv_len=10_000)
     def pieces(max_slots):
         (p,), _ = plan(PlanConfig("90a", (QUEUE,)), batch, reach, [100], max_slots=[max_slots])
         return p.records[0].pieces
-    assert pieces(400) > pieces(60) > 1 and 2 * pieces(60) <= 60 and pieces(1) == 1
+    assert pieces(400) == pieces(50) == 25 and pieces(49) == 1
 
 
 def test_a_fixed_split_leaves_the_batch_and_the_prompt_out():
@@ -180,7 +181,7 @@ def test_query_rows_that_overlap_do_not_write_outside():
     batch = Lengths(5, q_indptr=[0, 90, 0, 90, 0, 90], kv_lens=[600] * 5, kv_len=600, max_q_tokens=90)
     space = schedule.workspace(PlanConfig("90a", (shape,)), [4], max_requests=5, max_q_tokens=90, max_kv_len=600, num_heads=2,
                                num_kv_heads=2, head_dim_v=64)  # fmt: skip
-    slots = space.classes[0].max_slots // 5
+    slots = space.classes[0].max_slots // 2
     (p,), status = plan(PlanConfig("90a", (shape,)), batch, Reach(analyse(None), {}, 2, 2), [4], max_slots=[slots])
     assert status and {r.index for r in p.records} == {0, ~2, ~4}
     assert all(u.slot < slots and (u.record.index >= 0 or u.begin == u.end) for u in p.walk())
@@ -217,7 +218,7 @@ def test_cuts_pay(monkeypatch):
             for pieces in (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 64, 128):
                 blocks = 0 if pieces == 1 else max(max(kv_lens) // 128 // pieces, 4)
                 patched.setattr(schedule, "_piece_blocks", lambda *_: blocks)  # noqa: B023
-                p = queued(*args)
+                p = queued(*args, room=2**31 - 1)
                 if sum(r.tiles * r.pieces * p.num_kv_heads for r in p.records if r.pieces > 1) <= 4 * 132:
                     others.append(makespan(p))
         assert chosen <= 1.05 * others[0], (q_lens, kv_lens)  # others[0]: uncut
@@ -331,7 +332,8 @@ def compare_plans(special: cuda.Specialised, launch, variant: ag.Variant, trials
                 at = part.lists["counters"]
                 assert not any(any(found_all[at + 4 * c : at + 4 * c + 4]) for c in used)
                 planned, cut = planned + bool(made.records), cut + any(r.pieces > 1 for r in made.records)
-    assert "queue" not in {k.kind for k in config.classes} or (planned > trials // 4 and cut > trials // 20)
+    assert "queue" not in {k.kind for k in config.classes} or planned > trials // 4
+    assert cut > trials // 20 or not planned or variant.name == "PerHead"  # whose windows are short
 
 
 @pytest.mark.parametrize("variant", PLANNED)
@@ -355,16 +357,16 @@ def test_the_planner_on_the_device_against_its_twin(name, variant):
 
 WALK = """
 #include "queue.cuh"
-struct Params { const QueuedRequest* requests; const int32_t* unit_starts; int32_t* out; int32_t num_requests, units, num_kv_heads, begin, end; };
+struct Params { const QueuedRequest* requests; const int32_t* unit_starts; int32_t* out; int32_t num_requests, units, step, num_kv_heads, begin, end; };
 __global__ void walk(const Params& p) {
-  for (int unit = 0; unit < p.units; ++unit) {
+  for (int unit = 0; unit < p.units; unit += p.step) {
     const int32_t i = find_request(p.unit_starts, p.num_requests, unit);
     const QueuedRequest r = load_record(p.requests + i);
     const QueuedUnit u = unit_of(r, unit, p.num_kv_heads);
     const PieceSpan met = pieces_met(r, p.begin, p.end);
     const int32_t found[] = {i, u.tile, u.piece, u.kv_head, met.first, met.count, partial_slot(r, u, p.num_kv_heads),
                              arrival_counter<2>(r, u, p.num_kv_heads)};
-    if (threadIdx.x == 31) for (int j = 0; j < 8; ++j) p.out[8 * unit + j] = found[j];
+    if (threadIdx.x == 31) for (int j = 0; j < 8; ++j) p.out[8 * (unit / p.step) + j] = found[j];
   }
 }
 """
@@ -380,13 +382,13 @@ def test_the_header_walks_as_the_twin():
         heads, shape = rng.choice((1, 3, 4)), replace(QUEUE, l2_bytes=1 << 20, split=rng.choice((0, 256)))
         p = queued(Full(), q_lens, kv_lens, heads, workers=100 if n < 4 else 8, shape=shape)
         data = {name: torch.frombuffer(bytearray(x), dtype=torch.uint8) for name, x in p.pack().items()}
-        out, (begin, end) = torch.zeros(p.units, 8, dtype=torch.int32), sorted(rng.randint(0, 2000) for _ in "be")
-        params = struct.pack("=3Q5i4x", data["requests"].data_ptr(), data["unit_starts"].data_ptr(), out.data_ptr(), n, p.units, heads, begin, end)
-        assert library.run(params, 1) == 0
-        for number, found in enumerate(out.tolist()):
-            i = max(i for i, r in enumerate(p.records) if r.unit0 <= number) if n < 100 else found[0]
+        step, (begin, end) = 1 + p.units // 300, sorted(rng.randint(0, 2000) for _ in "be")
+        out = torch.zeros(-(-p.units // step), 8, dtype=torch.int32)
+        addresses = (data["requests"].data_ptr(), data["unit_starts"].data_ptr(), out.data_ptr())
+        assert library.run(struct.pack("=3Q6i", *addresses, n, p.units, step, heads, begin, end), 1) == 0
+        for number, found in zip(range(0, p.units, step), out.tolist()):
+            i = bisect.bisect_right(p.records, number, key=lambda r: r.unit0) - 1
             r = p.records[i]
-            assert r.unit0 <= number < (p.records[i + 1].unit0 if i + 1 < n else p.units)
             tile, piece, head = r.unit(number, heads)
             slot = r.slot0 + (tile * r.pieces + piece - r.piece0) * heads + head
             assert found == [i, tile, piece, head, *r.pieces_met(begin, end), slot, r.counter0 + (tile * heads + head) * 2]
@@ -428,7 +430,7 @@ def stand_in(monkeypatch):
 def test_a_dense_call_finds_its_queue(monkeypatch, stand_in, q_len, kv_len):
     variant = SlidingWindow(700)
     q, k, v = (torch.randn(3, n, h, 32).bfloat16() for n, h in ((q_len, 4), (kv_len, 2), (kv_len, 2)))
-    lens = {"q_lens": [q_len, 0, 66], "kv_lens": [kv_len, 3, kv_len - 7]}
+    lens = {"q_lens": [q_len, 0, 65], "kv_lens": [kv_len, 3, kv_len - 7]}
     ref, ref_lse = ag.reference(q, k, v, variant, return_lse=True, **lens)
     launches = emulated.install(monkeypatch, variant)
     out, lse = ag.attention(q, k, v, variant, return_lse=True, **lens)
