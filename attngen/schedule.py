@@ -517,8 +517,11 @@ def _piece_blocks(shape: TileClass, heads: int, workers: int, requests: Sequence
                 units, spent = units + 2 * long, spent + (m.longest + least + 2 * shape.unit_cost) * long
         shares, last = -(-(total + shape.unit_cost * added) // workers), 2 * (blocks + shape.unit_cost)
         rounds = -(-units // (2 * workers)) * (2 * spent // max(units, 1))
-        merge = -(-longest // blocks) if slots else 0  # half a block a piece
-        return max(shares, last, min(rounds, shares + last)) + merge if slots <= max_slots else 2**63 - 1
+        half_blocks = max(shares, last, min(rounds, shares + last))
+        if not slots:
+            return half_blocks - half_blocks // 4  # this is a model: cuts are for a clear gain
+        merge = -(-longest // blocks)  # half a block a piece
+        return half_blocks + merge if slots <= max_slots else 2**63 - 1
 
     blocks = piece(min(range(_CANDIDATES), key=lambda i: time(piece(i))))
     return blocks if blocks < longest else 0
