@@ -159,6 +159,8 @@ class Loaded:
             if blocks == 0:
                 raise UnsupportedError(f"{special.name} of {special.title} does not fit {device}: {special.config}")
             self.workers[i] = min(blocks, most_blocks(special.config)) * multiprocessors
+            if special.config.head_major:
+                self.workers[i] = even_shares(self.workers[i])
         self.multiprocessors = multiprocessors
 
     def space(self, **capacities: int) -> Workspace:
@@ -180,6 +182,15 @@ class Loaded:
             values |= {f"{name}{i}": base + at for name, at in part.lists.items()}
             values |= {f"num_workers{i}": self.workers[i], f"max_tiles{i}": part.max_tiles, f"max_slots{i}": part.max_slots}
         return values
+
+
+def even_shares(workers: int) -> int:
+    """Up to 1/32 fewer workers, with as many factors of 2 as can be had: 256 for an H100's 264. Heads, and requests of one length,
+    mostly come in powers of 2: their shares then end where units do, and fewer pieces have to be merged."""
+    found = step = 1
+    while (fewer := workers // step * step) >= workers - workers // 32 and fewer:
+        found, step = fewer, 2 * step
+    return found
 
 
 def space_of(kernels: Kernels, which: Sequence[int], multiprocessors: int, **capacities: int) -> Workspace:

@@ -4,7 +4,7 @@ This is the planner of ``templates/cuda/plan.cu.jinja`` in plain Python, record 
 ``work.cuh`` over its result. It serves the CPU backend and the tests; ``pack`` writes what the device would have written.
 
 A row-tile class has ``bm`` packed rows (token * group + head in group) a tile. A unit is one tile and one KV head; its
-cost is its KV blocks plus ``unit_cost``. The units of a class lie on a line, tile by tile or KV head by KV head, and worker w
+cost is its KV blocks, at least 1, plus ``unit_cost`` where there are more units than workers. The units of a class lie on a line, tile by tile or KV head by KV head, and worker w
 of n owns the cost interval [w * total / n, (w + 1) * total / n): only its first and its last unit can be partial, so that partial results have fixed
 slots, 2w and 2w + 1. With a fixed split, tiles are cut beforehand into pieces that are units of their own.
 
@@ -241,6 +241,10 @@ class WorkTile:
         )  # fmt: skip
 
 
+def _length(tile: WorkTile) -> int:
+    return max(tile.blocks, 1)
+
+
 @dataclass(frozen=True)
 class Unit:
     """A worker's part of a unit: blocks [begin, end) counted from the tile's block0.
@@ -267,12 +271,26 @@ class ClassPlan:
     num_kv_heads: int
     num_workers: int
     tiles: tuple[WorkTile, ...]
-    total: int
 
     @property
     def active_workers(self) -> int:
         """Workers with a share: all, unless there is less work than that."""
         return min(self.num_workers, self.total)
+
+    @property
+    def unit_cost(self) -> int:
+        """Of a unit beside its blocks: none where there are no more units than workers, since each has a piece or two then."""
+        return self.shape.unit_cost if len(self.tiles) * self.num_kv_heads > self.num_workers else 0
+
+    @property
+    def of_head(self) -> int:
+        """The cost of all units of a KV head."""
+        return sum(map(_length, self.tiles)) + self.unit_cost * len(self.tiles)
+
+    @property
+    def total(self) -> int:
+        """The length of the line."""
+        return self.of_head * self.num_kv_heads
 
     def share(self, worker: int) -> tuple[int, int]:
         """The cost interval of a worker."""
@@ -284,20 +302,21 @@ class ClassPlan:
 
     def first_unit(self, worker: int) -> tuple[int, int]:
         """Tile and KV head at which a worker's share begins."""
-        begin, head = self.share(worker)[0], 0
+        begin, head, times = self.share(worker)[0], 0, self.num_kv_heads
         if self.shape.head_major:
-            head, begin = divmod(begin, self.total // self.num_kv_heads)
-        tile = bisect.bisect_right(self.tiles, begin, key=lambda t: t.prefix) - 1
+            (head, begin), times = divmod(begin, self.of_head), 1
+        starts = [(t.prefix + self.unit_cost * i) * times for i, t in enumerate(self.tiles)]
+        tile = bisect.bisect_right(starts, begin) - 1
         if not self.shape.head_major:
-            head = (begin - self.tiles[tile].prefix) // (self.tiles[tile].blocks + self.shape.unit_cost)
+            head = (begin - starts[tile]) // (_length(self.tiles[tile]) + self.unit_cost)
         return tile, head
 
     def start(self, index: int, head: int) -> int:
         """Where a unit begins on the line."""
-        tile = self.tiles[index]
+        tile, earlier = self.tiles[index], self.tiles[index].prefix + self.unit_cost * index
         if self.shape.head_major:
-            return self.total // self.num_kv_heads * head + tile.prefix
-        return tile.prefix + head * (tile.blocks + self.shape.unit_cost)
+            return self.of_head * head + earlier
+        return earlier * self.num_kv_heads + head * (_length(tile) + self.unit_cost)
 
     def walk(self, worker: int) -> Iterator[Unit]:
         """The units that a worker computes, in order."""
@@ -305,7 +324,7 @@ class ClassPlan:
             return
         lo, hi = self.share(worker)
         index, head = self.first_unit(worker)
-        cost = self.shape.unit_cost
+        cost = self.unit_cost
         while (start := self.start(index, head)) < hi:
             tile = self.tiles[index]
             if self.shape.split:
@@ -329,8 +348,7 @@ class ClassPlan:
             return Unit(tile, head, begin, end, tile.pieces, index * heads + head, first, merge)
         if (begin, end) == (0, tile.blocks):
             return Unit(tile, head, begin, end, 1, 0, 0, ())
-        w0 = self.owner(start + self.shape.unit_cost)
-        w1 = self.owner(start + self.shape.unit_cost + tile.blocks - 1)
+        w0, w1 = self.owner(start + self.unit_cost), self.owner(start + self.unit_cost + tile.blocks - 1)
         merge = (2 * w0 + 1, *(2 * w for w in range(w0 + 1, w1 + 1)))
         return Unit(tile, head, begin, end, len(merge), 2 * worker + (begin == 0), w0, merge)
 
@@ -351,7 +369,7 @@ class ClassPlan:
                 continue
             index, head = self.first_unit(w)
             records.append(WORKER.pack(
-                *self.share(w), self.total, w, self.active_workers, index, head, len(self.tiles),
+                *self.share(w), self.total, self.unit_cost, self.active_workers, index, head, len(self.tiles),
                 self.share(w)[0] - self.start(index, head), self.tiles[index].pack(),
             ))  # fmt: skip
         return b"".join(records)
@@ -633,9 +651,8 @@ def plan(
                     status = status or OVER_CAPACITY | index // 1024 * 1024 << 8
                     break
                 tiles.append(WorkTile(**{**vars(tile), "prefix": line}))
-                line += (tile.blocks + shape.unit_cost) * (1 if shape.head_major else reach.num_kv_heads)
-        total = line * reach.num_kv_heads if shape.head_major else line
-        plans.append(ClassPlan(shape, reach.num_kv_heads, num_workers[i], tuple(tiles), total))
+                line += _length(tiles[-1])
+        plans.append(ClassPlan(shape, reach.num_kv_heads, num_workers[i], tuple(tiles)))
     return plans, status
 
 

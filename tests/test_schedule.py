@@ -67,10 +67,12 @@ def random_batch(rng: random.Random) -> tuple[Lengths, list[int], list[int]]:
 
 def check_line(p: ClassPlan) -> None:
     """Every block of every unit is computed once; pieces, slots and merges fit together; shares are equal."""
-    heads, cost = p.num_kv_heads, p.shape.unit_cost
+    heads = p.num_kv_heads
+    cost = p.shape.unit_cost if len(p.tiles) * heads > p.num_workers else 0
+    assert cost == p.unit_cost
     units = [(i, h) for i in range(len(p.tiles)) for h in range(heads)]
     units.sort(key=lambda unit: unit[::-1] if p.shape.head_major else unit)
-    cells = [(i, h, b) for i, h in units for b in range(-cost, p.tiles[i].blocks)]
+    cells = [(i, h, b) for i, h in units for b in range(-cost, max(p.tiles[i].blocks, 1))]
     assert p.total == len(cells)
     workers = p.active_workers
     owner = [w for w in range(workers) for _ in range(*p.share(w))]
@@ -82,13 +84,10 @@ def check_line(p: ClassPlan) -> None:
     for (i, h, b), w in zip(cells, owner):
         tile = p.tiles[i]
         unit = wanted.setdefault((i, h), {})
-        if p.shape.split:
-            if b == -cost:
-                unit[w] = list(range(tile.blocks))
-        elif b >= 0:
+        if b == -cost and (p.shape.split or tile.blocks == 0):
+            unit[w] = list(range(tile.blocks))
+        elif not p.shape.split and 0 <= b < tile.blocks:
             unit.setdefault(w, []).append(b)
-        elif b == -cost and tile.blocks == 0:
-            unit[w] = []
 
     slots: set[int] = set()
     counters: dict[int, tuple[int, int]] = {}
