@@ -30,8 +30,7 @@ class HopperConfig(_Printed):
     split: int  # keys of a fixed piece (batch_invariant), a multiple of block_n; 0: none
     smem_bytes: int
 
-    template = "attention_sm90"
-    kind = "queue"
+    template, kind, head_major, blocks_per_sm = "attention_sm90", "queue", False, 1
 
     @property
     def block_m(self) -> int:
@@ -74,14 +73,17 @@ _FULL = {64: ((3, 128),), 96: ((2, 176), (2, 128)), 128: ((2, 176), (2, 128)), 1
 _MASKED = {64: ((3, 128),), 96: ((2, 128),), 128: ((2, 128),), 192: ((2, 112), (2, 96)), 256: ((2, 80), (2, 64))}
 
 
-def choose_hopper(problem: Problem, arch_name: str, hooks: Hooks, paged: bool = True, split: int = 0) -> HopperChoice:
-    """The Hopper kernel for ``problem``. ``split``: keys of a fixed piece, 0 for none.
+def choose_hopper(
+    problem: Problem, arch_name: str, hooks: Hooks, page_size: int | None = None, split: int = 0
+) -> HopperChoice:
+    """The Hopper kernel for ``problem``. ``page_size``: of the KV cache, None without pages; any that it serves gives the same
+    kernel. ``split``: keys of a fixed piece, 0 for none.
 
-    Raises UnsupportedError where another kernel serves: other architectures, head sizes that are no multiples of 32, keys that
-    the kernel would have to rotate.
+    Raises UnsupportedError where another kernel serves: other architectures, head sizes that are no multiples of 32, pages
+    that are no multiples of 8, keys that the kernel would have to rotate.
     """
     gpu, d, dv = arch(arch_name), problem.head_dim, problem.head_dim_v
-    if why := unserved(problem, arch_name, hooks):
+    if why := unserved(problem, arch_name, hooks, page_size):
         raise UnsupportedError(f"the Hopper kernel: {why}.\n  do: use attention_sm80, which serves it")
     wide = max(d, dv)
     every_score = hooks.logits or hooks.weight or hooks.query_scale
@@ -112,19 +114,21 @@ def choose_hopper(problem: Problem, arch_name: str, hooks: Hooks, paged: bool = 
             + "; ".join(f"{c.groups * 64}x{c.block_n}: {c.lost}" for c in candidates) + "\n  do: use attention_sm80"
         )  # fmt: skip
     config = HopperConfig(
-        arch_name, paged, won.groups, won.block_n, won.stages, won.q_buffers, won.ping_pong, *_REGISTERS[won.groups], 2, split,
+        arch_name, page_size is not None, won.groups, won.block_n, won.stages, won.q_buffers, won.ping_pong, *_REGISTERS[won.groups], 2, split,
         won.smem_bytes,
     )  # fmt: skip
     return HopperChoice(config, tuple(candidates))
 
 
-def unserved(problem: Problem, arch_name: str, hooks: Hooks) -> str:
+def unserved(problem: Problem, arch_name: str, hooks: Hooks, page_size: int | None = None) -> str:
     """Why the Hopper kernel does not serve; empty where it does."""
     d, dv = problem.head_dim, problem.head_dim_v
     if arch_name != "90a":
         return f"sm_{arch_name} has no wgmma"
     if d % 32 or dv % 32:
         return f"head_dim {d}/{dv} is no multiple of 32"
+    if page_size is not None and page_size % 8:
+        return f"pages of {page_size} are no multiple of 8: a box of the copy engine is eight rows"
     if hooks.rope and (hooks.rope.rotate_keys or len(hooks.rope.q_positions) > 1):
         return "keys are rotated in the kernel, or queries in several ways"
     return ""

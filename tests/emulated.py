@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from attngen import choose_cuda, cuda, dense, run, schedule
+from attngen import boxes, choose_cuda, cuda, dense, run, schedule
 from attngen.bounds import analyse
 from attngen.choose_cuda import ARCHS
 from attngen.interp import evaluate
@@ -140,6 +140,7 @@ def install(monkeypatch: Any, variant: Any) -> list[Any]:
     launches: list[Any] = []
     monkeypatch.setattr(cuda, "build", lambda special: (None, True, 0.0))
     monkeypatch.setattr(cuda, "load", lambda special, *_: Kernel(special, launches, variant))
+    monkeypatch.setattr(boxes, "host", lambda: SimpleNamespace(tensor_map=lambda *_: b""))
     monkeypatch.setattr(cuda, "device_arch", lambda index: ARCHS["90a"])
     monkeypatch.setattr(cuda, "current_stream", lambda index: 0)
     monkeypatch.setattr(cuda, "refuse_capture", lambda *_: None)

@@ -442,7 +442,7 @@ def test_a_dense_call_finds_its_queue(monkeypatch, stand_in, q_len, kv_len):
 
 def test_the_struct_and_the_workspace_follow_the_kind(stand_in):
     problem = engine.cuda_problem("90a", torch.bfloat16, 128, 64, ())
-    kernels = engine.kernels_of(Causal(), problem, paged=True)
+    kernels = engine.kernels_of(Causal(), problem, page_size=16)
     names = [[f.name for f in s.layout.fields] for s in kernels.classes]
     assert names[2][:5] == names[1][:5] == ["q", "k", "v", "out", "lse"]
     assert {"requests", "unit_starts", "queue", "counters"} < set(names[2]) and not {"tiles", "workers"} & set(names[2])
