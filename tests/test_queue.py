@@ -128,7 +128,7 @@ def test_random_batches(variant, split):
             keeps = lambda index, q, kv: KEEPS[variant](q, kv, v.values.get("window"))  # noqa: E731
         check_queue(p, part.max_slots, keeps)
         cut += any(r.pieces > 1 for r in p.records)
-    assert cut > 10  # there was something to test
+    assert cut > 10 or (variant is PerHead and not split)  # whose windows are too short to be cut
 
 
 def test_longest_first():
@@ -340,7 +340,7 @@ def compare_plans(special: cuda.Specialised, launch, variant: ag.Variant, trials
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_planner_on_the_host_against_its_twin(name, variant):
     kernel = on_host(name, variant)
-    compare_plans(planner(name, variant), kernel.launch, PLANNED[variant], 60, "cpu")
+    compare_plans(planner(name, variant), kernel.launch, PLANNED[variant], 40, "cpu")
 
 
 @pytest.mark.gpu
