@@ -88,6 +88,11 @@ class Kernels:
         """The classes that requests of up to ``most_rows`` packed rows are planned into."""
         return tuple(i for i in range(len(self.classes)) if i == 0 or most_rows > self.classes[i - 1].config.block_m)
 
+    def launched(self, most_rows: int) -> tuple[int, ...]:
+        """Those that a batch of such requests launches: decode with more rows is worth a launch only where it serves the longest."""
+        needed = self.needed(most_rows)
+        return tuple(i for i in needed if i in (0, needed[-1]) or self.classes[i].name != "decode")
+
 
 def kernels_of(
     variant: Variant, problem: Problem, *, paged: bool, batch_invariant: bool = False, most_rows: int = 0
@@ -100,6 +105,8 @@ def kernels_of(
     if not split or most_rows <= 16:
         configs.append(choose_decode(problem, name, hooks, paged=paged, split=split).config)
     if not split:
+        with contextlib.suppress(UnsupportedError):
+            configs.append(choose_decode(problem, name, hooks, 32, paged=paged).config)
         configs.append(choose_attention(problem, name, hooks, 64, paged=paged).config)
         with contextlib.suppress(UnsupportedError):  # wide heads where shared memory is small do without
             configs.append(choose_attention(problem, name, hooks, 128, paged=paged).config)
@@ -317,6 +324,7 @@ class Plan:
     active: tuple[int, ...]  # classes to launch
     bound: dict[str, Any]  # struct fields that plan decides
     held: tuple[Any, ...]  # alive as long as the plan
+    ran: bool = False  # a launch has waited for the planner
     templates: dict[tuple[Site, int], bytes] = field(default_factory=dict)  # by call site and class
 
 
@@ -376,7 +384,7 @@ class CudaEngine:
             params: checked values of the fields that the mask reads: numbers and device tensors.
         """
         facts, loaded = self.facts, self._loaded
-        active = loaded.kernels.needed(lengths["max_q_len"] * facts.group)
+        active = loaded.kernels.launched(lengths["max_q_len"] * facts.group)
         bound = struct_values(params)
         values = {n: x.data_ptr() if isinstance(x, torch.Tensor) else x for n, x in lengths.items()} | bound
         values |= loaded.plan_lists(self._space, self._base, active)
@@ -415,6 +423,8 @@ class CudaEngine:
         bound = struct_values(params) if params else {}
         if partial:
             bound["partial"] = 1
+        if plan.ran:
+            bound["ran"] = 1
         pointers = (q_at, k_at, v_at, out.data_ptr(), 0 if lse is None else lse.data_ptr())
         stream = cuda.current_stream(self.facts.device.index)
         for i in plan.active:
@@ -426,6 +436,7 @@ class CudaEngine:
             buffer = bytearray(template)
             POINTERS.pack_into(buffer, 0, *pointers)
             self._loaded.classes[i].launch(buffer, bound, self._loaded.workers[i], stream)
+        plan.ran = True
 
     def _template(self, i: int, site: Site, plan: Plan) -> bytes:
         """A class's parameter struct, but for pointers and the parameters of run."""
