@@ -16,7 +16,8 @@ _SHAPE: tuple[tuple[str, str], ...] = tuple(
 # ones: *_stride_b is a request (0 when ragged), *_stride_s a key. Rows of q, out and lse are at token * *_stride_t +
 # request * *_stride_b: 0 when packed; dense, a request's stride less those of the q_len tokens that it counts. q_rows: tokens
 # of q; num_pages: of the cache, without pages the rows of k and v (dense: those of a request). partial: out is float32 and
-# lse base 2, before the sink and the output hook. partial_out, partial_state: of pieces of units (work.cuh).
+# lse base 2, before the sink and the output hook. partial_out, partial_state: of pieces of units (work.cuh). ran: a
+# launch since the plan has waited for it, so the work list is there whatever the kernel before this one does.
 ATTENTION_FIELDS: tuple[tuple[str, str], ...] = (
     ("const void*", "q"), ("const void*", "k"), ("const void*", "v"), ("void*", "out"), ("float*", "lse"),
     *(("int64_t", f"q_stride_{d}") for d in "bth"),
@@ -25,7 +26,7 @@ ATTENTION_FIELDS: tuple[tuple[str, str], ...] = (
     ("const WorkTile*", "tiles"), ("const Worker*", "workers"), ("int32_t*", "counters"),
     ("float*", "partial_out"), ("float2*", "partial_state"), ("int32_t*", "status"),
     ("const int32_t*", "page_table"), ("const float*", "rope_inv_freq"), ("const int32_t*", "rope_table"),
-    *_SHAPE, ("int32_t", "q_rows"), ("int32_t", "num_pages"), ("int32_t", "partial"), ("float", "scale"), ("float", "rope_mscale"),
+    *_SHAPE, ("int32_t", "q_rows"), ("int32_t", "num_pages"), ("int32_t", "partial"), ("int32_t", "ran"), ("float", "scale"), ("float", "rope_mscale"),
 )  # fmt: skip
 
 # The same for the Hopper kernel, whose class is of kind "queue". k_map, v_map: keys and values as the copy engine sees them, in
@@ -39,7 +40,7 @@ QUEUE_ATTENTION_FIELDS: tuple[tuple[str, str], ...] = tuple(
 ) + (("int32_t", "q_boxes"), ("int32_t", "box_rows"), ("TensorMap", "q_map"), ("TensorMap", "k_map"), ("TensorMap", "v_map"))
 
 # At most this many row-tile classes share a plan.
-MAX_CLASSES = 3
+MAX_CLASSES = 4
 
 # The planner. Exactly one way to give lengths of queries (q_indptr; or q_len each, with q_lens where they are shorter)
 # and of keys: kv_indptr + kv_last_page_len (pages), kv_lens + block_table_stride (pages), kv_indptr (ragged), kv_lens or

@@ -95,7 +95,8 @@ class DecodeConfig(_WarpConfig):
 
     arch: str
     paged: bool
-    warps: int  # each takes 16 keys of a block
+    block_m: int  # packed rows of a tile: 16, or 32 in pairs of warps
+    warps: int  # each takes 16 keys of a block, and 16 rows
     stages: int  # of a warp's ring
     blocks_per_sm: int
     q_in_smem: bool  # else in registers
@@ -103,13 +104,13 @@ class DecodeConfig(_WarpConfig):
     split: int  # keys of a fixed piece (batch_invariant); 0: pieces end where the workers' shares end
     smem_bytes: int
 
-    template, kind, block_m = "decode", "slices", 16
+    template, kind = "decode", "slices"
     head_major = True  # workers a head apart read neighbouring rows of a page together
 
     @property
     def block_n(self) -> int:
         """Keys of a block."""
-        return 16 * self.warps
+        return 256 * self.warps // self.block_m
 
 
 @dataclass(frozen=True)
@@ -133,45 +134,54 @@ class DecodeChoice:
 
 
 # Best first, as measured on an H100 at head_dim 128: two blocks an SM beat one with more stages and three with fewer. More than
-# 64 KB in flight a block queue up in front of HBM: 1% slower. Wide heads go down the list until they fit.
-_IN_FLIGHT = 64 * _KB
+# 128 KB in flight an SM queue up in front of HBM: 1% slower. Wide heads go down the list until they fit.
+_IN_FLIGHT = 128 * _KB
 _DECODE_SHAPES = tuple(
     (warps, stages, blocks) for blocks in (2, 1) for warps in (4, 2) for stages in (6, 5, 4, 3, 2)
 )  # fmt: skip
+_PAIRED_SHAPES = tuple((warps, stages, 1) for warps in (8, 4) for stages in (8, 6, 5, 4, 3, 2))
 
 
-def choose_decode(problem: Problem, arch_name: str, hooks: Hooks, paged: bool = True, split: int = 0) -> DecodeChoice:
-    """The decode kernel for ``problem`` on ``arch_name``. ``split``: keys of a fixed piece, 0 for none."""
+def choose_decode(
+    problem: Problem, arch_name: str, hooks: Hooks, block_m: int = 16, paged: bool = True, split: int = 0
+) -> DecodeChoice:
+    """The decode kernel for ``problem`` on ``arch_name`` with tiles of ``block_m`` (16 or 32) rows. ``split``: keys of a fixed
+    piece, 0 for none."""
     gpu = arch(arch_name)
     d, dv = problem.head_dim, problem.head_dim_v
     check_head_dims(d, dv)
     kinds = len(hooks.rope.q_positions) if hooks.rope else 1
     candidates: list[DecodeCandidate] = []
     won: DecodeCandidate | None = None
-    for warps, stages, blocks in _DECODE_SHAPES:
+    for warps, stages, blocks in _DECODE_SHAPES if block_m == 16 else _PAIRED_SHAPES:
         q_in_smem = hooks.rope is not None or dv // 2 + d // 4 + _OTHER_REGISTERS > 255
-        smem = decode_smem_bytes(d, dv, warps, stages, kinds if q_in_smem else 0, hooks.softmax)
+        smem = decode_smem_bytes(d, dv, block_m, warps, stages, kinds if q_in_smem else 0, hooks.softmax)
         lost = ""
         if smem > gpu.smem_per_block:
             lost = f"needs {smem} bytes of shared memory, a block has {gpu.smem_per_block}"
         elif blocks * (smem + _SMEM_RESERVED) > gpu.smem_per_sm:
             lost = f"{blocks} blocks need {blocks * (smem + _SMEM_RESERVED)} bytes of shared memory, an SM has {gpu.smem_per_sm}"
-        elif blocks > 1 and stages > 2 and warps * stages * 32 * (d + dv) > _IN_FLIGHT:
-            lost = f"{warps * stages * 32 * (d + dv)} bytes in flight a block queue up in front of memory, {_IN_FLIGHT} suffice"
+        elif stages > 2 and (in_flight := blocks * warps * 16 // block_m * stages * 32 * (d + dv)) > _IN_FLIGHT:
+            lost = f"{in_flight} bytes in flight an SM queue up in front of memory, {_IN_FLIGHT} suffice"
         elif won is not None:
             lost = f"{won.warps} warps, {won.stages} stages, {won.blocks_per_sm} blocks an SM come first"
         candidate = DecodeCandidate(warps, stages, blocks, q_in_smem, smem, lost)
         won = won if lost else candidate
         candidates.append(candidate)
-    assert won is not None  # the smallest shape fits any supported head_dim
-    config = DecodeConfig(arch_name, paged, won.warps, won.stages, won.blocks_per_sm, won.q_in_smem, 2, split, won.smem_bytes)
+    if won is None:  # only with tiles of 32 rows
+        raise UnsupportedError(
+            f"decode with tiles of {block_m} rows at head_dim {d}/{dv} on sm_{arch_name}: no shape fits its shared memory.\n"
+            f"  required: at most {gpu.smem_per_block} bytes\n  found: {candidates[-1].smem_bytes}\n"
+            f"  do: launch tiles of 64 rows instead"
+        )
+    config = DecodeConfig(arch_name, paged, block_m, won.warps, won.stages, won.blocks_per_sm, won.q_in_smem, 2, split, won.smem_bytes)
     return DecodeChoice(config, tuple(candidates))
 
 
-def decode_smem_bytes(d: int, dv: int, warps: int, stages: int, staged_queries: int, softmax: bool) -> int:
+def decode_smem_bytes(d: int, dv: int, block_m: int, warps: int, stages: int, staged_queries: int, softmax: bool) -> int:
     """No less than the size of ``Shared`` in decode.cu: ring, staged queries, where the warps' results meet, the worker."""
-    ring = warps * stages * 32 * (d + dv)
-    queries = staged_queries * 32 * d
+    ring = warps * 16 // block_m * stages * 32 * (d + dv)
+    queries = staged_queries * 2 * block_m * d
     meet = warps * 8 * (4 * dv + (8 if softmax else 0))
     return -(-(ring + queries + meet + 128 + 112 + 32) // 128) * 128
 

@@ -190,13 +190,13 @@ class DenseSite(_Shape):
 
 def _load(variant: Variant, problem: Problem, device: torch.device, rows: int) -> Loaded:
     """The planner and the kernel of the row-tile class for ``rows`` packed rows: loaded once for all calls."""
-    tile = 0 if rows <= 16 else 1 if rows <= 64 else 2
+    tile = sum(rows > most for most in (16, 32, 64))
     ident = (variant.trace.key(problem.head_dim), problem, device, tile)
     found = _loaded.get(ident)
     if found is None:
         cuda.refuse_capture(
             device.index, f"the kernel of {variant.name} for {problem.q_dtype}, head_dim {problem.head_dim}/{problem.head_dim_v}, "
-            f"up to {(16, 64, 'more than 64')[tile]} rows", "call attention once with these shapes before the capture",
+            f"up to {(16, 32, 64, 'more than 64')[tile]} rows", "call attention once with these shapes before the capture",
         )  # fmt: skip
         with _lock:
             kernels = kernels_of(variant, problem, page_size=None)

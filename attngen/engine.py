@@ -90,6 +90,11 @@ class Kernels:
         """The classes that requests of up to ``most_rows`` packed rows are planned into."""
         return tuple(i for i in range(len(self.classes)) if i == 0 or most_rows > self.classes[i - 1].config.block_m)
 
+    def launched(self, most_rows: int) -> tuple[int, ...]:
+        """Those that a batch of such requests launches: decode with more rows is worth a launch only where it serves the longest."""
+        needed = self.needed(most_rows)
+        return tuple(i for i in needed if i in (0, needed[-1]) or self.classes[i].name != "decode")
+
 
 def kernels_of(
     variant: Variant, problem: Problem, *, page_size: int | None, batch_invariant: bool = False, most_rows: int = 0
@@ -104,6 +109,8 @@ def kernels_of(
     if not split or most_rows <= 16:
         configs.append(choose_decode(problem, name, hooks, paged=paged, split=split).config)
     if not split:
+        with contextlib.suppress(UnsupportedError):
+            configs.append(choose_decode(problem, name, hooks, 32, paged=paged).config)
         configs.append(choose_attention(problem, name, hooks, 64, paged=paged).config)
         try:
             configs.append(choose_hopper(problem, name, hooks, page_size).config)
@@ -333,6 +340,7 @@ class Plan:
     active: tuple[int, ...]  # classes to launch
     bound: dict[str, Any]  # struct fields that plan decides
     held: tuple[Any, ...]  # alive as long as the plan
+    ran: bool = False  # a launch has waited for the planner
     templates: dict[tuple[Site, int], tuple[bytes, Boxes | None]] = field(default_factory=dict)  # by call site and class
 
 
@@ -392,7 +400,7 @@ class CudaEngine:
             params: checked values of the fields that the mask reads: numbers and device tensors.
         """
         facts, loaded = self.facts, self._loaded
-        active = loaded.kernels.needed(lengths["max_q_len"] * facts.group)
+        active = loaded.kernels.launched(lengths["max_q_len"] * facts.group)
         bound = struct_values(params)
         values = {n: x.data_ptr() if isinstance(x, torch.Tensor) else x for n, x in lengths.items()} | bound
         values |= loaded.plan_lists(self._space, self._base, active)
@@ -431,6 +439,8 @@ class CudaEngine:
         bound = struct_values(params) if params else {}
         if partial:
             bound["partial"] = 1
+        if plan.ran:
+            bound["ran"] = 1
         pointers = (q_at, k_at, v_at, out.data_ptr(), 0 if lse is None else lse.data_ptr())
         stream = cuda.current_stream(self.facts.device.index)
         for i in plan.active:
@@ -444,6 +454,7 @@ class CudaEngine:
             POINTERS.pack_into(buffer, 0, *pointers)
             values = bound if boxes is None else bound | boxes.maps(q_at, k_at, v_at)
             self._loaded.classes[i].launch(buffer, values, self._loaded.workers[i], stream)
+        plan.ran = True
 
     def _template(self, i: int, site: Site, plan: Plan) -> tuple[bytes, Boxes | None]:
         """A class's parameter struct, but for pointers and the parameters of run; how the copy engine sees the site."""

@@ -131,7 +131,7 @@ def check(variant, q, k, v, layout="bshd", **given):
         compare(found[1].cpu(), ref_lse, dtype=out.dtype if variant.trace.rope else F16)  # rotated q is rounded again
 
 
-@pytest.mark.parametrize("q_len", [1, 17, 200])
+@pytest.mark.parametrize("q_len", [1, 8, 17, 200])
 @pytest.mark.parametrize("layout", ["bshd", "bhsd"])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_dense(name, layout, q_len):
@@ -391,7 +391,7 @@ def test_the_device_plans_what_the_python_twin_plans():
                 lengths["q_indptr"] = [*lengths["q_indptr"][: bad + 1], *(x + 4000 for x in lengths["q_indptr"][bad + 1 :])]
         window = rng.choice((1, 17, 500, 10**6))
         attn.plan(ints(lengths["q_indptr"]), *tables, max_q_len=most, window=window, **given)
-        active = loaded.kernels.needed(most * 4)
+        active = loaded.kernels.launched(most * 4)
         reach = schedule.Reach(analyse(variant.trace.mask), {"window": window}, 8, 2)
         workers = [w if i in active else 0 for i, w in enumerate(loaded.workers)]
         plans, status = schedule.plan(loaded.kernels.plan.config, schedule.Lengths(**lengths), reach, workers,

@@ -57,6 +57,37 @@ def test_head_dims(d, dv, dtype):
     judge(out, lse, batch, variant)
 
 
+SHORT = ([8, 1, 5, 0, 7, 8], [700, 3, 64, 30, 9000, 5])  # up to 32 packed rows: decode in pairs of warps
+
+
+@pytest.mark.parametrize("name", ["Causal", "Sigmoid", "GptOss", "StreamingLLM", "Llama3RoPE", "ALiBi"])
+def test_short_appends(name):
+    batch = Batch(*SHORT, page_size=random.Random(name).choice((1, 5, 16)))
+    variant = variants.library()[name]()
+    bound = example_params(type(variant), **batch.sizes())
+    attn = make(variant, batch, max_q_len=8)
+    to_plan, to_run = split_params(variant, bound)
+    attn.plan(*batch.pages(), **to_plan)
+    out = torch.full((len(batch.q), 8, 128), torch.nan, dtype=torch.bfloat16, device="cuda")
+    if variant.trace.weight is None:
+        _, lse = attn.run(batch.q, (batch.k, batch.v), out=out, return_lse=True, **to_run)
+    else:
+        lse = None
+        attn.run(batch.q, (batch.k, batch.v), out=out, **to_run)
+    attn.check()
+    judge(out, lse, batch, variant, **bound)
+
+
+@pytest.mark.parametrize("d,dv", [(32, 48), (64, 64), (192, 128), (256, 256)])
+def test_short_appends_of_other_heads(d, dv):
+    batch = Batch(*SHORT, d=d, dv=dv, dtype=torch.float16, heads=9, kv_heads=3, layout="HND")
+    attn = make(variants.Causal(), batch, max_q_len=8)
+    attn.plan(*batch.pages())
+    outs = [attn.run(batch.q, (batch.k, batch.v), return_lse=True) for _ in range(10)]
+    judge(*outs[0], batch, variants.Causal())
+    assert all(torch.equal(o, outs[0][0]) for o, _ in outs)
+
+
 @pytest.mark.parametrize("layout", ["NHD", "HND"])
 @pytest.mark.parametrize("style", ["block_table", "one tensor"])
 def test_index_styles_and_layouts(layout, style):
@@ -206,11 +237,11 @@ def test_errors_that_only_the_device_sees():
     attn.check()
 
 
-@pytest.mark.parametrize("q_len", [1, 3, 40, 200])
+@pytest.mark.parametrize("q_len", [1, 3, 8, 40, 200])
 def test_fewer_rows_of_q_than_the_device_counts(q_len):
     """Rows that exist of the request that lacks some are NaN, those of others as ever; nothing past q's end is touched."""
     batch = Batch([q_len, q_len, q_len], [300, 4000, 500])
-    attn = make(variants.Causal(), batch)
+    attn = make(variants.Causal(), batch, max_q_len=q_len)
     attn.plan(*batch.pages())
     wanted = attn.run(batch.q, (batch.k, batch.v))
     for rows in (3 * q_len - 1, 2 * q_len, q_len + q_len // 2, 0):

@@ -65,17 +65,17 @@ def check(planner, lengths: schedule.Lengths, window: int, workers: list[int], m
 
 def test_random_batches(planner):
     rng = random.Random(5)
-    for trial in range(60):
+    for _ in range(25):
         lengths, q_lens, kv_lens = random_batch(rng)
         n = len(planner[0].config.classes)
         check(planner, lengths, rng.choice((1, 50, 1000)), [rng.choice((1, 7, 40)) for _ in range(n)], [4000] * n)
 
 
-@pytest.mark.parametrize("requests", [1, 64, 321, 700])
+@pytest.mark.parametrize("requests", [64, 350])
 def test_decode_and_prompts_of_many_requests(planner, requests):
     """More requests, tiles and workers than the block has threads."""
     rng = random.Random(requests)
-    for longest in (1, 3, 40):
+    for longest in (1, 40):
         q_lens = [rng.randint(1, longest) for _ in range(requests)]
         lengths = schedule.Lengths(requests, indptr(q_lens), kv_lens=[rng.choice((0, 1, 64, 1000, 3000)) for _ in q_lens],
                                    block_table_stride=4000, max_q_len=40)  # fmt: skip
