@@ -29,15 +29,15 @@ ATTENTION_FIELDS: tuple[tuple[str, str], ...] = (
     *_SHAPE, ("int32_t", "q_rows"), ("int32_t", "num_pages"), ("int32_t", "partial"), ("int32_t", "ran"), ("float", "scale"), ("float", "rope_mscale"),
 )  # fmt: skip
 
-# The same for the Hopper kernel, whose class is of kind "queue". k_map, v_map: the same keys and values as the copy engine
-# sees them, in boxes of box_rows slots of a page, without pages of a block.
+# The same for the Hopper kernel, whose class is of kind "queue". k_map, v_map: keys and values as the copy engine sees them, in
+# boxes of box_rows slots of a page, without pages of a block. q_map, if q_boxes: queries, in boxes of 64 packed rows.
 _QUEUED = {
     "tiles": (("const QueuedRequest*", "requests"), ("const int32_t*", "unit_starts")),
     "workers": (("Queue*", "queue"),),
 }
 QUEUE_ATTENTION_FIELDS: tuple[tuple[str, str], ...] = tuple(
     field for found in ATTENTION_FIELDS for field in _QUEUED.get(found[1], (found,))
-) + (("int32_t", "box_rows"), ("TensorMap", "k_map"), ("TensorMap", "v_map"))
+) + (("int32_t", "q_boxes"), ("int32_t", "box_rows"), ("TensorMap", "q_map"), ("TensorMap", "k_map"), ("TensorMap", "v_map"))
 
 # At most this many row-tile classes share a plan.
 MAX_CLASSES = 4

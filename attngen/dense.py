@@ -74,7 +74,9 @@ class DenseSite(_Shape):
             values[f"{n}_stride_b"] -= self.q_len * values[f"{n}_stride_t"]
         values |= {"q_rows": self.batch * self.q_len, "num_pages": self.kv_len}
         values["rope_mscale"] = 1.0 if self.rope is None else self.rope.mscale
-        self.template = self.loaded.classes[self.tile].template(values)
+        launcher = self.loaded.classes[self.tile]
+        self.boxes = launcher.boxes(values, self.batch)
+        self.template = launcher.template(values if self.boxes is None else values | self.boxes.fields)
 
     def call(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_lens: Any, kv_lens: Any, q_offset: Any, scale: float | None,
@@ -125,6 +127,8 @@ class DenseSite(_Shape):
         POINTERS.pack_into(
             buffer, 0, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), 0 if lse is None else lse.data_ptr()
         )
+        if self.boxes is not None:
+            values |= self.boxes.maps(q.data_ptr(), k.data_ptr(), v.data_ptr())
         loaded.classes[self.tile].launch(buffer, values, loaded.workers[self.tile], stream)
         return result
 
@@ -195,6 +199,6 @@ def _load(variant: Variant, problem: Problem, device: torch.device, rows: int) -
             f"up to {(16, 32, 64, 'more than 64')[tile]} rows", "call attention once with these shapes before the capture",
         )  # fmt: skip
         with _lock:
-            kernels = kernels_of(variant, problem, paged=False)
+            kernels = kernels_of(variant, problem, page_size=None)
             found = _loaded[ident] = Loaded(kernels, (kernels.needed(rows)[-1],), device)
     return found

@@ -21,8 +21,10 @@ from typing import Any, ClassVar
 import torch
 
 from . import cuda
+from .boxes import Boxes
 from .cache import Entry
 from .choose_cuda import PlanConfig, arch, arch_named, choose_attention, choose_decode, most_blocks, tile_class
+from .choose_hopper import choose_hopper
 from .emit import emit
 from .errors import ParameterError, UnsupportedError
 from .ops import I32_MAX
@@ -95,10 +97,12 @@ class Kernels:
 
 
 def kernels_of(
-    variant: Variant, problem: Problem, *, paged: bool, batch_invariant: bool = False, most_rows: int = 0
+    variant: Variant, problem: Problem, *, page_size: int | None, batch_invariant: bool = False, most_rows: int = 0
 ) -> Kernels:
-    """The kernels of ``variant`` for ``problem``, in their chosen configurations. All callers share them: ``most_rows``, of a
-    request, decides only under batch_invariant."""
+    """The kernels of ``variant`` for ``problem``, in their chosen configurations. All callers share them: of ``page_size`` it
+    counts whether there are pages, and on Hopper whether they are multiples of 8; ``most_rows``, of a request, decides only
+    under batch_invariant."""
+    paged = page_size is not None
     trace, name, split = variant.trace, problem.isa, _FIXED_SPLIT if batch_invariant else 0
     hooks = emit(trace, dict(problem.storage), problem.head_dim, dialect="cuda", device_scalars=True)
     configs: list[Any] = []
@@ -108,8 +112,11 @@ def kernels_of(
         with contextlib.suppress(UnsupportedError):
             configs.append(choose_decode(problem, name, hooks, 32, paged=paged).config)
         configs.append(choose_attention(problem, name, hooks, 64, paged=paged).config)
-        with contextlib.suppress(UnsupportedError):  # wide heads where shared memory is small do without
-            configs.append(choose_attention(problem, name, hooks, 128, paged=paged).config)
+        try:
+            configs.append(choose_hopper(problem, name, hooks, page_size).config)
+        except UnsupportedError:
+            with contextlib.suppress(UnsupportedError):  # wide heads where shared memory is small do without
+                configs.append(choose_attention(problem, name, hooks, 128, paged=paged).config)
     elif not configs:  # one kernel for all lengths: two would round differently, and a prompt may be cut anywhere
         configs.append(choose_attention(problem, name, hooks, 64, paged=paged, split=split).config)
     plan = PlanConfig(name, tuple(tile_class(c, problem) for c in configs))
@@ -128,7 +135,7 @@ class Launcher:
     """A loaded kernel and its parameter struct."""
 
     def __init__(self, special: cuda.Specialised, device: int, shared_bytes: int = 0) -> None:
-        codes = {"float": "=f", "int32_t": "=i", "int64_t": "=q"}
+        codes = {"float": "=f", "int32_t": "=i", "int64_t": "=q", "TensorMap": "=128s"}
         self.special, self.layout = special, special.layout
         self.slots = {f.name: (struct.Struct(codes.get(f.ctype, "=Q")), f.offset) for f in self.layout.fields}
         dependent = arch(special.config.arch).dependent_launch
@@ -137,8 +144,16 @@ class Launcher:
     def template(self, values: Mapping[str, Any]) -> bytes:
         """The struct with ``values``, 0 elsewhere."""
         buffer = bytearray(self.layout.size)
-        self.layout.pack_into(buffer, 0, *(values.get(f.name, 0) for f in self.layout.fields))
+        empty = {"TensorMap": b""}
+        self.layout.pack_into(buffer, 0, *(values.get(f.name, empty.get(f.ctype, 0)) for f in self.layout.fields))
         return bytes(buffer)
+
+    def boxes(self, values: Mapping[str, Any], batch: int = 1) -> Boxes | None:
+        """How the copy engine sees tensors of these shapes and strides, if the kernel uses it."""
+        config = self.special.config
+        if getattr(config, "kind", "") != "queue" or self.special.problem is None:
+            return None
+        return Boxes(config, self.special.problem, values, batch)
 
     def launch(self, buffer: bytearray, values: Mapping[str, Any], blocks: int, stream: int) -> None:
         """Fills in ``values`` and launches."""
@@ -247,9 +262,10 @@ def compile_cuda(
     gpu = arch_named(arch) if arch else cuda.device_arch(torch.cuda.current_device())
     problem = cuda_problem(gpu.name, dtype, head_dim, head_dim_v, tuple(sorted(storage.items())))
     specials: dict[str, cuda.Specialised] = {}
-    for pages in (True, False) if paged is None else (paged,):
+    layouts: dict[bool | None, tuple[int | None, ...]] = {None: (16, 1, None), True: (16, 1), False: (None,)}
+    for page_size in layouts[paged]:
         for most_rows in (16, 64) if batch_invariant else (0,):
-            kernels = kernels_of(variant, problem, paged=pages, batch_invariant=batch_invariant, most_rows=most_rows)
+            kernels = kernels_of(variant, problem, page_size=page_size, batch_invariant=batch_invariant, most_rows=most_rows)
             specials |= {s.key: s for s in (*kernels.classes, kernels.plan)}
     entries = build(list(specials.values()))
     return [BuiltKernel(variant, s.name, problem, s.config, s.key, e) for s, e in zip(specials.values(), entries)]
@@ -306,7 +322,7 @@ def workspace_bytes(
     stored = tuple(sorted(stored_dtypes(variant, storage).items()))
     problem = cuda_problem(arch_named(arch).name, dtype, head_dim, head_dim_v or head_dim, stored)
     rows = min(max_q_len or max_q_tokens, max_q_tokens) * (num_heads // num_kv_heads)
-    kernels = kernels_of(variant, problem, paged=page_size is not None, batch_invariant=batch_invariant, most_rows=rows)
+    kernels = kernels_of(variant, problem, page_size=page_size, batch_invariant=batch_invariant, most_rows=rows)
     return space_of(
         kernels, kernels.needed(rows), multiprocessors, max_requests=max_requests, max_q_tokens=max_q_tokens,
         max_kv_len=max_kv_len or capacity * (page_size or 1), num_heads=num_heads, num_kv_heads=num_kv_heads,
@@ -325,7 +341,7 @@ class Plan:
     bound: dict[str, Any]  # struct fields that plan decides
     held: tuple[Any, ...]  # alive as long as the plan
     ran: bool = False  # a launch has waited for the planner
-    templates: dict[tuple[Site, int, bool], bytes] = field(default_factory=dict)  # by call site, class and ran
+    templates: dict[tuple[Site, int, bool], tuple[bytes, Boxes | None]] = field(default_factory=dict)  # by site, class, ran
 
 
 class CudaEngine:
@@ -343,7 +359,7 @@ class CudaEngine:
         )
         most_rows = facts.max_q_len * facts.group
         kernels = kernels_of(
-            facts.variant, self.problem, paged=facts.page_size is not None, batch_invariant=facts.batch_invariant,
+            facts.variant, self.problem, page_size=facts.page_size, batch_invariant=facts.batch_invariant,
             most_rows=most_rows,
         )  # fmt: skip
         self._loaded = Loaded(kernels, kernels.needed(most_rows), device)
@@ -431,20 +447,24 @@ class CudaEngine:
                 if len(plan.templates) >= 1024:
                     plan.templates.clear()
                 template = plan.templates[site, i, plan.ran] = self._template(i, site, plan)
-            buffer = bytearray(template)
+            struct_bytes, boxes = template
+            buffer = bytearray(struct_bytes)
             POINTERS.pack_into(buffer, 0, *pointers)
-            self._loaded.classes[i].launch(buffer, bound, self._loaded.workers[i], stream)
+            values = bound if boxes is None else bound | boxes.maps(q_at, k_at, v_at)
+            self._loaded.classes[i].launch(buffer, values, self._loaded.workers[i], stream)
         plan.ran = True
 
-    def _template(self, i: int, site: Site, plan: Plan) -> bytes:
-        """A class's parameter struct, but for pointers and the parameters of run."""
-        facts = self.facts
-        return self._loaded.classes[i].template({
+    def _template(self, i: int, site: Site, plan: Plan) -> tuple[bytes, Boxes | None]:
+        """A class's parameter struct, but for pointers and the parameters of run; how the copy engine sees the site."""
+        facts, launcher = self.facts, self._loaded.classes[i]
+        values = {
             **site.strides, **plan.bound, **self._loaded.lists(i, self._space, self._base), "num_heads": facts.num_heads,
             "num_kv_heads": facts.num_kv_heads, "head_offset": facts.head_offset, "total_heads": facts.total_heads,
             "page_size": facts.page_size or 1, "scale": facts.scale, "ran": plan.ran,
             "rope_mscale": 1.0 if self._rope is None else self._rope.mscale,
-        })  # fmt: skip
+        }  # fmt: skip
+        boxes = launcher.boxes(values)
+        return launcher.template(values if boxes is None else values | boxes.fields), boxes
 
     def status(self) -> int:
         """Waits for the device; the status word since the last call, 0 if all went well."""

@@ -537,22 +537,25 @@ def _piece_blocks(shape: TileClass, heads: int, workers: int, requests: Sequence
 
     def time(blocks: int) -> int:
         """Half blocks until all is done; INT64_MAX if there is no room for the partial results."""
-        units = slots = added = 0  # twice the units that are not void, and those that cutting adds
+        units = spent = slots = added = 0  # twice the units that are not void, their half blocks, those that cutting adds
         for m in requests:
             pieces, _, size = _pieces(shape, m, blocks)
-            mine = m.tiles * heads
+            mine, least = m.tiles * heads, max(min(m.first, m.last), blocks // 2)
             if pieces > 1:
                 size //= shape.bn
                 real = (max(-(-m.first // size), 1) + max(-(-m.last // size), 1)) * mine
-                units, added, slots = units + real, added + real - 2 * mine, slots + pieces * mine
-            elif min(m.first, m.last) > blocks // 2:
-                units += 2 * mine
+                added, slots = added + real - 2 * mine, slots + pieces * mine
+                units, spent = units + real, spent + (m.first + m.last) * mine + shape.unit_cost * real
             elif m.longest > blocks // 2:  # shorter ones fit beside others. Tiles grow evenly from the shortest to the longest
-                units += 2 * ((m.longest - blocks // 2) * mine // (m.longest - min(m.first, m.last)))
+                long = (m.longest - least) * mine // (m.longest - min(m.first, m.last)) if m.first != m.last else mine
+                units, spent = units + 2 * long, spent + (m.longest + least + 2 * shape.unit_cost) * long
         shares, last = -(-(total + shape.unit_cost * added) // workers), 2 * (blocks + shape.unit_cost)
-        rounds = -(-units // (2 * workers)) * last
-        merge = -(-longest // blocks) if slots else 0  # half a block a piece
-        return max(shares, min(rounds, shares + last)) + merge if slots <= max_slots else 2**63 - 1
+        rounds = -(-units // (2 * workers)) * (2 * spent // max(units, 1))
+        half_blocks = max(shares, last, min(rounds, shares + last))
+        if not slots:
+            return half_blocks - half_blocks // 4  # this is a model: cuts are for a clear gain
+        merge = -(-longest // blocks)  # half a block a piece
+        return half_blocks + merge if slots <= max_slots else 2**63 - 1
 
     blocks = piece(min(range(_CANDIDATES), key=lambda i: time(piece(i))))
     return blocks if blocks < longest else 0

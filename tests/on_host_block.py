@@ -54,15 +54,20 @@ template <typename T> inline T __shfl_up_sync(unsigned, T x, int by) {
   const int lane = threadIdx.x % 32;
   return exchange(x, lane < by ? lane : lane - by);
 }
+template <typename Join> inline int joined(int x, Join join) {  // of the warp's values, with their lanes
+  given[threadIdx.x] = x;
+  meet(warp(), 32);
+  const int64_t* values = given + threadIdx.x / 32 * 32;
+  int result = join(0, (int)values[0], 0);
+  for (int lane = 1; lane < 32; ++lane) result = join(result, (int)values[lane], lane);
+  meet(warp(), 32);
+  return result;
+}
 inline int __reduce_max_sync(unsigned, int x) {
-  int most = x;
-  for (int lane = 0; lane < 32; ++lane) { const int other = exchange(x, lane); most = other > most ? other : most; }
-  return most;
+  return joined(x, [](int most, int other, int lane) { return lane && most > other ? most : other; });
 }
 inline unsigned __ballot_sync(unsigned, int x) {
-  unsigned bits = 0;
-  for (int lane = 0; lane < 32; ++lane) bits |= (unsigned)(exchange(x != 0, lane) != 0) << lane;
-  return bits;
+  return joined(x, [](int bits, int other, int lane) { return bits | (int)((unsigned)(other != 0) << lane); });
 }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
@@ -110,16 +115,21 @@ class Kernel:
     def __init__(self, special: Specialised) -> None:
         config, name = special.config, special.name
         files = render_cuda(name, special.hooks, config, special.layout, special.problem, "on the host")
-        shim = on_host.SHIM.replace("thread_local ", "").replace("inline void __syncthreads() {}\n", "")
-        shim = shim.replace("#define AG_DEVICE static inline\n", "") + FIBERS
-        math = test_ops.SHIM.split("#define __forceinline__")[1].partition("\n")[2]  # what math.cuh needs beside
-        main = files.pop(f"{name}.cu") + RUN.format(kernel=f"{special.symbol}(*launched)", threads=config.threads)
-        files |= {f"{name}.cpp": '#include "shim.h"\n' + main, "ptx.cuh": on_host.PTX, "shim.h": shim + math}
-        with TemporaryDirectory() as folder:
-            recipe = Recipe("cpu", (f"{name}.cpp",), ("-O1", "-std=c++17"))
-            self.library = ctypes.CDLL(str(compile_kernel(files, recipe, Path(folder)).artifact))
+        self.library = compiled(files, f"{name}.cu", f"{special.symbol}(*launched)", config.threads)
         self.size = special.layout.size
 
     def launch(self, params: bytearray, grid_x: int, grid_y: int = 1, stream: int = 0) -> None:
         assert len(params) == self.size and grid_y == 1 and grid_x > 0
         assert self.library.run((ctypes.c_char * self.size).from_buffer(params), grid_x) == 0, "all threads wait for others"
+
+
+def compiled(files: dict[str, str], main: str, call: str, threads: int) -> ctypes.CDLL:
+    """A library with ``run(params, blocks)``, which calls a kernel of ``main`` with ``const Params* launched``."""
+    shim = on_host.SHIM.replace("thread_local ", "").replace("inline void __syncthreads() {}\n", "")
+    shim = shim.replace("#define AG_DEVICE static inline\n", "") + FIBERS
+    math = test_ops.SHIM.split("#define __forceinline__")[1].partition("\n")[2]  # what math.cuh needs beside
+    run = RUN.format(kernel=call, threads=threads)
+    files = {**files, "kernel.cpp": f'#include "shim.h"\n{files[main]}{run}', "ptx.cuh": on_host.PTX, "shim.h": shim + math}
+    with TemporaryDirectory() as folder:
+        recipe = Recipe("cpu", ("kernel.cpp",), ("-O1", "-std=c++17"))
+        return ctypes.CDLL(str(compile_kernel(files, recipe, Path(folder)).artifact))

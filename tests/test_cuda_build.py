@@ -101,7 +101,7 @@ def _jobs() -> dict[str, tuple[str, str, dict[str, str], bool]]:
         add("decode", Causal(), arch, no_spill=True, block_m=32)
         add("attention_sm80", Causal(), arch, no_spill=True, block_m=128)
         add("attention_sm80", Causal(), arch, no_spill=True, block_m=64)
-    add("plan", Causal(), "90a", queue=0, no_spill=True)
+    add("plan", Causal(), "90a", queue=0)
     add("plan", PerHead(), "90a", queue=2048)
     add("decode", Llama3RoPE(), "90a", no_spill=True)
     add("decode", Llama3RoPE(), "90a", block_m=32, no_spill=True)

@@ -248,6 +248,6 @@ def test_workspace_bytes_is_known_without_a_gpu(monkeypatch, page_size, most, in
 @pytest.mark.parametrize("d", [32, 64, 128, 256])
 def test_no_more_blocks_fit_than_the_workspace_is_sized_for(name, d):
     problem = engine.cuda_problem(name, torch.bfloat16, d, d, ())
-    for kernel in engine.kernels_of(Causal(), problem, paged=True).classes:
+    for kernel in engine.kernels_of(Causal(), problem, page_size=16).classes:
         most = engine.most_blocks(kernel.config)
         assert kernel.config.blocks_per_sm <= most and most * kernel.config.threads <= 2048

@@ -35,6 +35,7 @@ STREET = (
     "schedule",
     "run",
     "cuda",
+    "boxes",
     "engine",
     "engine_cpu",
     "append",
