@@ -31,14 +31,14 @@ class Boxes:
         for x, dim in (("k", problem.head_dim), ("v", problem.head_dim_v)):
             slots, blocks = (page_size, rows) if config.paged else (rows, batch)
             sizes = [slots, values["num_kv_heads"], blocks]
-            strides = [values[f"{x}_stride_{d}"] for d in "shb"]
+            strides = [values.get(f"{x}_stride_{d}", 0) for d in "shb"]
             if strides[0] == 0 and slots > 1 or config.paged and strides[2] == 0 and blocks > 1:
                 raise ParameterError(f"{x} repeats its tokens by a stride of 0, which the copy engine cannot read: call {x}.contiguous()")
             # The kernel asks for item 0 of a dimension whose stride is 0.
             sizes = [n if stride else 1 for n, stride in zip(sizes, strides)]
             self._tensors[f"{x}_map"] = self._tensor(dim, sizes, strides, (box_rows, 1, 1), x == "k")
         group = values["num_heads"] // values["num_kv_heads"] if values["num_kv_heads"] else 0
-        strides = [values[f"q_stride_{d}"] for d in "htb"]
+        strides = [values.get(f"q_stride_{d}", 0) for d in "htb"]
         if group and 64 % group == 0 and min(strides) >= 0 and (strides[0] or group == values["num_heads"] == 1) and strides[1]:
             sizes = [values["num_heads"], values["q_rows"], batch if strides[2] else 1]
             self.fields["q_boxes"] = 1

@@ -15,6 +15,10 @@ __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
 __device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
+// Arrives when the cp.async copies that this thread has begun are done.
+__device__ __forceinline__ void cp_async_arrive(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
 // Waits for the end of the phase of this parity: 0 for the first, 1 for the second, ... On a fresh barrier parity 1 is over. The
 // thread sleeps for up to 10 ms a try: without a bound of its own the hardware wakes it all the time, at others' expense.
 __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {

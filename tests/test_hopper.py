@@ -1,0 +1,290 @@
+"""The Hopper kernel without a GPU: its text runs on the CPU (on_host_hopper.py), planned by the device's planner, against the
+float64 oracle; ptxas reports what its configurations promise."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import hopper_on_host
+import pytest
+import torch
+from batches import Batch, judge, make, split_params
+from compare import compare
+from grid import VARIANTS
+from toolchain import NVCC, needs_nvcc
+
+import attngen as ag
+from attngen import engine, variants
+from attngen.boxes import Boxes
+from attngen.choose_cuda import ARCHS, cuda_flags
+from attngen.choose_hopper import choose_hopper
+from attngen.emit import emit
+from attngen.errors import ParameterError, UnsupportedError
+from attngen.spec import Problem
+from attngen.variants import example_params
+
+BF16, F16 = torch.bfloat16, torch.float16
+STORED = {"f32": "float32", "i32": "int32", "bool": "bool"}
+
+
+class Finished(ag.Variant):
+    """What is applied once, at the end: a sink and an output hook; a negative scale of its own."""
+
+    sinks: ag.Tensor("heads")
+
+    def mask(self, at):
+        return at.kv <= at.q
+
+    def sink(self, at):
+        return self.sinks[at.head]
+
+    def output(self, o, at):
+        return 2.0 * o + ag.cast(at.dim, float) * 0.01
+
+
+@pytest.fixture(autouse=True)
+def on_host(monkeypatch, request):
+    if "ptxas" not in request.node.name:
+        hopper_on_host.install(monkeypatch)
+
+
+def check(variant: ag.Variant, q_lens, kv_lens, ragged: bool = False, **more) -> None:
+    """A batch against the oracle, with surplus rows of q, which stay as they are, and NaN in every slot that is not read."""
+    batch = Batch(q_lens, kv_lens, device="cpu", **more)
+    params = example_params(variant, **batch.sizes())
+    plan, run = split_params(variant, params, "cpu")
+    softmax = variant.trace.weight is None
+    q = torch.cat([batch.q, torch.full((3, *batch.q.shape[1:]), torch.nan, dtype=batch.q.dtype)])
+    out = torch.full((len(q), batch.dense_q.shape[2], batch.dense_v.shape[3]), torch.nan, dtype=q.dtype)
+    if ragged:
+        attn = make(variant, batch, page_size=None, max_kv_tokens=4096, max_pages=None)
+        kv_indptr, k, v = batch.ragged()
+        attn.plan(batch.q_indptr, kv_indptr, **plan)
+    else:
+        attn, k, v = make(variant, batch), batch.k, batch.v
+        attn.plan(*batch.pages(), **plan)
+    found = attn.run(q, (k, v), out=out, return_lse=softmax, **run)
+    attn.check()
+    n = len(batch.q)
+    assert torch.isnan(out[n:]).all()
+    judge(out[:n], found[1][:n] if softmax else None, batch, variant, **params)
+
+
+SERVED = [name for name in VARIANTS if name not in ("Llama3RoPE", "StreamingLLM")]  # those rotate keys: attention_sm80
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_variants(name):
+    check(VARIANTS[name], [1, 64, 0, 130, 3, 1], [300, 64, 40, 200, 0, 17], d=64)
+
+
+@pytest.mark.parametrize("d, dv, dtype", [(32, 32, F16), (64, 128, BF16), (96, 96, BF16), (128, 128, F16), (192, 128, BF16), (256, 256, BF16)])
+def test_head_dims(d, dv, dtype):
+    check(variants.Causal(), [70, 3, 129], [200, 90, 129], d=d, dv=dv, dtype=dtype)
+
+
+@pytest.mark.parametrize("page_size, layout", [(8, "NHD"), (24, "HND"), (64, "NHD"), (256, "HND")])
+def test_pages(page_size, layout):
+    check(variants.Causal(), [70, 3], [200, 90], page_size=page_size, layout=layout, d=64)
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(2, 2), (6, 2), (10, 2), (64, 1), (71, 1)])
+def test_groups(heads, kv_heads):
+    """64 rows in boxes of the copy engine, or by cp.async where the group does not divide them."""
+    check(variants.Causal(), [70, 3], [200, 90], heads=heads, kv_heads=kv_heads, d=64)
+
+
+@pytest.mark.parametrize("q_lens, kv_lens", [
+    ([3, 2], [3000, 2100]), ([70, 20], [17, 0]), ([1, 63, 64, 65], [1, 63, 64, 65]), ([127, 128, 129], [129, 128, 127]), ([0, 0, 5], [5, 0, 1000]),
+])  # fmt: skip
+def test_lengths(q_lens, kv_lens):
+    """The first are cut into pieces, which the last of a tile merges."""
+    check(variants.Causal(), q_lens, kv_lens, d=64, ragged=len(q_lens) == 3)
+
+
+def test_pieces_of_every_kind():
+    for variant in (Finished(), variants.Sigmoid()):
+        check(variant, [3, 2], [2000, 1100], d=64)
+
+
+def test_negative_scale():
+    q, k, v = (torch.randn(2, n, 4, 64).bfloat16() for n in (70, 90, 90))
+    out = ag.attention(q, k, v, variants.Causal(), scale=-0.2)
+    ref = ag.reference(q, k, v, variants.Causal(), scale=-0.2)
+    compare(out, ref, like=ref.bfloat16() + 2e-3)
+
+
+def test_rope_on_queries():
+    variant = ag.compose(variants.Causal(), RotatedQueries())
+    check(variant, [70, 3], [200, 90], d=64)
+
+
+class RotatedQueries(ag.Variant):
+    """Keys come rotated from the cache."""
+
+    rope = ag.RoPE(10_000.0)
+
+
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+@pytest.mark.parametrize("heads, kv_heads", [(4, 2), (5, 1)])
+def test_dense_calls(layout, heads, kv_heads):
+    def tensor(n, h):
+        x = torch.full((3, n + 3, h + 2, 72), torch.nan, dtype=BF16)[:, 2 : 2 + n, 1 : 1 + h, :64]
+        x.copy_(torch.randn(x.shape))
+        return x if layout == "bshd" else x.transpose(1, 2)
+
+    q, k, v = tensor(70, heads), tensor(150, kv_heads), tensor(150, kv_heads)
+    given = dict(layout=layout, q_lens=[70, 0, 20], kv_lens=[150, 9, 77], return_lse=True)
+    out, lse = ag.attention(q, k, v, variants.Causal(), **given)
+    ref, ref_lse = ag.reference(q, k, v, variants.Causal(), **given)
+    compare(out, ref, like=ref.to(BF16) + 2e-3)
+    compare(lse, ref_lse, dtype=F16)
+    one = k[:1].expand(3, *k.shape[1:])  # a stride of 0
+    out = ag.attention(q, one, one, variants.Causal(), layout=layout)
+    ref = ag.reference(q, one, one, variants.Causal(), layout=layout)
+    compare(out, ref, like=ref.to(BF16) + 2e-3)
+
+
+def test_raw_states():
+    batch = Batch([70, 3], [200, 900], d=64, device="cpu")
+    attn = make(Finished(), batch)
+    attn.plan(*batch.pages())
+    sinks = torch.randn(8)
+    out, lse = attn.run(batch.q, (batch.k, batch.v), partial=True, sinks=sinks)
+    assert out.dtype == torch.float32
+    ref, ref_lse = batch.expected(variants.Causal())
+    compare(out, ref, dtype=BF16)
+    compare(lse * 0.6931471805599453, ref_lse, dtype=F16)
+
+
+def test_pages_that_are_not_there():
+    """Rows that attend to a negative page are NaN, others are not; a page past the cache is reported too."""
+    batch = Batch([70, 70], [200, 200], d=64, device="cpu")
+    window = variants.SlidingWindow(64)
+    for page, bad in ((-1, False), (len(batch.k), True)):
+        indices = batch.kv_indices.clone()
+        indices[13 + 1] = page  # slots 16 ... 31 of the second request
+        attn = make(window, batch)
+        attn.plan(batch.q_indptr, batch.kv_indptr, indices, batch.last, window=64)
+        out = attn.run(batch.q, (batch.k, batch.v))
+        ref, _ = batch.expected(window, window=64)
+        compare(out[:70], ref[:70], like=ref[:70].to(BF16) + 2e-3)
+        compare(out[70:], ref[70:], like=ref[70:].to(BF16) + 2e-3)  # positions 130 ... see 67 ... alone
+        attn.plan(batch.q_indptr, batch.kv_indptr, indices, batch.last, window=150)
+        out = attn.run(batch.q, (batch.k, batch.v))
+        seen = torch.arange(130, 200) - 150 < 31  # rows whose window reaches the page
+        assert torch.isnan(out[70:][seen]).all() and not torch.isnan(out[70:][~seen]).any() and not torch.isnan(out[:70]).any()
+        if bad:
+            with pytest.raises(ag.AttngenError, match="request 1"):
+                attn.check()
+        else:
+            attn.check()
+
+
+def test_fewer_rows_than_planned_spoil_their_request_alone():
+    batch = Batch([70, 70], [200, 200], d=64, device="cpu")
+    attn = make(variants.Causal(), batch)
+    attn.plan(*batch.pages())
+    whole = attn.run(batch.q, (batch.k, batch.v))
+    attn._planned = (attn._planned[0], attn._planned[1], 0)  # as where the lengths are on the device alone
+    out = torch.full((100, 8, 64), torch.nan, dtype=BF16)
+    attn.run(batch.q[:100], (batch.k, batch.v), out=out)
+    assert torch.equal(out[:70], whole[:70]) and torch.isnan(out[70:]).all()
+    with pytest.raises(ag.AttngenError, match="request 1"):
+        attn.check()
+
+
+def test_the_same_bits_again():
+    batch = Batch([200, 3, 1], [900, 2000, 700], d=64, device="cpu")
+    attn = make(variants.Causal(), batch)
+    attn.plan(*batch.pages())
+    first = attn.run(batch.q, (batch.k, batch.v))
+    assert torch.equal(attn.run(batch.q, (batch.k, batch.v)), first)  # counters and queue are left as they were
+
+
+# ---------------------------------------------------------------- what is chosen
+
+
+def problem(d=128, dv=None, arch="90a", dtype="bfloat16", storage=()) -> Problem:
+    return Problem("cuda", arch, dtype, dtype, dtype, d, dv or d, storage)
+
+
+def test_what_it_does_not_serve():
+    causal = emit(variants.Causal().trace, {}, 128, "cuda")
+    for p, hooks, page_size, why in (
+        (problem(arch="80"), causal, None, "wgmma"), (problem(80), causal, None, "multiple of 32"),
+        (problem(), causal, 4, "multiple of 8"), (problem(), emit(variants.StreamingLLM().trace, {}, 128, "cuda"), 16, "rotated"),
+    ):  # fmt: skip
+        with pytest.raises(UnsupportedError, match=why):
+            choose_hopper(p, p.isa, hooks, page_size)
+
+
+@pytest.mark.parametrize("d, dv", [(d, dv) for d in (32, 64, 96, 128, 160, 192, 224, 256) for dv in {d, 128}])
+def test_configurations_fit(d, dv):
+    for variant in (variants.Causal(), ag.Variant(), variants.Gemma2()):
+        choice = choose_hopper(problem(d, dv), "90a", emit(variant.trace, {}, d, "cuda"))
+        config = choice.config
+        assert config.smem_bytes <= ARCHS["90a"].smem_per_block
+        assert 128 * (config.feeding_registers + config.groups * config.computing_registers) <= 65536
+        assert sum(not c.lost for c in choice.candidates) == 1
+
+
+def test_repeated_tokens_are_refused():
+    config = choose_hopper(problem(64), "90a", emit(variants.Causal().trace, {}, 64, "cuda")).config
+    values = dict(page_size=1, num_pages=9, num_heads=2, num_kv_heads=2, q_rows=3, k_stride_s=0, k_stride_h=64, v_stride_s=128, v_stride_h=64,
+                  q_stride_t=128, q_stride_h=64)  # fmt: skip
+    with pytest.raises(ParameterError, match="contiguous"):
+        Boxes(config, problem(64), values)
+
+
+# ---------------------------------------------------------------- what is compiled
+
+
+COMPILED = {
+    "causal-128": (variants.Causal(), 128, 128, 16), "full-128": (ag.Variant(), 128, 128, None), "causal-64": (variants.Causal(), 64, 64, None),
+    "causal-256": (variants.Causal(), 256, 256, 16), "full-192": (ag.Variant(), 192, 128, None),
+    "soft cap-128": (ag.compose(variants.SoftCap(), variants.Causal()), 128, 128, None), "sigmoid-128": (variants.Sigmoid(), 128, 128, None),
+}  # fmt: skip
+
+
+@needs_nvcc
+@pytest.mark.parametrize("name", COMPILED)
+def test_ptxas_keeps_products_in_flight(name, tmp_path: Path):
+    """As many products as the configuration asks for, none serialised, nothing spilled where two groups compute."""
+    variant, d, dv, page_size = COMPILED[name]
+    config, files = rendered(variant, d, dv, page_size)
+    for file, text in files.items():
+        (tmp_path / file).write_text(text)
+    command = [*NVCC, *cuda_flags("90a"), "attention_sm90.cu", "-o"]
+    done = subprocess.run([*command, "kernel.cubin", "-cubin"], cwd=tmp_path, capture_output=True, text=True)
+    report = done.stdout + done.stderr
+    assert done.returncode == 0 and "C75" not in report and "warning" not in report, report
+    if config.groups == 2:
+        assert re.search(r"\b0 bytes spill stores, 0 bytes spill loads", report), report
+    done = subprocess.run([*command, "kernel.ptx", "-ptx"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ptx = (tmp_path / "kernel.ptx").read_text()
+    scores, values = d // 16, config.block_n // 16
+    assert ptx.count("wgmma.mma_async.sync.aligned") == 2 * (scores + values)  # the first block and the loop, the loop and the last
+    assert ptx.count("wgmma.fence") == 4 and ptx.count("setmaxnreg") == 2
+
+
+def rendered(variant: ag.Variant, d: int, dv: int, page_size: int | None) -> tuple[Any, dict[str, str]]:
+    from attngen import cuda
+    from attngen.render_cuda import render_cuda
+
+    stored = tuple((n, STORED[f.dtype]) for n, f in sorted(variant.trace.used().items()) if f.kind == "tensor")
+    p = problem(d, dv, storage=stored)
+    hooks = emit(variant.trace, dict(stored), d, "cuda", device_scalars=True)
+    config = choose_hopper(p, "90a", hooks, page_size).config
+    special = cuda.specialise("attention_sm90", variant.name, variant.trace, p, config, "90a")
+    return config, render_cuda("attention_sm90", special.hooks, config, special.layout, p, special.title)
+
+
+def test_the_engine_takes_it_where_it_serves():
+    for page_size, name in ((16, "attention_sm90"), (None, "attention_sm90"), (4, "attention_sm80")):
+        kernels = engine.kernels_of(variants.Causal(), problem(128), page_size=page_size)
+        assert kernels.classes[-1].name == name
