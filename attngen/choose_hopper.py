@@ -67,10 +67,9 @@ class HopperChoice:
 # Registers of a thread, feeding and computing, by computing warpgroups: the sums over a block are 64 K or less.
 _REGISTERS = {1: (56, 256), 2: (48, 224), 3: (32, 160)}
 
-# (groups, block_n), best first, by the larger of head_dim and head_dim_v up to a bound. Without a mask and hooks blocks may be
-# longer; with a mask short ones waste less of the diagonal. FlashAttention-3's tiles are the start; see docs/perf-log.md.
-_FULL = {64: ((3, 128),), 96: ((2, 176), (2, 128)), 128: ((2, 176), (2, 128)), 192: ((2, 112), (2, 96)), 256: ((2, 80), (2, 64))}
-_MASKED = {64: ((3, 128),), 96: ((2, 128),), 128: ((2, 128),), 192: ((2, 112), (2, 96)), 256: ((2, 80), (2, 64))}
+# (groups, block_n), best first, by the larger of head_dim and head_dim_v up to a bound; measured on an H100, see
+# docs/perf-log.md. Blocks longer than these gain at 16k keys what they lose at 1k: a sequence's last block is emptier.
+_SHAPES = {64: ((3, 128),), 96: ((2, 128),), 128: ((2, 128),), 192: ((2, 112), (2, 96)), 256: ((2, 80), (2, 64))}
 
 
 def choose_hopper(
@@ -86,9 +85,7 @@ def choose_hopper(
     if why := unserved(problem, arch_name, hooks, page_size):
         raise UnsupportedError(f"the Hopper kernel: {why}.\n  do: use attention_sm80, which serves it")
     wide = max(d, dv)
-    every_score = hooks.logits or hooks.weight or hooks.query_scale
-    table = _MASKED if hooks.mask or every_score else _FULL
-    shapes = next(shapes for bound, shapes in table.items() if wide <= bound)
+    shapes = next(shapes for bound, shapes in _SHAPES.items() if wide <= bound)
     if d == 192 and dv <= 128:
         shapes = ((2, 128), *shapes)
     candidates: list[HopperCandidate] = []
