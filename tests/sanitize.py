@@ -31,6 +31,8 @@ def cases() -> None:
         (variants.StreamingLLM(), mixed, dict(page_size=5, d=128), {}),
         (variants.Sigmoid(), mixed, dict(page_size=16, d=192, dv=128), {}),
         (variants.Causal(), ([1, 33], [5000, 4100]), dict(page_size=16, d=64), dict(batch_invariant=True, max_kv_len=8192)),
+        (variants.Causal(), ([8, 5, 1], [700, 65, 3000]), dict(page_size=16, d=128), dict(max_q_len=8)),
+        (variants.Llama3RoPE(), ([8, 5, 1], [700, 65, 3000]), dict(page_size=5, d=64), dict(max_q_len=8)),
     ):
         batch = Batch(*lens, device="cuda", **options)
         params = example_params(type(variant), **batch.sizes())
