@@ -337,7 +337,7 @@ class TileClass:
     # Of kind "queue" alone:
     groups: int = 1  # warpgroups that finish their rows of a tile by themselves
     row_bytes: int = 0  # of a key and its value
-    l2_bytes: int = 32 << 20  # what keys and values of a section may take
+    l2_bytes: int = 64 << 20  # what keys and values of a section may take: more than an H100's L2, see docs/perf-log.md
     min_piece: int = 4  # blocks of a piece, at least
 
     def __str__(self) -> str:
