@@ -10,6 +10,7 @@
     out = ag.attention(q, k, v, variant=SoftCap(), cap=30.0)
 """
 
+import os as _os
 import sys as _sys
 
 if _sys.platform == "win32":
@@ -21,7 +22,9 @@ from .errors import (
     BuildError,
     CacheError,
     CacheWarning,
+    JitWarning,
     LoadError,
+    MissingKernelError,
     ParameterError,
     UnsupportedError,
     VariantError,
@@ -35,6 +38,7 @@ from .run import BuildRecord, Kernel, attention, build_log, compile, reference  
 from .run import device_compilers as _device_compilers
 from .run import device_sites as _device_sites
 from .spec import Const, Scalar, Tensor, Variant, compose
+from .stats import stats
 
 __version__ = "0.1.0"
 
@@ -57,7 +61,7 @@ _device_sites["cuda"], _device_compilers["cuda"] = _dense_site, _compile_cuda
 # What serving needs is imported when it is asked for.
 _LATE = {
     "BatchAttention": "batch", "append_kv": "append", "append_positions": "append", "check_append": "append",
-    "merge_states": "merge", "workspace_bytes": "engine",
+    "merge_states": "merge", "workspace_bytes": "engine", "load_set": "start", "warmup": "start", "LoadedSet": "start",
 }  # fmt: skip
 
 
@@ -70,10 +74,15 @@ def __getattr__(name: str) -> object:
     raise AttributeError(f"module 'attngen' has no attribute {name!r}")
 
 
+if _os.environ.get("ATTNGEN_LOG"):
+    from .logs import configure as _configure
+
+    _configure(_os.environ["ATTNGEN_LOG"])
+
 __all__ = [
-    "AttngenError", "BatchAttention", "BuildError", "BuildRecord", "CacheError", "CacheWarning", "Const", "DynamicNTK", "Kernel", "Linear",
-    "Llama3", "LoadError", "LongRoPE", "ParameterError", "RoPE", "Scalar", "Tensor", "UnsupportedError", "Variant",
+    "AttngenError", "BatchAttention", "BuildError", "BuildRecord", "CacheError", "CacheWarning", "Const", "DynamicNTK", "JitWarning", "Kernel",
+    "Linear", "Llama3", "LoadError", "LoadedSet", "LongRoPE", "MissingKernelError", "ParameterError", "RoPE", "Scalar", "Tensor", "UnsupportedError", "Variant",
     "VariantError", "YaRN", "abs", "append_kv", "append_positions", "attention", "build_log", "cast", "check_append",
-    "compile", "compose", "exp", "exp2", "floor", "log", "log2", "max", "merge_states", "min", "reference", "rsqrt",
-    "sigmoid", "sqrt", "tanh", "where", "workspace_bytes",
+    "compile", "compose", "exp", "exp2", "floor", "load_set", "log", "log2", "max", "merge_states", "min", "reference", "rsqrt",
+    "sigmoid", "sqrt", "stats", "tanh", "warmup", "where", "workspace_bytes",
 ]  # fmt: skip

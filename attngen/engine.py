@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from . import cuda
+from . import cuda, pins
 from .cache import Entry
 from .choose_cuda import DecodeConfig, PlanConfig, TileClass, arch, arch_named, choose_attention, choose_decode, most_blocks
 from .emit import emit
@@ -95,6 +95,10 @@ def kernels_of(
     """The kernels of ``variant`` for ``problem``, in their chosen configurations. All callers share them: ``most_rows``, of a
     request, decides only under batch_invariant."""
     trace, name, split = variant.trace, problem.isa, _FIXED_SPLIT if batch_invariant else 0
+    pinned = pins.pinned_cuda(trace.key(problem.head_dim), problem, paged, batch_invariant, most_rows <= 16)
+    if pinned:
+        *classes, plan = (cuda.from_entry(entry, problem) for entry in pinned)
+        return Kernels(tuple(classes), plan)
     hooks = emit(trace, dict(problem.storage), problem.head_dim, dialect="cuda", device_scalars=True)
     configs: list[Any] = []
     if not split or most_rows <= 16:

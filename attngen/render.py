@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from .abi import LAUNCH_ABI, Layout
@@ -17,15 +16,12 @@ _ORIGIN = re.compile(r"// ([\w.\-]+:\d+)\s*$")
 
 
 def render_cpu(
-    hooks: Hooks, config: Any, layout: Layout, problem: Problem, title: str, compiled: Path | None = None
+    hooks: Hooks, config: Any, layout: Layout, problem: Problem, title: str
 ) -> dict[str, str]:
-    """The source files of a CPU kernel: the rendered main loop and the shelf of headers it includes.
-
-    ``compiled`` is a folder where Jinja keeps compiled templates: it saves 40 ms of each later process's first build.
-    """
+    """The source files of a CPU kernel: the rendered main loop and the shelf of headers it includes."""
     folder = templates_dir() / "cpu"
     files = {path.name: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.h"))}
-    template = _environment(compiled).get_template(f"cpu/{MAIN}.jinja")
+    template = _environment().get_template(f"cpu/{MAIN}.jinja")
     text = template.render(
         hooks=hooks, config=config, params=layout.fields, params_size=layout.size, problem=problem, abi=LAUNCH_ABI,
         title=" ".join(title.split()),
@@ -33,12 +29,13 @@ def render_cpu(
     return {MAIN: text, **files}
 
 
-@lru_cache(maxsize=4)
-def _environment(compiled: Path | None) -> Any:
-    import jinja2  # a warm start renders nothing and never imports it
+@lru_cache(maxsize=1)
+def _environment() -> Any:
+    # A warm start renders nothing and never imports it. Compiled templates are not kept: reading them back would execute what a
+    # cache folder says.
+    import jinja2
 
     return jinja2.Environment(
-        bytecode_cache=jinja2.FileSystemBytecodeCache(str(compiled)) if compiled else None,
         loader=jinja2.FileSystemLoader(templates_dir()), undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, keep_trailing_newline=True, autoescape=False,
     )  # fmt: skip
