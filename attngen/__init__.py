@@ -38,7 +38,7 @@ from .run import BuildRecord, Kernel, attention, build_log, compile, reference  
 from .run import device_compilers as _device_compilers
 from .run import device_sites as _device_sites
 from .spec import Const, Scalar, Tensor, Variant, compose
-from .stats import stats
+from .counters import stats
 
 __version__ = "0.1.0"
 

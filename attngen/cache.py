@@ -33,7 +33,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from . import stats, trust
+from . import counters, trust
 from .build import keep_newest
 from .entry import FORMAT, Entry, cache_root, read_entry, sources_digest
 from .errors import AttngenError, BuildError, CacheError, CacheWarning, JitWarning, MissingKernelError
@@ -141,14 +141,14 @@ class Cache:
 
     def _keep(self, entry: Entry, damage: CacheError | None) -> Entry:
         """A fetched entry, published here where that is possible."""
-        if damage is None and stats.jit_mode() != "off":
+        if damage is None and counters.jit_mode() != "off":
             with contextlib.suppress(CacheError):
                 return self.adopt(entry)[0]
         return entry
 
     def _count_hit(self, key: str, shelf: str) -> None:
         """One byte more in the key's file of hits, where that can be written; nothing under ATTNGEN_JIT=off."""
-        if shelf == "kernels" and stats.jit_mode() != "off":
+        if shelf == "kernels" and counters.jit_mode() != "off":
             try:
                 handle = os.open(self.base / "hits" / key, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
             except OSError:
@@ -214,7 +214,7 @@ class Cache:
             hit = self._entries.get((shelf, key))
             if hit is not None and hit.exists():
                 return hit, True
-            mode, damage = stats.jit_mode(), None
+            mode, damage = counters.jit_mode(), None
             try:
                 entry = self.find(key, shelf)
             except CacheError as error:  # decided under the lock: another process may be mending it now
@@ -223,9 +223,9 @@ class Cache:
             built = False
             if entry is None:
                 if mode == "off":
-                    stats.count("refused")
+                    counters.count("refused")
                     raise damage or self._missing(key, shelf, title, inputs)
-                stats.count("misses")
+                counters.count("misses")
                 if mode == "warn":
                     what = f"ATTNGEN_JIT=warn: compiling {title or shelf} {key[:12]} while the process runs"
                     log.warning("%s", what, extra={"facts": {"event": "jit", "key": key, "title": title}})
@@ -233,10 +233,10 @@ class Cache:
                 start = time.perf_counter()
                 entry, built = self._build_locked(key, build, shelf)
                 if built:
-                    stats.count("builds")
-                    stats.count("build_ms", 1e3 * (time.perf_counter() - start))
+                    counters.count("builds")
+                    counters.count("build_ms", 1e3 * (time.perf_counter() - start))
             if not built:
-                stats.count("hits", layer=entry.layer)
+                counters.count("hits", layer=entry.layer)
             self._entries[shelf, key] = entry
             word = "built" if built else "hit"
             log.debug("%s %s %s (%s)", word, shelf, key, entry.layer,
@@ -264,6 +264,15 @@ class Cache:
             if there is not None:
                 return there, True
             return self._build_locked(entry.key, copy, shelf)[0], False
+
+    def keep_lock(self, name: str, lock: Mapping[str, Any]) -> None:
+        """Keep a set's lock file, for load_set to find by its name."""
+        folder = self.base / "sets"
+        with self._writing(folder):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            private = folder / f".{name}.{os.getpid()}"
+            private.write_text(json.dumps(lock, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+            private.replace(folder / f"{name}.lock")
 
     @contextmanager
     def locked_out(self, key: str) -> Iterator[None]:
@@ -353,7 +362,7 @@ class Cache:
         return Entry(key, final, manifest)
 
     def _set_aside(self, key: str, shelf: str, damage: CacheError) -> None:
-        stats.count("damaged")
+        counters.count("damaged")
         aside = self.base / "damaged"
         with self._writing(aside):
             aside.mkdir(exist_ok=True)

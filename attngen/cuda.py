@@ -21,7 +21,7 @@ from .abi import Layout, parameter_fields
 from .abi_cuda import ATTENTION_FIELDS, CUDA_ABI, PLAN_FIELDS
 from .choose_cuda import Arch, arch_of, cuda_flags
 from .emit import Hooks, emit
-from .errors import UnsupportedError
+from .errors import MissingKernelError, UnsupportedError
 from .load import host, load_cubin
 from .paths import PACKAGE, templates_dir
 from .run import DEBUG, FORMAT, BuildRecord, build_artifact, describe, key_inputs, record_build
@@ -87,8 +87,12 @@ def specialise_plain(name: str, title: str, config: Any, fields: tuple[tuple[str
     return Specialised(name, title, None, config, Layout(fields), None, flags, key)
 
 
-def from_entry(entry: cache.Entry, problem: Problem | None) -> Specialised:
-    """A kernel as it stands in the cache, perhaps of another release. Raises CacheError where this one cannot launch it."""
+def from_entry(entry: pins.Role, problem: Problem | None) -> Specialised:
+    """A pinned kernel as it stands in the cache, perhaps of another release. Raises CacheError where this one cannot launch it.
+    Of one that its set left out, the configuration alone: it cannot be built."""
+    if not isinstance(entry, cache.Entry):
+        config = pins.restore_config(entry["choice"], entry["variant"])
+        return Specialised(entry["name"], entry["variant"], None, config, Layout(()), problem, (), "")
     m = entry.manifest
     config = pins.restore_config(m.get("choice"), entry.folder)
     layout = pins.restore_layout(m, entry.folder)
@@ -108,6 +112,11 @@ def build(kernel: Specialised) -> tuple[cache.Entry, bool, float]:
     """The kernel's cubin: from the cache, or compiled now. Returns the entry, whether it was there, and the seconds."""
     if kernel.entry is not None:
         return kernel.entry, True, 0.0
+    if not kernel.key:
+        raise MissingKernelError(
+            f"the set that serves {kernel.title} has no {kernel.name} ({kernel.config}).\n  required: its kernels of all lengths\n"
+            f"  found: a set of the phase decode alone\n  do: add \"prefill\" to its phases and run attngen precompile again"
+        )
     start = time.perf_counter()
 
     def recipe() -> Any:

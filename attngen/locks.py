@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from . import stats
+from . import counters
 
 BEAT_S = 10.0  # between two heartbeats of a builder
 SILENT_S = 60.0  # of a holder's silence, on the waiter's own clock, until it is taken for dead
@@ -65,8 +65,8 @@ def key_lock(folder: Path, key: str, done: Callable[[], bool]) -> Iterator[None]
             log.warning("no file locks in %s (%s): another process may build the same kernel too", folder, error)
             break
     if waits:
-        stats.count("waits")
-        stats.count("wait_ms", 1e3 * (time.monotonic() - start))
+        counters.count("waits")
+        counters.count("wait_ms", 1e3 * (time.monotonic() - start))
     try:
         with holder.beating() if locked else contextlib.nullcontext():
             yield

@@ -20,10 +20,11 @@ from .entry import Entry
 from .errors import CacheError
 from .spec import Problem
 
-_pinned: dict[str, tuple[Entry, ...]] = {}
+Role = Entry | Mapping[str, Any]  # a kernel, or name, variant and choice of one that its set left out
+_pinned: dict[str, tuple[Role, ...]] = {}
 
 
-def pin(identity: str, entries: Sequence[Entry]) -> None:
+def pin(identity: str, entries: Sequence[Role]) -> None:
     """Serve ``identity`` by ``entries``, in the order of its roles, from now on."""
     _pinned[identity] = tuple(entries)
 
@@ -36,10 +37,10 @@ def unpin_all() -> None:
 def pinned_cpu(structure: str, problem: Problem) -> Entry | None:
     """The CPU kernel that serves a variant's structure (``Trace.key``) and problem, if one is pinned."""
     found = _pinned.get(cpu_identity(structure, problem)) if _pinned else None
-    return found[0] if found else None
+    return found[0] if found else None  # type: ignore[return-value]
 
 
-def pinned_cuda(structure: str, problem: Problem, paged: bool, batch_invariant: bool, few_rows: bool) -> tuple[Entry, ...]:
+def pinned_cuda(structure: str, problem: Problem, paged: bool, batch_invariant: bool, few_rows: bool) -> tuple[Role, ...]:
     """The kernels of the row-tile classes, then their planner; empty without a pin. Arguments as ``cuda_identity``."""
     return _pinned.get(cuda_identity(structure, problem, paged, batch_invariant, few_rows), ()) if _pinned else ()
 
@@ -47,7 +48,7 @@ def pinned_cuda(structure: str, problem: Problem, paged: bool, batch_invariant: 
 def pinned_plain(name: str, config: Any) -> Entry | None:
     """The kernel without hooks that ``name`` and its configuration name, if one is pinned."""
     found = _pinned.get(plain_identity(name, config)) if _pinned else None
-    return found[0] if found else None
+    return found[0] if found else None  # type: ignore[return-value]
 
 
 # ---- identities: equal in every release ------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from . import cache, pins, stats
+from . import cache, counters, pins
 from .abi import BASE_FIELDS, LAUNCH_ABI, Layout, layout
 from .choose import Choice, choose_cpu, cpu_flags, host_isa
 from .emit import emit
@@ -99,8 +99,8 @@ _records: list[BuildRecord] = []  # appending and copying are atomic
 def record_build(record: BuildRecord) -> None:
     """Add to the log."""
     _records.append(record)
-    stats.count("loads")
-    stats.count("load_ms", 1e3 * record.load_seconds)
+    counters.count("loads")
+    counters.count("load_ms", 1e3 * record.load_seconds)
 
 
 def build_log() -> list[BuildRecord]:

@@ -12,7 +12,7 @@ from attngen.paths import PACKAGE
 # Top to bottom; a room may import from those above it.
 STREET = (
     "errors",
-    "stats",
+    "counters",
     "logs",
     "paths",
     "ops",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from .errors import ParameterError
@@ -12,6 +14,7 @@ from .errors import ParameterError
 _lock = threading.Lock()
 _counts: Counter[str] = Counter()
 _layers: Counter[str] = Counter()  # first hits, by the layer that had the kernel
+_here = threading.local()
 JIT_MODES = ("on", "off", "warn")
 
 
@@ -51,8 +54,20 @@ def reset() -> None:
         _layers.clear()
 
 
+@contextmanager
+def no_jit() -> Iterator[None]:
+    """In this thread, as under ATTNGEN_JIT=off."""
+    before, _here.off = getattr(_here, "off", False), True
+    try:
+        yield
+    finally:
+        _here.off = before
+
+
 def jit_mode() -> str:
     """$ATTNGEN_JIT: "on" (the default), "off" (a kernel that is not there is an error) or "warn"."""
+    if getattr(_here, "off", False):
+        return "off"
     mode = os.environ.get("ATTNGEN_JIT", "").strip().lower() or "on"
     if mode not in JIT_MODES:
         raise ParameterError(f"ATTNGEN_JIT={mode}: required one of {', '.join(JIT_MODES)}; unset it or mend it")
