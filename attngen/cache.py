@@ -37,7 +37,6 @@ from . import counters, trust
 from .build import keep_newest
 from .entry import FORMAT, Entry, cache_root, read_entry, sources_digest
 from .errors import AttngenError, BuildError, CacheError, CacheWarning, JitWarning, MissingKernelError
-from .locks import alive, key_lock, machine
 
 __all__ = ["FORMAT", "Cache", "Entry", "cache_root", "default", "sources_digest"]
 
@@ -296,6 +295,8 @@ class Cache:
         raise AssertionError
 
     def _build_once(self, key: str, build: Callable[[Path], Mapping[str, Any]], shelf: str) -> tuple[Entry, bool]:
+        from .locks import key_lock, machine
+
         self.check_private()
         with self._writing(self.base):
             self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -377,6 +378,8 @@ class Cache:
     def _collect_abandoned(self, mine: Path) -> None:
         """Removes private folders of builds that were killed: of this machine's dead processes, or a day older than `mine`,
         which was made just now by the same file system's clock."""
+        from .locks import alive, machine
+
         with contextlib.suppress(OSError):
             now = mine.stat().st_mtime
             for folder in (self.base / "building").glob(".build-*-*-*"):
