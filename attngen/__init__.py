@@ -17,6 +17,7 @@ if _sys.platform == "win32":
     raise ImportError("attngen runs on Linux; found Windows: use it in WSL or in a container")
 
 from . import paths as _paths  # finds attngen.variants in a checkout
+from .counters import stats
 from .errors import (
     AttngenError,
     BuildError,
@@ -38,7 +39,6 @@ from .run import BuildRecord, Kernel, attention, build_log, compile, reference  
 from .run import device_compilers as _device_compilers
 from .run import device_sites as _device_sites
 from .spec import Const, Scalar, Tensor, Variant, compose
-from .counters import stats
 
 __version__ = "0.1.0"
 

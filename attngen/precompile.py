@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,8 @@ from . import build as building
 from . import cache
 from .entry import Entry
 from .errors import AttngenError, CacheError
-from .sets import Job, Unit, VariantSet, make_lock
+from .sets import VariantSet
+from .units import Job, Unit, make_lock, units_of
 
 # Seconds and bytes of a compiler at work, where the cache remembers none of its kind (measured: docs/deploy.md).
 _SECONDS = {"attention": 2.0, "decode": 2.0, "attention_sm80": 4.0, "attention_sm90": 5.0, "plan": 1.5, "append": 1.2, "merge": 1.2}
@@ -43,7 +44,7 @@ class Plan:
     @classmethod
     def of(cls, variant_set: VariantSet) -> Plan:
         """Trace the set and look its keys up."""
-        units = tuple(variant_set.units())
+        units = tuple(units_of(variant_set))
         jobs = tuple({job.key: job for unit in units for job in unit.jobs}.values())
         store, there = cache.default(), {}
         for job in jobs:
@@ -267,11 +268,3 @@ def _end_compilers() -> None:
     for pid in list(building.running.values()):
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(pid, signal.SIGTERM)  # ninja passes it on
-
-
-def missing_command(path: Path, archs: Sequence[str]) -> str:
-    """The command that builds a set for ``archs``."""
-    return f"attngen precompile {path}" + (f" --arch {','.join(archs)}" if archs else "")
-
-
-__all__ = ["Plan", "Result", "State", "build", "free_bytes", "missing_command", "workers_for"]

@@ -195,13 +195,13 @@ def kernel_for(variant: Variant, problem: Problem) -> Kernel:
     memo = (trace.key(problem.head_dim), problem)
     kernel = _kernels.get(memo)
     if kernel is None:
-        with _collector_paused():
+        with collector_paused():
             kernel = _kernels[memo] = _compile_uncached(variant, problem)
     return kernel
 
 
 @contextmanager
-def _collector_paused() -> Iterator[None]:
+def collector_paused() -> Iterator[None]:
     """Without cyclic garbage collection: rendering allocates enough to set off a full one, 90 ms over torch's heap."""
     enabled = gc.isenabled()
     gc.disable()

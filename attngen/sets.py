@@ -19,51 +19,25 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import append, cuda, merge, pins, run
-from .choose import CPU_ISAS, host_isa
-from .choose_cuda import DecodeConfig, arch_named
-from .engine import cuda_problem, kernels_of
-from .entry import FORMAT, Entry
-from .errors import ParameterError, UnsupportedError, VariantError
-from .find import load_variant
+from .choose import CPU_ISAS
+from .choose_cuda import arch_named
+from .errors import ParameterError
 from .pack import check_name
-from .spec import Variant, as_variant
+from .run import DTYPE_NAMES
 
 LOCK_FORMAT = "attngen-lock-1"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_TORCH = {str(dtype).removeprefix("torch."): dtype for dtype in run.DTYPE_NAMES}
+STORED = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _LAYOUTS = ("paged", "contiguous")
 _PHASES = ("prefill", "decode", "append", "merge")
 _KEYS = ("variants", "dtypes", "head_dims", "layouts", "phases", "archs", "batch_invariant", "storage")
-
-
-@dataclass(frozen=True)
-class Job:
-    """One kernel to build. ``build`` gives its entry, whether it was there, and the seconds."""
-
-    key: str
-    title: str
-    name: str  # the template's: decode, attention_sm80, plan, attention, append, merge
-    arch: str
-    build: Callable[[], tuple[Entry, bool, float]] = field(compare=False, repr=False)
-
-
-@dataclass(frozen=True)
-class Unit:
-    """One thing that is served: what a call or a batch looks up at once."""
-
-    identity: str
-    facts: Mapping[str, Any]  # backend, variant, arch, dtype, head_dim, ...: for people, warm-up and choosing what fits
-    jobs: tuple[Job, ...]
-    roles: tuple[Mapping[str, Any], ...]  # what is pinned, in order: a key each, or the configuration of what is not built
 
 
 class VariantSet:
@@ -93,125 +67,9 @@ class VariantSet:
     def _files(self) -> Iterator[str]:
         for table in self.tables:
             for given in table["variants"]:
-                file = _name_of(given).partition(":")[0]
+                file = name_of(given).partition(":")[0]
                 if file.endswith(".py"):
                     yield file
-
-    def units(self) -> list[Unit]:
-        """Everything that the set serves, once each. Traces the variants; renders and compiles nothing."""
-        found: dict[str, Unit] = {}
-        for i, table in enumerate(self.tables):
-            try:
-                for unit in self._units_of(table):
-                    found.setdefault(unit.identity, unit)
-            except (UnsupportedError, VariantError, ParameterError) as error:
-                raise type(error)(f"{self.path}, [[kernels]] number {i + 1}: {error}") from error
-        return list(found.values())
-
-    def _units_of(self, table: Mapping[str, Any]) -> Iterator[Unit]:
-        for arch in table["archs"]:
-            on_cpu = _is_cpu(arch)
-            dtypes = table["dtypes"] or (["float32"] if on_cpu else ["bfloat16"])
-            for given in table["variants"]:
-                variant = self._variant(given)
-                stored = run.stored_dtypes(variant, _storage(variant, table["storage"]))
-                for dtype in dtypes:
-                    for d, dv in table["head_dims"]:
-                        facts = {"variant": _name_of(given), "bind": _bind_of(given), "dtype": dtype, "head_dim": d,
-                                 "head_dim_v": dv, "storage": dict(sorted(stored.items()))}  # fmt: skip
-                        if not set(table["phases"]) & {"prefill", "decode"}:
-                            continue
-                        if on_cpu:
-                            yield _cpu_unit(variant, DTYPES[dtype], d, dv, stored, arch, facts)
-                        else:
-                            yield from _cuda_units(variant, DTYPES[dtype], d, dv, stored, arch, facts, table)
-            if not on_cpu:
-                yield from self._plain_units(arch, dtypes, table)
-
-    def _plain_units(self, arch: str, dtypes: Sequence[str], table: Mapping[str, Any]) -> Iterator[Unit]:
-        """append_kv for each rope of the variants, or none; merge_states to the dtype and from raw states."""
-        gpu = arch_named(_gpu(arch)).name
-        for dtype in dtypes:
-            for d, dv in table["head_dims"]:
-                facts = {"backend": "cuda", "arch": gpu, "dtype": dtype, "head_dim": d, "head_dim_v": dv}
-                if "append" in table["phases"]:
-                    for rope in (None, *map(self._rope, table["variants"])):
-                        config = append._config(gpu, DTYPES[dtype], d, dv, rope)
-                        more = {"rotary_dim": config.rotary_dim, "interleaved": config.interleaved}
-                        yield _plain_unit("append", append._specialise(config), facts | more)
-                if "merge" in table["phases"]:
-                    for given, out in ((dtype, dtype), ("float32", dtype)):
-                        merging = merge._config(gpu, DTYPES[given], DTYPES[out], dv)
-                        yield _plain_unit("merge", merge._specialise(merging), facts | {"dtype": given, "out_dtype": out})
-
-    def _variant(self, given: Any) -> Variant:
-        return _named_variant(_name_of(given), _bind_of(given), self.path.parent)
-
-    def _rope(self, given: Any) -> Any:
-        rope = self._variant(given).trace.rope
-        return rope.rope if rope and rope.rope.keys == "cached" else None
-
-
-def _named_variant(name: str, bind: Mapping[str, Any], folder: Path) -> Variant:
-    if name.partition(":")[0].endswith(".py"):
-        name = str(folder / name)
-    return as_variant(load_variant(name, [f"{n}={json.dumps(v)}" for n, v in bind.items()]))
-
-
-def variant_of_unit(unit: Mapping[str, Any], folder: Path) -> Variant:
-    """The variant that a lock file's unit names; its file lies relative to ``folder``."""
-    return _named_variant(unit["variant"], unit.get("bind", {}), folder)
-
-
-def _cpu_unit(
-    variant: Variant, dtype: torch.dtype, d: int, dv: int, stored: Mapping[str, str], arch: str, facts: dict[str, Any]
-) -> Unit:
-    isa = host_isa() if arch == "cpu" else arch
-    problem = run.problem_for(dtype, d, dv, stored, isa)
-    key = run.specialise(variant, problem)[-1]
-
-    def build() -> tuple[Entry, bool, float]:
-        *_, entry, hit, seconds = run.build_cpu(variant, problem)
-        return entry, hit, seconds
-
-    job = Job(key, variant.name, "attention", isa, build)
-    identity = pins.cpu_identity(variant.trace.key(d), problem)
-    return Unit(identity, {"backend": "cpu", "arch": isa, **facts}, (job,), ({"key": key},))
-
-
-def _cuda_units(
-    variant: Variant, dtype: torch.dtype, d: int, dv: int, stored: Mapping[str, str], arch: str, facts: dict[str, Any],
-    table: Mapping[str, Any],
-) -> Iterator[Unit]:  # fmt: skip
-    gpu = arch_named(_gpu(arch)).name
-    problem = cuda_problem(gpu, dtype, d, dv, tuple(sorted(stored.items())))
-    invariant, phases = table["batch_invariant"], table["phases"]
-    for layout in table["layouts"]:
-        for most_rows in (16, 64) if invariant else (0,):
-            kernels = kernels_of(
-                variant, problem, paged=layout == "paged", batch_invariant=invariant, most_rows=most_rows
-            )
-            decodes = [isinstance(special.config, DecodeConfig) for special in kernels.classes]
-            # A batch that prefills decodes too, with the smallest class. A decode-only object never needs the others.
-            chosen = [s for s, decode in zip(kernels.classes, decodes) if decode or "prefill" in phases]
-            if not chosen:
-                continue
-            jobs = tuple(
-                Job(s.key, s.title, s.name, gpu, lambda s=s: cuda.build(s)) for s in (*chosen, kernels.plan)
-            )  # fmt: skip
-            identity = pins.cuda_identity(variant.trace.key(d), problem, layout == "paged", invariant, most_rows <= 16)
-            more = {"layout": layout, "batch_invariant": invariant}
-            roles = [
-                {"key": s.key} if s in chosen else {"name": s.name, "variant": s.title, "choice": pins.config_record(s.config)}
-                for s in kernels.classes
-            ]  # fmt: skip
-            yield Unit(identity, {"backend": "cuda", "arch": gpu, **facts, **more}, jobs, (*roles, {"key": kernels.plan.key}))
-
-
-def _plain_unit(name: str, special: cuda.Specialised, facts: Mapping[str, Any]) -> Unit:
-    job = Job(special.key, special.title, name, special.config.arch, lambda: cuda.build(special))
-    identity = pins.plain_identity(name, special.config)
-    return Unit(identity, {**facts, "variant": special.title, "config": str(special.config)}, (job,), ({"key": special.key},))
 
 
 # ---- lock files ------------------------------------------------------------------------------------------------------
@@ -220,26 +78,6 @@ def _plain_unit(name: str, special: cuda.Specialised, facts: Mapping[str, Any]) 
 def lock_path(path: Path) -> Path:
     """The lock file of a set's TOML file."""
     return path.with_suffix(".lock")
-
-
-def make_lock(found: VariantSet, units: Sequence[Unit], entries: Mapping[str, Entry]) -> dict[str, Any]:
-    """The lock file of a set whose kernels are built: ``entries`` by key."""
-    from . import __version__
-
-    kernels: dict[str, Any] = {}
-    sources: dict[str, Any] = {}
-    for unit in units:
-        for job in unit.jobs:
-            m = entries[job.key].manifest
-            inputs = dict(m.get("inputs", {}))
-            sources[unit.facts["backend"]] = inputs.pop("sources", {})  # the same for all
-            kernels[job.key] = {"name": job.name, "variant": m.get("variant", job.title), "arch": job.arch, "abi": m["abi"],
-                                "inputs": inputs}  # fmt: skip
-    return {
-        "format": LOCK_FORMAT, "name": found.name, "attngen": __version__, "entries": FORMAT, "set_sha256": found.digest,
-        "files": found.files(), "sources": sources, "kernels": dict(sorted(kernels.items())),
-        "units": [{"identity": u.identity, **u.facts, "roles": list(u.roles)} for u in units],
-    }  # fmt: skip
 
 
 def read_lock(path: Path) -> dict[str, Any]:
@@ -279,6 +117,11 @@ def stale(path: Path, lock: Mapping[str, Any]) -> str:
         changed = [name for name, digest in found.files().items() if lock.get("files", {}).get(name) != digest]
         return f"{', '.join(changed)} changed since {lock_path(path).name} was written" if changed else ""
     return f"a file that {path} names is not there"
+
+
+def missing_command(path: Path, archs: Sequence[str]) -> str:
+    """The command that builds a set for ``archs``."""
+    return f"attngen precompile {path}" + (f" --arch {','.join(archs)}" if archs else "")
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -325,25 +168,25 @@ def _check_table(where: str, given: Mapping[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
     if not isinstance(table["batch_invariant"], bool):
         raise ParameterError(f"{where}: batch_invariant is {table['batch_invariant']!r}; required true or false")
-    if not isinstance(table["storage"], dict) or not all(x in _TORCH for x in table["storage"].values()):
+    if not isinstance(table["storage"], dict) or not all(x in STORED for x in table["storage"].values()):
         raise ParameterError(f"{where}: storage is {table['storage']!r}; required names of dtypes by names of fields")
     if not table["variants"] and set(phases) & {"prefill", "decode"}:
         raise ParameterError(f"{where}: no variants; required variants = [...] for the phases prefill and decode")
     for variant in table["variants"]:
-        if not _name_of(variant) or not isinstance(_bind_of(variant), dict):
+        if not name_of(variant) or not isinstance(bind_of(variant), dict):
             raise ParameterError(f"{where}: variants has {variant!r}; required a name, or {{name = ..., bind = {{...}}}}")
     for arch in table["archs"]:
-        if not _is_cpu(arch):
-            arch_named(_gpu(arch))
+        if not is_cpu(arch):
+            arch_named(gpu(arch))
     return table
 
 
-def _name_of(given: Any) -> str:
+def name_of(given: Any) -> str:
     name = given.get("name") if isinstance(given, dict) else given
     return name if isinstance(name, str) else ""
 
 
-def _bind_of(given: Any) -> Any:
+def bind_of(given: Any) -> Any:
     return given.get("bind", {}) if isinstance(given, dict) else {}
 
 
@@ -354,14 +197,10 @@ def _dims(where: str, given: Any) -> tuple[int, int]:
     return int(parts[0]), int(parts[-1])
 
 
-def _is_cpu(arch: str) -> bool:
+def is_cpu(arch: str) -> bool:
     return arch == "cpu" or arch in CPU_ISAS
 
 
-def _gpu(arch: str) -> str:
+def gpu(arch: str) -> str:
     """ "9.0a" as "90a"."""
     return arch.replace(".", "")
-
-
-def _storage(variant: Variant, given: Mapping[str, str]) -> dict[str, torch.dtype]:
-    return {name: _TORCH[dtype] for name, dtype in given.items() if name in variant.trace.fields}

@@ -21,12 +21,11 @@ import torch
 
 from . import cache, counters, cuda, layers, pins, sets
 from .choose import host_isa
-from .engine import Launcher
 from .entry import Entry
 from .errors import CacheError, MissingKernelError, ParameterError
 from .load import host, load_kernel
 from .pack import SET_NAME, Pack
-from .precompile import Plan, build, missing_command, workers_for
+from .run import collector_paused
 
 log = logging.getLogger("attngen.start")
 _SHOWN = 20  # missing kernels that an error lists
@@ -111,13 +110,13 @@ def load_set(source: str | os.PathLike[str], *, jit: bool = True, device: torch.
     path, lock = _find(source)
     allowed = jit and counters.jit_mode() != "off"
     built = 0
-    with nullcontext() if allowed else counters.no_jit():
+    with nullcontext() if allowed else counters.no_jit(), collector_paused():
         why = "there is no lock file" if lock is None else sets.stale(path, lock) if path.suffix == ".toml" and path.exists() else ""
         if why:
             if not allowed or path.suffix != ".toml":
                 raise MissingKernelError(
                     f"the set {path} cannot be loaded as it is: {why}.\n  required: {sets.lock_path(path)}, written for this set\n"
-                    f"  found: {why}\n  do: {missing_command(path, ())}"
+                    f"  found: {why}\n  do: {sets.missing_command(path, ())}"
                 )
             lock, built = _build(path, ())
         assert lock is not None
@@ -204,7 +203,7 @@ def _fitting(lock: Mapping[str, Any], device: Any, path: Path) -> list[Mapping[s
             others = sorted({u["arch"] for u in lock["units"] if u["backend"] == backend})
             raise MissingKernelError(
                 f"the set {lock['name']} has no kernels for {arch}, which this machine's {backend} runs.\n  required: {arch}\n"
-                f"  found: {', '.join(others) or 'none'}\n  do: {missing_command(sets_path(path), [*others, arch])}"
+                f"  found: {', '.join(others) or 'none'}\n  do: {sets.missing_command(sets_path(path), [*others, arch])}"
             )
         fitting += units
     if not fitting:
@@ -212,7 +211,7 @@ def _fitting(lock: Mapping[str, Any], device: Any, path: Path) -> list[Mapping[s
         raise MissingKernelError(
             f"nothing of the set {lock['name']} runs here.\n  required: one of {', '.join(archs)}\n"
             f"  found: {', '.join(here.values()) or 'no device'}{'' if torch.cuda.is_available() else ', no CUDA device'}\n"
-            f"  do: {missing_command(sets_path(path), [*archs, *here.values()])}"
+            f"  do: {sets.missing_command(sets_path(path), [*archs, *here.values()])}"
         )
     return fitting
 
@@ -252,11 +251,13 @@ def _missing(path: Path, lock: Mapping[str, Any], missing: Mapping[str, str]) ->
     text = "\n".join([*rows[:_SHOWN], *more])
     return MissingKernelError(
         f"{len(missing)} of the kernels of the set {lock['name']} are not there.\n  required: {len(lock['kernels'])} kernels, as "
-        f"its lock file says\n  found missing:\n{text}\n  do: {missing_command(sets_path(path), archs)}, or import its pack"
+        f"its lock file says\n  found missing:\n{text}\n  do: {sets.missing_command(sets_path(path), archs)}, or import its pack"
     )
 
 
 def _build(path: Path, archs: Sequence[str]) -> tuple[dict[str, Any], int]:
+    from .precompile import Plan, build, workers_for  # a start that finds everything needs none of it
+
     result = build(Plan.of(sets.VariantSet(path, archs)), workers_for(None))
     for state in result.failed:
         raise CacheError(f"the set {path} cannot be built: {state.job.title} {state.job.name}:\n{state.error}")
@@ -274,6 +275,8 @@ def _cuda_device(device: Any) -> torch.device:
 
 
 def _load(loaded: LoadedSet, found: Mapping[str, tuple[Entry, float]]) -> None:
+    from .engine import Launcher
+
     store, done = cache.default(), set()
     for unit in loaded.units:
         for role in unit["roles"]:
@@ -334,7 +337,8 @@ def _warm_attention(unit: Mapping[str, Any], device: torch.device, folder: Path,
     from .batch import BatchAttention
     from .check import Case, invent
     from .run import attention
-    from .sets import DTYPES, variant_of_unit
+    from .sets import DTYPES
+    from .units import variant_of_unit
 
     variant, dtype = variant_of_unit(unit, folder), DTYPES[unit["dtype"]]
     whole = all("key" in role for role in unit["roles"])  # else a set of the phase decode alone

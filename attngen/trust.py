@@ -35,7 +35,7 @@ def check_private(folder: Path) -> None:
     raise CacheError(
         f"the cache folder {folder} can be written by others, who could run code as you through it.\n"
         f"  required: a folder that only its user (or root) can write\n  found: {what}\n"
-        f"  do: {f'chmod go-w {folder}' if others else f'chown it'}, or set ATTNGEN_CACHE_DIR to a new folder inside it, which is "
+        f"  do: {f'chmod go-w {folder}' if others else 'chown it'}, or set ATTNGEN_CACHE_DIR to a new folder inside it, which is "
         "made with mode 0700 (ATTNGEN_ALLOW_SHARED_CACHE=1 takes it as it is)"
     )
 

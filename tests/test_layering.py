@@ -53,6 +53,7 @@ STREET = (
     "find",
     "check",
     "sets",
+    "units",
     "precompile",
     "start",
     "prune",
