@@ -98,6 +98,8 @@ def write_pack(
             blobs[digest] = content
             files[file] = [digest, len(content)]
         listed[entry.key] = {"manifest": bare_manifest(entry, sign), "files": files}
+    if sign and lock is not None:
+        lock = trust.sign(lock, sign)  # it is kept by itself, where the pack is imported
     index: dict[str, Any] = {"format": PACK_FORMAT, "name": name, "entries": listed, "lock": lock}
     if sign:
         index = trust.sign(index, sign)

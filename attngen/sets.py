@@ -27,8 +27,7 @@ from typing import Any
 import torch
 
 from .choose import CPU_ISAS
-from .choose_cuda import arch_named
-from .errors import ParameterError
+from .errors import ParameterError, UnsupportedError
 from .pack import check_name
 from .run import DTYPE_NAMES
 
@@ -177,7 +176,12 @@ def _check_table(where: str, given: Mapping[str, Any]) -> dict[str, Any]:
             raise ParameterError(f"{where}: variants has {variant!r}; required a name, or {{name = ..., bind = {{...}}}}")
     for arch in table["archs"]:
         if not is_cpu(arch):
-            arch_named(gpu(arch))
+            from .choose_cuda import arch_named
+
+            try:
+                arch_named(gpu(arch))
+            except UnsupportedError as error:
+                raise ParameterError(f"{where}: archs has {arch!r}: {error}; or of a CPU: cpu, {', '.join(CPU_ISAS)}") from None
     return table
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from . import cache, counters, cuda, layers, pins, sets
+from . import cache, counters, layers, pins, sets
 from .choose import host_isa
 from .entry import Entry
 from .errors import CacheError, MissingKernelError, ParameterError
@@ -195,6 +195,8 @@ def _fitting(lock: Mapping[str, Any], device: Any, path: Path) -> list[Mapping[s
     if wanted in (None, "cpu"):
         here["cpu"] = host_isa()
     if wanted == "cuda" or (wanted is None and torch.cuda.is_available()):
+        from . import cuda
+
         here["cuda"] = cuda.device_arch(_cuda_device(device).index or 0).name
     fitting, has = [], Counter(unit["backend"] for unit in lock["units"])
     for backend, arch in here.items():
@@ -275,8 +277,6 @@ def _cuda_device(device: Any) -> torch.device:
 
 
 def _load(loaded: LoadedSet, found: Mapping[str, tuple[Entry, float]]) -> None:
-    from .engine import Launcher
-
     store, done = cache.default(), set()
     for unit in loaded.units:
         for role in unit["roles"]:
@@ -291,6 +291,9 @@ def _load(loaded: LoadedSet, found: Mapping[str, tuple[Entry, float]]) -> None:
                 counters.count("loads")
                 counters.count("load_ms", 1e3 * (time.perf_counter() - begun))
             else:
+                from . import cuda
+                from .engine import Launcher
+
                 assert loaded.device is not None and loaded.device.index is not None
                 special = cuda.from_entry(entry, None)
                 Launcher(special, loaded.device.index, getattr(special.config, "smem_bytes", 0))
