@@ -378,28 +378,36 @@ print(os.getuid(), len(loaded.kernels), bad, late, ag.stats()["builds"])
 """
 
 
-def test_a_server_without_path_home_or_rights(tmp_path):
-    """Another user, an empty PATH, a home that is not there: nothing is executed, written or built."""
+def one_pack(folder: Path) -> Path:
+    """A pack of one CPU kernel, from the cache of the environment."""
     from attngen.pack import write_pack
     from attngen.precompile import Plan, build
     from attngen.sets import VariantSet
 
-    (tmp_path / "one.toml").write_text('[[kernels]]\nvariants = ["Causal"]\nhead_dims = [32]\narchs = ["cpu"]\n')
-    result = build(Plan.of(VariantSet(tmp_path / "one.toml")), 2)
-    write_pack(tmp_path / "one.attnpack", "one", result.entries.values(), result.lock())
-    modes = {p: p.stat().st_mode for p in (tmp_path, *tmp_path.parents) if p.stat().st_uid == os.getuid() and p != Path("/")}
+    (folder / "one.toml").write_text('[[kernels]]\nvariants = ["Causal"]\nhead_dims = [32]\narchs = ["cpu"]\n')
+    result = build(Plan.of(VariantSet(folder / "one.toml")), 2)
+    write_pack(folder / "one.attnpack", "one", result.entries.values(), result.lock())
+    return folder / "one.attnpack"
+
+
+def serve_strictly(python: str, pack: Path, **env: str) -> None:
+    """Serves from a pack as another user, with an empty PATH and a home that is not there: nothing is executed, written or
+    built."""
+    modes = {p: p.stat().st_mode for p in (pack, *pack.parents) if p.stat().st_uid == os.getuid() and p != Path("/")}
     try:
         for path, mode in modes.items():
             path.chmod(mode | 0o055)
-        (tmp_path / "one.attnpack").chmod(0o444)
-        env = {"PATH": "", "HOME": "/nonexistent", "PYTHONPATH": str(Path(ag.__file__).parent.parent), "PYTHONSAFEPATH": "1",
-               "PYTHONDONTWRITEBYTECODE": "1"}  # fmt: skip
-        done = subprocess.run([sys.executable, "-c", STRICT, tmp_path / "one.attnpack"], env=env, capture_output=True, text=True)
+        env = {"PATH": "", "HOME": "/nonexistent", "PYTHONSAFEPATH": "1", "PYTHONDONTWRITEBYTECODE": "1", **env}
+        done = subprocess.run([python, "-c", STRICT, pack], env=env, capture_output=True, text=True, cwd="/")
         assert done.returncode == 0, done.stderr
         assert done.stdout.split() == [str(os.getuid() or 65534), "1", "[]", "[]", "0"], done.stdout
     finally:
         for path, mode in modes.items():
             path.chmod(mode)
+
+
+def test_a_server_without_path_home_or_rights(tmp_path):
+    serve_strictly(sys.executable, one_pack(tmp_path), PYTHONPATH=str(Path(ag.__file__).parent.parent))
 
 
 def test_a_full_disk_during_an_import(tmp_path):
