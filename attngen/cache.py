@@ -255,14 +255,13 @@ class Cache:
                 (folder / name).write_bytes(entry.file(name))
             return entry.manifest
 
-        with self.locked_out(entry.key):
-            try:
-                there = self.lookup(entry.key, shelf)
-            except CacheError:
-                there = None
-            if there is not None:
-                return there, True
-            return self._build_locked(entry.key, copy, shelf)[0], False
+        try:
+            there = self.lookup(entry.key, shelf)
+        except CacheError:
+            there = None
+        if there is not None:
+            return there, True
+        return self._build_locked(entry.key, copy, shelf)[0], False
 
     def keep_lock(self, name: str, lock: Mapping[str, Any]) -> None:
         """Keep a set's lock file, for load_set to find by its name."""
@@ -272,14 +271,6 @@ class Cache:
             private = folder / f".{name}.{os.getpid()}"
             private.write_text(json.dumps(lock, indent=1, sort_keys=True) + "\n", encoding="utf-8")
             private.replace(folder / f"{name}.lock")
-
-    @contextmanager
-    def locked_out(self, key: str) -> Iterator[None]:
-        """Holds the key's thread lock."""
-        with self._guard:
-            thread_lock = self._locks.setdefault(key, threading.Lock())
-        with thread_lock:
-            yield
 
     def _build_locked(self, key: str, build: Callable[[Path], Mapping[str, Any]], shelf: str) -> tuple[Entry, bool]:
         for attempt in range(_TRIES):

@@ -55,19 +55,19 @@ def reset() -> None:
 
 
 @contextmanager
-def no_jit() -> Iterator[None]:
-    """In this thread, as under ATTNGEN_JIT=off."""
-    before, _here.off = getattr(_here, "off", False), True
+def jit(mode: str) -> Iterator[None]:
+    """In this thread, as under ATTNGEN_JIT=mode."""
+    before, _here.mode = getattr(_here, "mode", ""), mode
     try:
         yield
     finally:
-        _here.off = before
+        _here.mode = before
 
 
 def jit_mode() -> str:
     """$ATTNGEN_JIT: "on" (the default), "off" (a kernel that is not there is an error) or "warn"."""
-    if getattr(_here, "off", False):
-        return "off"
+    if forced := getattr(_here, "mode", ""):
+        return str(forced)
     mode = os.environ.get("ATTNGEN_JIT", "").strip().lower() or "on"
     if mode not in JIT_MODES:
         raise ParameterError(f"ATTNGEN_JIT={mode}: required one of {', '.join(JIT_MODES)}; unset it or mend it")

@@ -110,10 +110,10 @@ def prune(store: Cache, max_bytes: int | None = None, max_age_s: float | None = 
             item.entry.folder.rename(target)
             aside.append((item, target))
     # Who opened one between the look and the rename has it mapped under its new name by now.
-    moved = _mapped(str(store.base))
+    moved = _mapped(os.path.realpath(store.base))
     removed = []
     for item, target in aside:
-        if any(path.startswith(f"{target}/") for path in moved):
+        if any(path.startswith(f"{os.path.realpath(target)}/") for path in moved):
             with suppress(OSError):
                 target.rename(item.entry.folder)
                 loaded.append(item)
@@ -128,13 +128,13 @@ def prune(store: Cache, max_bytes: int | None = None, max_age_s: float | None = 
 
 def in_use(store: Cache) -> set[str]:
     """Keys of this cache that some process of this machine has mapped."""
-    start = f"{store.base / 'kernels'}/"
+    start = os.path.realpath(store.base / "kernels") + "/"
     return {path.removeprefix(start).split("/")[1] for path in _mapped(start) if path.count("/") > start.count("/") + 1}
 
 
 def _mapped(start: str) -> set[str]:
     """Files that processes have mapped and whose paths begin with ``start``."""
-    found, start = set(), os.path.realpath(start) + ("/" if start.endswith("/") else "")
+    found = set()
     for maps in Path("/proc").glob("[0-9]*/maps"):
         with suppress(OSError):
             for line in maps.read_text(errors="replace").splitlines():

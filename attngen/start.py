@@ -110,7 +110,7 @@ def load_set(source: str | os.PathLike[str], *, jit: bool = True, device: torch.
     path, lock = _find(source)
     allowed = jit and counters.jit_mode() != "off"
     built = 0
-    with nullcontext() if allowed else counters.no_jit(), collector_paused():
+    with nullcontext() if allowed else counters.jit("off"), collector_paused():
         why = "there is no lock file" if lock is None else sets.stale(path, lock) if path.suffix == ".toml" and path.exists() else ""
         if why:
             if not allowed or path.suffix != ".toml":

@@ -21,6 +21,7 @@ from typing import Any
 
 from . import trust
 from .entry import FORMAT, Entry
+from .errors import ParameterError
 from .layers import GROUP
 from .pack import bare_manifest, check_name, files_of, plain_member
 
@@ -30,6 +31,8 @@ def write_wheel(
 ) -> Path:
     """Write the wheel into ``folder`` and return its path. Equal kernels make equal bytes. Raises ParameterError, CacheError."""
     check_name(name)
+    if not re.fullmatch(r"\d+(\.\d+)*", version):
+        raise ParameterError(f"--version {version}: required numbers joined by dots, such as 1 or 2026.11")
     package = "attngen_kernels_" + re.sub(r"\W", "_", name).lower()
     inside = f"{package}/v{FORMAT}"
     files: dict[str, bytes] = {f"{package}/__init__.py": f'"""Kernels of the set {name}, built by attngen. Data only."""\n'.encode()}

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import toy
+from test_cache import never
 from test_cli import attngen, read_json  # noqa: F401
 
 import attngen as ag
@@ -464,6 +465,16 @@ def test_only_signed_packs_are_taken_where_keys_are_trusted(here, built, signers
     rebuilt(here / "signed.attnpack", lambda i, m: i.update(index))
     with pytest.raises(CacheError, match="a signature that does not fit"):
         Pack(here / "signed.attnpack")
+    # A remote store's kernels are held to it too.
+    monkeypatch.setenv("ATTNGEN_CACHE_DIR", str(built / "cache"))
+    for name, sign in (("bare", ()), ("signed", ("--sign", one))):
+        forget()
+        monkeypatch.delenv("ATTNGEN_REMOTE_CACHE", raising=False)
+        monkeypatch.setenv("ATTNGEN_CACHE_DIR", str(built / "cache"))
+        assert attngen("cache", "push", f"file://{here}/{name}", here / "llama.toml", *sign)[0] == 0
+        monkeypatch.setenv("ATTNGEN_REMOTE_CACHE", f"file://{here}/{name}")
+        monkeypatch.setenv("ATTNGEN_CACHE_DIR", str(here / f"cache of {name}"))
+        assert (cache.default().find(keys_of(here)[0]) is not None) == (name == "signed")
     monkeypatch.setenv("ATTNGEN_TRUSTED_KEYS", str(here / "llama.toml"))
     with pytest.raises(ParameterError, match="required a public key in PEM"):
         Pack(here / "signed.attnpack")
@@ -482,8 +493,13 @@ def test_a_remote_store_fills_the_users_cache(here, built, attngen, monkeypatch)
     monkeypatch.setenv("ATTNGEN_CACHE_DIR", str(here / "cache"))
     monkeypatch.setenv("ATTNGEN_REMOTE_CACHE", url)
     one, two = keys_of(here)
-    assert cache.default().find(one).manifest["origin"] == {"remote": url}
+    entry, hit = cache.default().get_or_build(one, never)
+    assert hit and entry.manifest["origin"] == {"remote": url}
     assert Cache(here / "cache").lookup(one) is not None  # kept
+    shutil.rmtree(here / "cache")
+    monkeypatch.setenv("ATTNGEN_JIT", "off")
+    assert cache.default().get_or_build(one, never)[0].layer == "remote" and not (here / "cache").exists()
+    monkeypatch.delenv("ATTNGEN_JIT")
     flip(here / "store" / "v1" / "kernels" / two[:2] / two / "kernel.so")
     assert cache.default().find(two) is None and Cache(here / "cache").lookup(two) is None
     monkeypatch.setenv("ATTNGEN_REMOTE_CACHE", f"file://{here}/nowhere")
