@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
@@ -125,6 +126,23 @@ def test_a_kernel_that_fails_does_not_stop_the_others(here, attngen, monkeypatch
     assert sorted(row["state"] for row in done["rows"]) == ["built", "failed"]
     assert done["lock"] is None and not (here / "llama.lock").exists()
     assert "FAILED Mine" in attngen("precompile", here / "llama.toml")[1]
+
+
+def test_an_interrupted_precompile_goes_on_where_it_stopped(here, monkeypatch):
+    monkeypatch.setenv("ATTNGEN_JIT", "off")  # of servers; who asks to build gets it
+    (here / "llama.lock").unlink()
+    command = [sys.executable, "-m", "attngen", "precompile", here / "llama.toml", "-j", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if line.startswith("[1/2]"):
+            process.send_signal(signal.SIGINT)
+            break
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 130 and "interrupted: the same command goes on from here" in out
+    assert not (here / "llama.lock").exists() and len(list(Cache(here / "cache").entries())) == 1
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True)
+    assert sorted(row["state"] for row in json.loads(done.stdout)["rows"]) == ["built", "there"], done.stderr
+    assert (here / "llama.lock").exists()
 
 
 @pytest.mark.parametrize(
