@@ -21,7 +21,7 @@ from .abi import Layout, parameter_fields
 from .abi_cuda import ATTENTION_FIELDS, CUDA_ABI, PLAN_FIELDS
 from .choose_cuda import Arch, arch_of, cuda_flags
 from .emit import Hooks, emit
-from .errors import MissingKernelError, UnsupportedError
+from .errors import CacheError, MissingKernelError, UnsupportedError
 from .load import host, load_cubin
 from .paths import PACKAGE, templates_dir
 from .run import DEBUG, FORMAT, BuildRecord, build_artifact, describe, key_inputs, record_build
@@ -94,7 +94,9 @@ def from_entry(entry: pins.Role, problem: Problem | None) -> Specialised:
         config = pins.restore_config(entry["choice"], entry["variant"])
         return Specialised(entry["name"], entry["variant"], None, config, Layout(()), problem, (), "")
     m = entry.manifest
-    config = pins.restore_config(m.get("choice"), entry.folder)
+    if not {"name", "variant", "choice", "flags", "symbol"} <= m.keys():
+        raise CacheError(f"{entry.folder}: its manifest does not say how to launch it.\n  do: build it again with attngen precompile")
+    config = pins.restore_config(m["choice"], entry.folder)
     layout = pins.restore_layout(m, entry.folder)
     return Specialised(m["name"], m["variant"], None, config, layout, problem, tuple(m["flags"]), entry.key, None, entry)
 

@@ -23,7 +23,7 @@ from typing import Any
 from . import trust
 from .entry import FORMAT, Entry, check_content, parse_manifest, read_entry
 from .errors import CacheError, ParameterError
-from .pack import MemoryEntry, Pack, bare_manifest, files_of
+from .pack import MAX_FILE, MemoryEntry, Pack, bare_manifest, files_of
 
 GROUP = "attngen.packs"
 log = logging.getLogger("attngen.cache")
@@ -96,17 +96,23 @@ class RemoteLayer:
             return None
         folder, where = self.folder(key), Path(self.folder(key))
         try:
-            text = self.fs.cat_file(f"{folder}/manifest.json")
+            text = self._fetch(f"{folder}/manifest.json")
         except FileNotFoundError:
             return None
         manifest = parse_manifest(text, where, key)
         trust.check_signed(manifest, f"the kernel in {self.url}/.../{key[:12]}")
         manifest["origin"] = {"remote": self.url}
-        held = {manifest["artifact"]: self.fs.cat_file(f"{folder}/{manifest['artifact']}")}
+        held = {manifest["artifact"]: self._fetch(f"{folder}/{manifest['artifact']}")}
         check_content(where, manifest, held[manifest["artifact"]])
         for name in manifest.get("files", manifest.get("sources", ())):
-            held[name] = self.fs.cat_file(f"{folder}/{name}")
+            held[name] = self._fetch(f"{folder}/{name}")
         return MemoryEntry(key, where, manifest, self.name, held.__getitem__)
+
+    def _fetch(self, path: str) -> bytes:
+        content: bytes = self.fs.cat_file(path, end=MAX_FILE + 1)  # whatever the store would send
+        if len(content) > MAX_FILE:
+            raise CacheError(f"{path} in {self.url}: required at most {MAX_FILE} bytes, found more")
+        return content
 
     def store(self, entry: Entry, sign: Path | None = None) -> bool:
         """Upload an entry unless it is there; its manifest last, so that who sees it finds the rest."""

@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import re
-import threading
+import struct
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -142,14 +142,18 @@ class Pack:
     """
 
     def __init__(self, path: Path, max_total: int = MAX_TOTAL) -> None:
-        self.path, self._guard = path, threading.Lock()
+        self.path = path
         try:
-            self._archive = zipfile.ZipFile(path)
-            members = self._archive.infolist()
-        except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError, EOFError) as error:
+            # Read by place, not through the archive: forked processes share the position of an open file.
+            self._file = open(path, "rb")
+            with zipfile.ZipFile(self._file) as archive:
+                self._members = {info.filename: info for info in archive.infolist()}
+                self._check_members(archive.infolist())
+                text = archive.read(INDEX)
+        except (OSError, zipfile.BadZipFile, KeyError, ValueError, NotImplementedError, EOFError) as error:
+            if isinstance(error, CacheError):
+                raise
             raise self._bad("a pack as `attngen cache export` writes it", repr(error)) from None
-        self._check_members(members)
-        text = self._member(INDEX)
         self.digest = hashlib.sha256(text).hexdigest()
         try:
             index = json.loads(text)
@@ -173,28 +177,27 @@ class Pack:
         if listed is None:
             return None
         manifest = {**listed["manifest"], "origin": {"pack": self.name, "sha256": self.digest}}
-        entry = MemoryEntry(key, self.path, manifest, layer, lambda name: self._file(key, name))
+        entry = MemoryEntry(key, self.path, manifest, layer, lambda name: self._content(key, name))
         entry.read()
         trust.check_signed(manifest, f"the kernel {key[:12]} in {self.path}")
         return entry
 
     def files(self, key: str) -> dict[str, Callable[[], bytes]]:
         """How to read each file of an entry, checked, by its name."""
-        return {name: functools.partial(self._file, key, name) for name in self._entries[key]["files"]}
+        return {name: functools.partial(self._content, key, name) for name in self._entries[key]["files"]}
 
-    def _file(self, key: str, name: str) -> bytes:
-        digest, _ = self._entries[key]["files"][name]
-        content = self._member(f"blobs/{digest}")
+    def _content(self, key: str, name: str) -> bytes:
+        digest, size = self._entries[key]["files"][name]
+        try:
+            at = self._members[f"blobs/{digest}"].header_offset
+            # Before the content stand 30 bytes, the name and an extra field, whose lengths are in bytes 26 to 30.
+            head = os.pread(self._file.fileno(), 30, at)
+            content = os.pread(self._file.fileno(), size, at + 30 + sum(struct.unpack_from("<HH", head, 26)))
+        except (OSError, struct.error) as error:
+            raise self._bad(f"a readable {name} of {key[:12]}", str(error)) from None
         if hashlib.sha256(content).hexdigest() != digest:
             raise self._bad(f"{name} of {key[:12]} with sha256 {digest}", hashlib.sha256(content).hexdigest())
         return content
-
-    def _member(self, name: str) -> bytes:
-        try:
-            with self._guard:
-                return self._archive.read(name)
-        except (OSError, zipfile.BadZipFile, KeyError, EOFError, ValueError, NotImplementedError) as error:
-            raise self._bad(f"a readable {name}", str(error)) from None
 
     def _check_members(self, members: list[zipfile.ZipInfo]) -> None:
         seen = set()
@@ -218,14 +221,16 @@ class Pack:
         check_name(self.name)
         if self.lock is not None and not isinstance(self.lock, dict):
             raise TypeError("lock")
-        total, there = 0, {info.filename: info.file_size for info in self._archive.infolist()}
+        total, there = 0, {name: info.file_size for name, info in self._members.items()}
         for key, listed in self._entries.items():
             if not KEY.fullmatch(key):
                 raise self._bad("keys of 64 hex digits", repr(key[:80]))
             manifest = parse_manifest(json.dumps(listed["manifest"]).encode(), self.path, key)
-            for name in (manifest["artifact"], *manifest.get("sources", ())):
-                if name not in listed["files"]:
-                    raise self._bad(f"{name} of {key[:12]}", "no such file in the pack")
+            hashes = {manifest["artifact"]: manifest["sha256"], **manifest.get("files", {})}
+            for name in {*hashes, *manifest.get("sources", ())}:
+                found = listed["files"].get(name, ("no such file in the pack",))[0]
+                if found != hashes.get(name, found) or name not in listed["files"]:
+                    raise self._bad(f"{name} of {key[:12]} with sha256 {hashes.get(name)}", found)
             for name, (digest, size) in listed["files"].items():
                 if not FILE_NAME.fullmatch(name) or name == "manifest.json":
                     raise self._bad("plain file names", repr(name[:200]))

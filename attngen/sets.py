@@ -40,7 +40,7 @@ _KEYS = ("variants", "dtypes", "head_dims", "layouts", "phases", "archs", "batch
 
 
 class VariantSet:
-    """A set as its TOML file says. ``arch`` replaces the archs of every table.
+    """A set as its TOML file says, or for the GPUs and CPUs of ``arch`` instead of its own.
 
     Raises ParameterError with the file, the table and the key that is wrong.
     """
@@ -49,11 +49,20 @@ class VariantSet:
         self.path, self.name = path, path.stem
         check_name(self.name)
         self.tables = _read(path)
-        for table in self.tables:
-            if arch:
-                table["archs"] = list(arch)
-        text = json.dumps([LOCK_FORMAT, _read(path)], sort_keys=True)
+        text = json.dumps([LOCK_FORMAT, self.tables], sort_keys=True)
         self.digest = hashlib.sha256(text.encode()).hexdigest()
+        if arch:
+            self._only(arch)
+
+    def _only(self, archs: Sequence[str]) -> None:
+        """GPUs take the place of a table's GPUs, CPUs of its CPUs; a table that has neither goes."""
+        for i, table in enumerate(self.tables):
+            kinds = {is_cpu(x) for x in table["archs"]}
+            table["archs"] = [x for x in archs if is_cpu(x) in kinds]
+            _check_archs(f"{self.path}, [[kernels]] number {i + 1} with --arch", table["archs"])
+        self.tables = [table for table in self.tables if table["archs"]]
+        if not self.tables:
+            raise ParameterError(f"{self.path} serves nothing on {', '.join(archs)}: none of its tables names such an arch")
 
     @property
     def lock_path(self) -> Path:
@@ -174,7 +183,12 @@ def _check_table(where: str, given: Mapping[str, Any]) -> dict[str, Any]:
     for variant in table["variants"]:
         if not name_of(variant) or not isinstance(bind_of(variant), dict):
             raise ParameterError(f"{where}: variants has {variant!r}; required a name, or {{name = ..., bind = {{...}}}}")
-    for arch in table["archs"]:
+    _check_archs(where, table["archs"])
+    return table
+
+
+def _check_archs(where: str, archs: Sequence[str]) -> None:
+    for arch in archs:
         if not is_cpu(arch):
             from .choose_cuda import arch_named
 
@@ -182,7 +196,6 @@ def _check_table(where: str, given: Mapping[str, Any]) -> dict[str, Any]:
                 arch_named(gpu(arch))
             except UnsupportedError as error:
                 raise ParameterError(f"{where}: archs has {arch!r}: {error}; or of a CPU: cpu, {', '.join(CPU_ISAS)}") from None
-    return table
 
 
 def name_of(given: Any) -> str:

@@ -30,7 +30,7 @@ cache_app = typer.Typer(help="The kernel cache: what is in it, and how it travel
 
 def precompile(
     source: Annotated[Path, typer.Argument(metavar="SET.toml", help="The set: what is served (docs/deploy.md).")],
-    arch: Annotated[str, typer.Option(help="Instead of the set's archs: 8.0,9.0a,cpu ...")] = "",
+    arch: Annotated[str, typer.Option(help="Instead of the set's GPUs and CPUs: 8.0,9.0a,avx2 ...")] = "",
     jobs: Annotated[int | None, typer.Option("-j", "--jobs", min=1, help="Compilers at once; default by cores and memory.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be built and what it costs.")] = False,
     as_json: JsonFlag = False,

@@ -109,26 +109,24 @@ def load_set(source: str | os.PathLike[str], *, jit: bool = True, device: torch.
     start = time.perf_counter()
     path, lock = _find(source)
     allowed = jit and counters.jit_mode() != "off"
-    built = 0
     with nullcontext() if allowed else counters.jit("off"), collector_paused():
-        why = "there is no lock file" if lock is None else sets.stale(path, lock) if path.suffix == ".toml" and path.exists() else ""
+        here, built = _here(device), 0
+        why = _unfit(path, lock, here, device)
+        if why and allowed and path.suffix == ".toml":
+            lock, built = _build(path, list(here.values()))
+            why = _unfit(path, lock, here, device)
         if why:
-            if not allowed or path.suffix != ".toml":
-                raise MissingKernelError(
-                    f"the set {path} cannot be loaded as it is: {why}.\n  required: {sets.lock_path(path)}, written for this set\n"
-                    f"  found: {why}\n  do: {sets.missing_command(path, ())}"
-                )
-            lock, built = _build(path, ())
+            raise why
         assert lock is not None
-        loaded = LoadedSet(lock["name"], lock, path.parent, built=built)
-        loaded.units = _fitting(lock, device, path)
-        found, missing = _find_all(loaded.units, lock)
+        units = _fitting(lock, here)
+        found, missing = _find_all(units, lock)
         if missing and allowed and path.suffix == ".toml":
-            _, more = _build(path, sorted({str(lock["kernels"][key]["arch"]) for key in missing}))
-            loaded.built += more
-            found, missing = _find_all(loaded.units, lock)
+            lock, built = _build(path, list(here.values()))
+            units = _fitting(lock, here)
+            found, missing = _find_all(units, lock)
         if missing:
             raise _missing(path, lock, missing)
+        loaded = LoadedSet(lock["name"], lock, path.parent, units=units, built=built)
         begun = time.perf_counter()
         host()
         loaded.host_ms = 1e3 * (time.perf_counter() - begun)
@@ -186,41 +184,56 @@ def _named_locks() -> Any:
                 yield Path(str(getattr(layer, "root", "") or layer.name)), name, lock
 
 
-def _fitting(lock: Mapping[str, Any], device: Any, path: Path) -> list[Mapping[str, Any]]:
-    """The units for this machine, or MissingKernelError where a backend that is here has none."""
+def _here(device: Any) -> dict[str, str]:
+    """The architecture of each backend that this machine has, or of the device that was asked for."""
     wanted = torch.device(device).type if device is not None else None
     if wanted not in (None, "cpu", "cuda"):
         raise ParameterError(f"device {device!r}: required 'cpu' or a CUDA device")
-    here: dict[str, str] = {}
-    if wanted in (None, "cpu"):
-        here["cpu"] = host_isa()
+    found = {"cpu": host_isa()} if wanted in (None, "cpu") else {}
     if wanted == "cuda" or (wanted is None and torch.cuda.is_available()):
         from . import cuda
 
-        here["cuda"] = cuda.device_arch(_cuda_device(device).index or 0).name
-    fitting, has = [], Counter(unit["backend"] for unit in lock["units"])
-    for backend, arch in here.items():
-        units = [u for u in lock["units"] if u["backend"] == backend and u["arch"] == arch]
-        if not units and (has[backend] or wanted):
-            others = sorted({u["arch"] for u in lock["units"] if u["backend"] == backend})
-            raise MissingKernelError(
-                f"the set {lock['name']} has no kernels for {arch}, which this machine's {backend} runs.\n  required: {arch}\n"
-                f"  found: {', '.join(others) or 'none'}\n  do: {sets.missing_command(sets_path(path), [*others, arch])}"
-            )
-        fitting += units
-    if not fitting:
-        archs = sorted({str(u["arch"]) for u in lock["units"]})
-        raise MissingKernelError(
-            f"nothing of the set {lock['name']} runs here.\n  required: one of {', '.join(archs)}\n"
-            f"  found: {', '.join(here.values()) or 'no device'}{'' if torch.cuda.is_available() else ', no CUDA device'}\n"
-            f"  do: {sets.missing_command(sets_path(path), [*archs, *here.values()])}"
+        found["cuda"] = cuda.device_arch(_cuda_device(device).index or 0).name
+    return found
+
+
+def _fitting(lock: Mapping[str, Any], here: Mapping[str, str]) -> list[Mapping[str, Any]]:
+    """The units that this machine serves."""
+    return [unit for unit in lock["units"] if here.get(unit["backend"]) == unit["arch"]]
+
+
+def _unfit(path: Path, lock: Mapping[str, Any] | None, here: Mapping[str, str], device: Any) -> MissingKernelError | None:
+    """Why a lock file cannot serve here: it is not there, older than its set, or has nothing for a backend that is here and
+    that the set serves."""
+    toml = sets_path(path, lock)
+    why = "there is no lock file" if lock is None else sets.stale(path, lock) if path.suffix == ".toml" and path.exists() else ""
+    if why or lock is None:
+        return MissingKernelError(
+            f"the set {path} cannot be loaded as it is: {why}.\n  required: {sets.lock_path(toml)}, written for this set\n"
+            f"  found: {why}\n  do: {sets.missing_command(toml, ())}"
         )
-    return fitting
+    for backend, arch in here.items():
+        archs = sorted({unit["arch"] for unit in lock["units"] if unit["backend"] == backend})
+        if arch not in archs and (archs or device is not None):
+            return MissingKernelError(
+                f"the set {lock['name']} has no kernels for {arch}, which this machine's {backend} runs.\n  required: {arch}\n"
+                f"  found: {', '.join(archs) or 'none'}\n  do: {sets.missing_command(toml, [arch])}"
+            )
+    if not _fitting(lock, here):
+        archs = sorted({str(unit["arch"]) for unit in lock["units"]})
+        return MissingKernelError(
+            f"nothing of the set {lock['name']} runs here.\n  required: one of {', '.join(archs)}\n"
+            f"  found: {', '.join(here.values())}{'' if torch.cuda.is_available() else ', no CUDA device'}\n"
+            f"  do: {sets.missing_command(toml, list(here.values()))}"
+        )
+    return None
 
 
-def sets_path(path: Path) -> Path:
-    """The TOML file that a set was made from, as far as its path tells."""
-    return path if path.suffix == ".toml" else path.with_suffix(".toml")
+def sets_path(path: Path, lock: Mapping[str, Any] | None) -> Path:
+    """The TOML file that a set was made from, as far as its path or name tells."""
+    if path.suffix in (".toml", ".lock", ".attnpack"):
+        return path.with_suffix(".toml")
+    return Path(f"{lock['name'] if lock else path.name}.toml")
 
 
 def _find_all(units: Sequence[Mapping[str, Any]], lock: Mapping[str, Any]) -> tuple[dict[str, tuple[Entry, float]], dict[str, str]]:
@@ -253,7 +266,7 @@ def _missing(path: Path, lock: Mapping[str, Any], missing: Mapping[str, str]) ->
     text = "\n".join([*rows[:_SHOWN], *more])
     return MissingKernelError(
         f"{len(missing)} of the kernels of the set {lock['name']} are not there.\n  required: {len(lock['kernels'])} kernels, as "
-        f"its lock file says\n  found missing:\n{text}\n  do: {sets.missing_command(sets_path(path), archs)}, or import its pack"
+        f"its lock file says\n  found missing:\n{text}\n  do: {sets.missing_command(sets_path(path, lock), archs)}, or import its pack"
     )
 
 
@@ -303,6 +316,7 @@ def _load(loaded: LoadedSet, found: Mapping[str, tuple[Entry, float]]) -> None:
             loaded.kernels.append(LoadedKernelRow(
                 key, str(m.get("variant")), str(m.get("name")), str(m.get("isa")), entry.layer, entry.size, find_ms, took
             ))  # fmt: skip
+    for unit in loaded.units:  # none before all are loaded
         pins.pin(unit["identity"], [found[role["key"]][0] if "key" in role else role for role in unit["roles"]])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -89,7 +90,11 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def keys_of(folder: Path) -> list[str]:
-    return list(json.loads((folder / "llama.lock").read_text())["kernels"])
+    return keys_of_lock(json.loads((folder / "llama.lock").read_text()))
+
+
+def keys_of_lock(lock: dict[str, object]) -> list[str]:
+    return list(lock["kernels"])
 
 
 # ---- precompile ------------------------------------------------------------------------------------------------------
@@ -110,6 +115,19 @@ def test_precompile_builds_what_is_missing_and_writes_the_lock(here, built, attn
     assert (here / "llama.lock").read_bytes() == (built / "llama.lock").read_bytes()
     status, out, err = attngen("precompile", here / "llama.toml")
     assert status == 0 and "2 of 2 kernels are there, 0 built" in out and "2 there, 0 to build" in err
+
+
+def test_archs_on_the_command_line_take_the_place_of_their_kind(tmp_path, attngen):  # noqa: F811
+    table = '[[kernels]]\nvariants = ["Causal"]\nphases = ["decode"]\nlayouts = ["paged"]\nhead_dims = [64]\n'
+    (tmp_path / "two.toml").write_text(f'{table}archs = ["9.0a"]\n{table}archs = ["cpu"]\ndtypes = ["float32"]\n')
+
+    def archs(*options: str) -> set[str]:
+        return {row["arch"] for row in read_json(attngen("precompile", tmp_path / "two.toml", "--dry-run", "--json", *options))["rows"]}
+
+    assert archs() == {"90a", run.host_isa()}
+    assert archs("--arch", "8.0,8.6") == {"80", "86"} and archs("--arch", "avx2,generic") == {"avx2", "generic"}
+    status, _, err = attngen("precompile", tmp_path / "two.toml", "--arch", "3.0")
+    assert status == 2 and "archs has '3.0'" in err
 
 
 def test_a_kernel_that_fails_does_not_stop_the_others(here, attngen, monkeypatch):  # noqa: F811
@@ -203,6 +221,15 @@ def test_jit_builds_what_is_missing(here):
         ag.load_set(here / "llama.toml", jit=False)
     loaded = ag.load_set(here / "llama.toml")
     assert loaded.built == 2 and len(loaded.kernels) == 2
+    # A lock file of another release, whose kernels are nowhere: this one's are built instead.
+    text = json.dumps(loaded.lock)
+    for key in keys_of_lock(json.loads(text)):
+        text = text.replace(key, key[::-1])
+    (here / "llama.lock").write_text(text)
+    forget()
+    with pytest.raises(MissingKernelError, match="2 of the kernels"):
+        ag.load_set(here / "llama.toml", jit=False)
+    assert {row.key for row in ag.load_set(here / "llama.toml").kernels} == {row.key for row in loaded.kernels}
 
 
 def test_a_lock_file_that_no_longer_fits_is_refused(here):
@@ -427,6 +454,22 @@ def test_links_and_bombs_are_refused(packed, tmp_path):
         write(("attnpack.json", b"{}"), ("attnpack.json", b"{}"))
     with pytest.raises(CacheError, match="attnpack.json twice"):
         Pack(packed)
+
+
+def test_forked_servers_read_one_pack_at_once(packed):
+    opened = Pack(packed)
+
+    def read() -> None:
+        for _ in range(300):
+            for key in opened.keys:
+                assert opened.lookup(key, "pack").read() == bytes([int(key[0])]) * 3000
+
+    processes = [multiprocessing.get_context("fork").Process(target=read) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0] * 4
 
 
 def test_a_blob_that_is_named_often_does_not_fill_the_disk(packed):
