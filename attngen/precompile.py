@@ -24,9 +24,8 @@ from .sets import VariantSet
 from .units import Job, Unit, make_lock, units_of
 
 # Seconds and bytes of a compiler at work, where the cache remembers none of its kind (measured: docs/deploy.md).
-_SECONDS = {"attention": 2.0, "decode": 2.0, "attention_sm80": 4.0, "attention_sm90": 5.0, "plan": 1.5, "append": 1.2, "merge": 1.2}
-_BYTES = {"attention": 200 << 20}
-_CUDA_BYTES = 400 << 20
+_SECONDS = {"attention": 1.5, "decode": 1.3, "attention_sm80": 1.7, "attention_sm90": 4.0, "plan": 1.5, "append": 0.9, "merge": 0.8}
+_BYTES = 256 << 20
 _KEPT_FREE = 512 << 20  # of the machine's memory, for all else
 _SAMPLE_S = 0.2
 
@@ -127,8 +126,7 @@ def build(plan: Plan, workers: int, watch: Callable[[Result], None] = lambda res
 
     def work(job: Job) -> None:
         state = by_key[job.key]
-        needed = _BYTES.get(job.name, _CUDA_BYTES)
-        with gate.admit(needed, stop):
+        with gate.admit(_BYTES, stop):
             if stop.is_set():
                 return
             state.thread, state.started, state.state = threading.get_ident(), time.perf_counter(), "builds"
@@ -171,7 +169,7 @@ def workers_for(wanted: int | None) -> int:
     quota = _cgroup_cores()
     if quota:
         cores = max(1, min(cores, int(quota + 0.5)))
-    return max(1, min(cores, (free_bytes() - _KEPT_FREE) // _CUDA_BYTES))
+    return max(1, min(cores, (free_bytes() - _KEPT_FREE) // _BYTES))
 
 
 def free_bytes() -> int:

@@ -202,7 +202,7 @@ def cache_ls(as_json: JsonFlag = False) -> None:
         problem = m.get("problem") or {}
         rows.append({
             "key": u.entry.key, "variant": m.get("variant", ""), "kernel": m.get("name", ""), "dtype": problem.get("q_dtype", ""),
-            "isa": m.get("isa", ""), "head_dim": problem.get("head_dim", ""), "config": m.get("config", ""), "bytes": u.entry.size,
+            "isa": m.get("isa", ""), "head_dim": problem.get("head_dim", ""), "config": m.get("config", ""), "tiles": _tiles(m), "bytes": u.entry.size,
             "compile_s": m.get("seconds", 0.0), "created": m.get("created", 0.0), "used": u.used, "hits": u.hits,
             "origin": u.origin, "path": str(u.entry.folder),
         })  # fmt: skip
@@ -211,15 +211,24 @@ def cache_ls(as_json: JsonFlag = False) -> None:
         return print_json({"path": str(store.root), "bytes": total, "kernels": rows})
     out = stdout()
     if rows:
-        shown = table("key", "variant", "kernel", "dtype", ">head_dim", "isa", ">kB", ">compile s", "age", ">hits", "origin")
+        shown = table("key", "variant", "kernel", "config", "dtype", ">head_dim", "isa", ">kB", "age", ">hits", "origin")
         for r in rows:
             shown.add_row(
-                r["key"][:12], escape(r["variant"]), r["kernel"], r["dtype"], str(r["head_dim"]), r["isa"],
-                f"{r['bytes'] / 1e3:.0f}", f"{r['compile_s']:.1f}", _age(r["created"]), str(r["hits"]), escape(r["origin"]),
+                r["key"][:12], escape(r["variant"]), r["kernel"], escape(r["tiles"]), r["dtype"], str(r["head_dim"]), r["isa"],
+                f"{r['bytes'] / 1e3:.0f}", _age(r["created"]), str(r["hits"]), escape(r["origin"]),
             )  # fmt: skip
         out.print(shown)
     summary = f"{len(rows)} kernels, {total / 1e6:.1f} MB in {store.root}"
     out.print(summary, markup=False, highlight=False, soft_wrap=True)
+
+
+def _tiles(manifest: Any) -> str:
+    """The heart of a configuration: its tile, and what else tells kernels of one problem apart."""
+    fields = (manifest.get("choice") or {}).get("fields", {})
+    tile = "x".join(str(fields[name]) for name in ("block_m", "block_n") if name in fields)
+    paged = {True: "paged", False: "contiguous"}.get(fields.get("paged"), "")
+    split = f"pieces of {fields['split']}" if fields.get("split") else ""
+    return " ".join(filter(None, (tile, paged, split)))
 
 
 def _age(moment: float) -> str:

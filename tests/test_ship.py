@@ -294,6 +294,53 @@ def test_a_later_release_serves_the_last_ones_pack(here, next_release):
     assert refused.returncode and "MissingKernelError: Causal float32 head_dim 32 is not there, and ATTNGEN_JIT=off" in output
 
 
+def test_a_configuration_of_another_release_is_made_or_refused():
+    from attngen.choose_cuda import AppendConfig, PlanConfig, TileClass
+
+    for config in (AppendConfig("90a", "bfloat16", 128, 128, 64), PlanConfig("90a", (TileClass(16, 64, 2), TileClass(64, 64, 4)))):
+        told = json.loads(json.dumps(pins.config_record(config)))
+        assert pins.restore_config(told, "here") == config
+    older = pins.config_record(AppendConfig("90a", "bfloat16", 128, 128))
+    del older["fields"]["threads"]  # a field that came later, with a default
+    assert pins.restore_config(older, "here") == AppendConfig("90a", "bfloat16", 128, 128)
+    for change in (
+        {"module": "os", "type": "system"}, {"module": "choose_cuda", "type": "choose_decode"}, {"module": "choose_cuda.x"},
+        {"type": "NoSuchConfig"}, {"fields": {"arch": "90a", "later": 1}}, {"fields": None}, {"module": None},
+    ):  # fmt: skip
+        with pytest.raises(CacheError, match="(?s)another release, which this one cannot launch: here.*attngen precompile"):
+            pins.restore_config({**pins.config_record(AppendConfig("90a", "bfloat16", 128, 128)), **change}, "here")
+
+
+def test_an_identity_does_not_know_fields_at_their_default():
+    import dataclasses
+
+    @dataclasses.dataclass(frozen=True)
+    class Problem:  # as a later release might have it
+        backend: str
+        isa: str
+        q_dtype: str
+        kv_dtype: str
+        out_dtype: str
+        head_dim: int
+        head_dim_v: int
+        storage: tuple = ()
+        k_scale: bool = False
+
+    today = run.problem_for(torch.float32, 32, 32, {}, "avx2")
+    later = Problem(*dataclasses.astuple(today))
+    assert pins.cpu_identity("s", today) == pins.cpu_identity("s", later)
+    assert pins.cpu_identity("s", later) != pins.cpu_identity("s", dataclasses.replace(later, k_scale=True))
+
+
+def test_a_struct_of_another_release_is_refused(here, built, monkeypatch):
+    monkeypatch.setenv("ATTNGEN_CACHE_DIR", str(built / "cache"))
+    ag.load_set(here / "llama.toml", jit=False)
+    monkeypatch.setattr(run, "describe", lambda layout: [["float", "other", 0]])
+    q = torch.randn(1, 5, 2, 32)
+    with pytest.raises(CacheError, match="(?s)of another release.*required: the parameter struct of attngen-cpu"):
+        ag.attention(q, q, q, Causal())
+
+
 def test_a_refused_kernel_is_explained(here, built, next_release, attngen):  # noqa: F811
     shutil.copytree(built / "cache", here / "cache")
     env = {"PYTHONPATH": str(next_release), "PYTHONSAFEPATH": "1", "ATTNGEN_JIT": "off", "ATTNGEN_CACHE_DIR": str(here / "cache")}
