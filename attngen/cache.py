@@ -225,6 +225,8 @@ class Cache:
                     counters.count("refused")
                     raise damage or self._missing(key, shelf, title, inputs)
                 counters.count("misses")
+                log.info("compiling %s %s, which no layer has", title or shelf, key,
+                         extra={"facts": {"event": "build", "key": key, "title": title}})  # fmt: skip
                 if mode == "warn":
                     what = f"ATTNGEN_JIT=warn: compiling {title or shelf} {key[:12]} while the process runs"
                     log.warning("%s", what, extra={"facts": {"event": "jit", "key": key, "title": title}})
@@ -232,14 +234,16 @@ class Cache:
                 start = time.perf_counter()
                 entry, built = self._build_locked(key, build, shelf)
                 if built:
+                    took = time.perf_counter() - start
                     counters.count("builds")
-                    counters.count("build_ms", 1e3 * (time.perf_counter() - start))
+                    counters.count("build_ms", 1e3 * took)
+                    log.info("built %s %s in %.2f s", title or shelf, key, took,
+                             extra={"facts": {"event": "built", "key": key, "title": title, "seconds": took}})  # fmt: skip
             if not built:
                 counters.count("hits", layer=entry.layer)
+                log.debug("hit %s %s (%s)", shelf, key, entry.layer,
+                          extra={"facts": {"event": "hit", "key": key, "title": title, "layer": entry.layer}})  # fmt: skip
             self._entries[shelf, key] = entry
-            word = "built" if built else "hit"
-            log.debug("%s %s %s (%s)", word, shelf, key, entry.layer,
-                      extra={"facts": {"event": word, "key": key, "title": title, "layer": entry.layer}})  # fmt: skip
             return entry, not built
 
     def remember(self, entry: Entry, shelf: str = "kernels") -> None:
@@ -395,7 +399,7 @@ class Cache:
     def _missing(self, key: str, shelf: str, title: str, inputs: Callable[[], Mapping[str, Any]]) -> MissingKernelError:
         if shelf == "host":
             return MissingKernelError(
-                f"the host extension is not built, and ATTNGEN_JIT=off.\n  required: attngen._host, or {key} in the cache\n"
+                f"the host extension is not built, and nothing may be (ATTNGEN_JIT=off, or jit=False).\n  required: attngen._host, or {key} in the cache\n"
                 f"  found: neither\n  do: install attngen from a wheel, or run `attngen doctor` once with ATTNGEN_JIT=on"
             )
         from . import explain

@@ -29,7 +29,8 @@ def show(entry: Entry, hit: bool, seconds: float, kernel: Any = None, choice: An
     """Print what the rungs say of a loaded entry. ``kernel``: a cuda.Specialised; ``choice``: a choose room's result."""
     rung, m = level(), entry.manifest
     took = f"hit in {entry.layer}" if hit else f"built in {seconds:.2f} s"
-    _say(f"{m.get('variant')} {m.get('name', m.get('kind'))} {m.get('isa')} {entry.key[:12]}: {took}, {entry.size} bytes, {entry.folder}")
+    what = f"{m.get('variant')} {m.get('name', m.get('kind'))} {m.get('isa')} {entry.key[:12]}"
+    _say(f"{what}: {took}, {entry.size} bytes, {entry.folder}")
     inputs = m.get("inputs", {})
     if rung >= 2:
         _say("config", f"{m.get('config')}\n" + "\n".join(f"{c}" for c in _candidates(kernel, choice)))

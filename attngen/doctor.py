@@ -204,11 +204,12 @@ def _layers() -> list[Finding]:
             continue
         where = getattr(layer, "root", None)
         try:
-            if where is not None:
-                check_private(where)
+            if isinstance(layer, layers.FolderLayer):
+                layer.check_private()
             keys = layer.keys()
             remedy = "" if keys else f"import a pack into it: attngen cache import PACK --into {where}"
-            found.append(Finding(f"layer {layer.name}", bool(keys), False, f"{len(keys)} kernels{f' in {where}' if where else ''}", remedy))
+            place = f" in {where}" if where else ""
+            found.append(Finding(f"layer {layer.name}", bool(keys), False, f"{len(keys)} kernels{place}", remedy))
         except (AttngenError, OSError) as error:
             found.append(Finding(f"layer {layer.name}", False, False, str(error).splitlines()[0], "mend or remove it"))
     return found
@@ -218,8 +219,10 @@ def _remote(layer: Any) -> Finding:
     try:
         there = layer.fs.exists(layer.root)
     except Exception as error:  # whatever its driver raises
-        return Finding("layer remote", False, False, f"{layer.url}: {error}", "mend the network or its credentials, or unset ATTNGEN_REMOTE_CACHE")
-    return Finding("layer remote", there, False, f"{layer.url} {'answers' if there else 'is empty'}", "" if there else f"attngen cache push {layer.url}")
+        remedy = "mend the network or its credentials, or unset ATTNGEN_REMOTE_CACHE"
+        return Finding("layer remote", False, False, f"{layer.url}: {error}", remedy)
+    remedy = "" if there else f"attngen cache push {layer.url}"
+    return Finding("layer remote", there, False, f"{layer.url} {'answers' if there else 'is empty'}", remedy)
 
 
 def _jit() -> Finding:
@@ -227,8 +230,8 @@ def _jit() -> Finding:
         mode = jit_mode()
     except AttngenError as error:
         return Finding("ATTNGEN_JIT", False, True, str(error), "unset it")
-    what = {"on": "what is not there is compiled", "off": "what is not there is an error", "warn": "what is not there is compiled, with a warning"}
-    return Finding("ATTNGEN_JIT", True, False, f"{mode}: {what[mode]}")
+    what = {"on": "compiled", "off": "an error", "warn": "compiled, with a warning"}
+    return Finding("ATTNGEN_JIT", True, False, f"{mode}: what is not there is {what[mode]}")
 
 
 def _keys() -> Finding:
@@ -275,7 +278,8 @@ def _driver() -> Finding:
     try:
         version = host().driver_version()
     except (AttngenError, RuntimeError) as error:
-        return Finding("NVIDIA driver", False, False, str(error).splitlines()[0], "none needed on the CPU; for a GPU, install NVIDIA's driver")
+        remedy = "none needed on the CPU; for a GPU, install NVIDIA's driver"
+        return Finding("NVIDIA driver", False, False, str(error).splitlines()[0], remedy)
     from .cache import default
 
     least = max((min_driver(entry.manifest) for entry in default().entries() if entry.manifest.get("kind") == "cubin"), default=0)

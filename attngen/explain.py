@@ -23,7 +23,8 @@ class Difference:
     meaning: str
 
     def __str__(self) -> str:
-        return f"{self.name}: wanted {_short(self.wanted)}, found {_short(self.found)}" + (f" ({self.meaning})" if self.meaning else "")
+        meaning = f" ({self.meaning})" if self.meaning else ""
+        return f"{self.name}: wanted {_short(self.wanted)}, found {_short(self.found)}{meaning}"
 
 
 @dataclass(frozen=True)

@@ -35,21 +35,32 @@ class FolderLayer:
     def __init__(self, name: str, root: Path) -> None:
         self.name, self.root = name, root
 
+    def check_private(self) -> None:
+        """Raises CacheError where others can write it. A wheel lies where Python's packages do, and is trusted as they are."""
+        if not self.name.startswith("wheel:"):
+            trust.check_private(self.root)
+
     def lookup(self, key: str, shelf: str) -> Entry | None:
-        trust.check_private(self.root)
+        self.check_private()
         return read_entry(self.root / f"v{FORMAT}" / shelf / key[:2] / key, key, self.name)
 
     def keys(self) -> list[str]:
         return sorted(path.parent.name for path in (self.root / f"v{FORMAT}" / "kernels").glob("*/*/manifest.json"))
 
-    def locks(self) -> dict[str, dict[str, Any]]:
-        """The lock files of the sets that it has, by the sets' names."""
-        found = {}
-        for path in sorted((self.root / f"v{FORMAT}" / "sets").glob("*.lock")):
+    def sets(self) -> list[str]:
+        """The names of the sets whose lock files it has."""
+        return sorted(path.stem for path in (self.root / f"v{FORMAT}" / "sets").glob("*.lock"))
+
+    def lock(self, name: str) -> Any:
+        """A set's lock file. Raises CacheError."""
+        self.check_private()
+        path = self.root / f"v{FORMAT}" / "sets" / f"{name}.lock"
+        try:
             lock = json.loads(path.read_bytes())
-            trust.check_signed(lock, f"the lock file {path}")
-            found[path.stem] = lock
-        return found
+        except (OSError, ValueError) as error:
+            raise CacheError(f"the lock file {path} cannot be read: {error}\n  do: import its pack again") from None
+        trust.check_signed(lock, f"the lock file {path}")
+        return lock
 
 
 class PackLayer:
@@ -64,8 +75,11 @@ class PackLayer:
     def keys(self) -> list[str]:
         return self.pack.keys
 
-    def locks(self) -> dict[str, dict[str, Any]]:
-        return {self.pack.name: self.pack.lock} if self.pack.lock else {}
+    def sets(self) -> list[str]:
+        return [self.pack.name] if self.pack.lock else []
+
+    def lock(self, name: str) -> Any:
+        return self.pack.lock
 
 
 class RemoteLayer:
@@ -133,6 +147,7 @@ _attached: list[PackLayer] = []
 
 def attach(pack: Pack) -> PackLayer:
     """Serve this process from a pack; from now on its kernels are found."""
+    trust.check_private(pack.path)
     for layer in _attached:
         if layer.pack.digest == pack.digest:
             return layer
@@ -160,7 +175,11 @@ def _system(setting: str) -> tuple[FolderLayer | PackLayer, ...]:
     found: list[FolderLayer | PackLayer] = []
     for part in filter(None, setting.split(os.pathsep)):
         path = Path(part).expanduser()
-        found.append(PackLayer("system", Pack(path)) if path.suffix == ".attnpack" else FolderLayer("system", path))
+        if path.suffix == ".attnpack":
+            trust.check_private(path)
+            found.append(PackLayer("system", Pack(path)))
+        else:
+            found.append(FolderLayer("system", path))
     return tuple(found)
 
 

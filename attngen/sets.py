@@ -148,7 +148,8 @@ def _read(path: Path) -> list[dict[str, Any]]:
         raise ParameterError(f"{path} is not TOML: {error}") from None
     tables, extra = content.get("kernels"), [name for name in content if name != "kernels"]
     if extra or not isinstance(tables, list) or not tables or not all(isinstance(t, dict) for t in tables):
-        raise ParameterError(f"{path}: required one [[kernels]] table or more and nothing else; found {', '.join(content) or 'nothing'}")
+        found = ", ".join(content) or "nothing"
+        raise ParameterError(f"{path}: required one [[kernels]] table or more and nothing else; found {found}")
     return [_check_table(f"{path}, [[kernels]] number {i + 1}", table) for i, table in enumerate(tables)]
 
 

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 SetArg = Annotated[Path, typer.Argument(metavar="SET", help="A set's TOML file, or its lock file.")]
+SetOrAll = Annotated[
+    Path | None, typer.Argument(metavar="SET", help="A set's TOML or lock file; without: the whole cache.")
+]  # fmt: skip
 SignOption = Annotated[Path | None, typer.Option("--sign", metavar="KEY.pem", help="An Ed25519 private key to sign with.")]
 cache_app = typer.Typer(help="The kernel cache: what is in it, and how it travels.", no_args_is_help=True)
 
@@ -167,7 +170,8 @@ def _print_summary(result: Result, lock_path: Path) -> None:
     for s in result.failed:
         out.print(f"FAILED {s.job.title} {s.job.name} {s.job.arch}: {s.error}", style="red", markup=False, soft_wrap=True)
     built = sum(s.state == "built" for s in result.states)
-    text = f"{len(result.entries)} of {len(result.states)} kernels are there, {built} built in {result.seconds:.1f} s on {result.workers} cores"
+    text = f"{len(result.entries)} of {len(result.states)} kernels are there, "
+    text += f"{built} built in {result.seconds:.1f} s on {result.workers} cores"
     if built:
         text += f", {result.peak_bytes >> 20} MB at most"
     out.print(text, markup=False)
@@ -202,8 +206,8 @@ def cache_ls(as_json: JsonFlag = False) -> None:
         problem = m.get("problem") or {}
         rows.append({
             "key": u.entry.key, "variant": m.get("variant", ""), "kernel": m.get("name", ""), "dtype": problem.get("q_dtype", ""),
-            "isa": m.get("isa", ""), "head_dim": problem.get("head_dim", ""), "config": m.get("config", ""), "tiles": _tiles(m), "bytes": u.entry.size,
-            "compile_s": m.get("seconds", 0.0), "created": m.get("created", 0.0), "used": u.used, "hits": u.hits,
+            "isa": m.get("isa", ""), "head_dim": problem.get("head_dim", ""), "config": m.get("config", ""), "tiles": _tiles(m),
+            "bytes": u.entry.size, "compile_s": m.get("seconds", 0.0), "created": m.get("created", 0.0), "used": u.used, "hits": u.hits,
             "origin": u.origin, "path": str(u.entry.folder),
         })  # fmt: skip
     total = store.size() if store.root.is_dir() else 0
@@ -328,7 +332,7 @@ def _entries_of(source: Path | None) -> tuple[str, list[Entry], dict[str, Any] |
 
 @cache_app.command("export")
 def cache_export(
-    source: Annotated[Path | None, typer.Argument(metavar="[SET]", help="A set's TOML or lock file; without: the whole cache.")] = None,
+    source: SetOrAll = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="The pack to write.")] = Path("kernels.attnpack"),
     sign: SignOption = None,
     as_json: JsonFlag = False,
@@ -391,7 +395,7 @@ def cache_wheel(
 @cache_app.command("push")
 def cache_push(
     url: Annotated[str, typer.Argument(metavar="URL", help="A store that fsspec knows: s3://..., gs://..., file://...")],
-    source: Annotated[Path | None, typer.Argument(metavar="[SET]", help="A set's TOML or lock file; without: the whole cache.")] = None,
+    source: SetOrAll = None,
     sign: SignOption = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -477,7 +481,8 @@ def _find_inputs(key: str, misses: Path, locks: Sequence[Path], manifests: Seque
     if len(keys) != 1:
         raise ParameterError(
             f"{key}: {'several keys begin so' if keys else 'nothing is known of this key'}.\n  required: a key of the cache, of a "
-            f"request that ATTNGEN_JIT=off refused here, or of a lock file (--lock)\n  found: {', '.join(k[:16] for k in sorted(keys)) or 'none'}"
+            f"request that ATTNGEN_JIT=off refused here, or of a lock file (--lock)\n"
+            f"  found: {', '.join(k[:16] for k in sorted(keys)) or 'none'}"
         )
     return found[0]
 

@@ -162,26 +162,19 @@ def _find(source: str | os.PathLike[str]) -> tuple[Path, dict[str, Any] | None]:
         return path, sets.read_lock(lock) if lock.exists() else None
     if SET_NAME.fullmatch(text):
         known: list[str] = []
-        for layer, name, lock in _named_locks():
-            known.append(name)
-            if name == text:
-                return layer, sets.check_lock(lock, f"the set {name} in {layer}")
+        own = layers.FolderLayer("cache", cache.default().root)
+        for layer in (*layers.before(), own, *layers.after()):
+            if isinstance(layer, layers.RemoteLayer):
+                continue
+            known += layer.sets()
+            if text in layer.sets():
+                return Path(text), sets.check_lock(layer.lock(text), f"the set {text} of layer {layer.name}")
         names = ", ".join(dict.fromkeys(known)) or "none"
         raise ParameterError(
             f"no set named {text!r}.\n  required: a set of an imported pack or an installed wheel of kernels, or a path that ends "
             f"in .toml, .lock or .attnpack\n  found: {names}\n  do: attngen cache import {text}.attnpack"
         )
     raise ParameterError(f"{text}: required a path that ends in .toml, .lock or .attnpack, or the name of an imported set")
-
-
-def _named_locks() -> Any:
-    """(where, name, lock) of the sets in all layers."""
-    store = cache.default()
-    own = layers.FolderLayer("cache", store.root)
-    for layer in (*layers.before(), own, *layers.after()):
-        if not isinstance(layer, layers.RemoteLayer):
-            for name, lock in layer.locks().items():
-                yield Path(str(getattr(layer, "root", "") or layer.name)), name, lock
 
 
 def _here(device: Any) -> dict[str, str]:

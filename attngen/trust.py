@@ -22,7 +22,7 @@ OF_THE_COPY = ("signature", "created", "seconds", "origin")
 
 
 def check_private(folder: Path) -> None:
-    """Raises CacheError where others than root and this process's user can write ``folder``. One stat."""
+    """Raises CacheError where others than root and this process's user can write ``folder``, or a pack. One stat."""
     try:
         found = os.stat(folder)
     except OSError:
@@ -33,8 +33,8 @@ def check_private(folder: Path) -> None:
         return
     what = f"mode {stat.S_IMODE(found.st_mode):04o}" if others else f"owned by user {found.st_uid}, not {os.geteuid()}"
     raise CacheError(
-        f"the cache folder {folder} can be written by others, who could run code as you through it.\n"
-        f"  required: a folder that only its user (or root) can write\n  found: {what}\n"
+        f"{folder} can be written by others, who could run code as you through it.\n"
+        f"  required: a cache folder or pack that only its user (or root) can write\n  found: {what}\n"
         f"  do: {f'chmod go-w {folder}' if others else 'chown it'}, or set ATTNGEN_CACHE_DIR to a new folder inside it, which is "
         "made with mode 0700 (ATTNGEN_ALLOW_SHARED_CACHE=1 takes it as it is)"
     )

@@ -678,6 +678,12 @@ def test_jit_modes(tmp_path, monkeypatch):
         Cache(tmp_path / "cache").get_or_build("cd" + "0" * 62, described())
 
 
+def test_a_pack_that_others_can_write_is_not_served_from(here):
+    (here / "llama.attnpack").chmod(0o666)
+    with pytest.raises(CacheError, match="(?s)llama.attnpack can be written by others.*chmod go-w"):
+        ag.load_set(here / "llama.attnpack", jit=False)
+
+
 def test_stats_count(tmp_path):
     counters.reset()
     store = Cache(tmp_path / "cache")
