@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from .abi import Layout
@@ -13,11 +14,13 @@ from .spec import Problem
 
 
 def render_cuda(
-    name: str, hooks: Hooks | None, config: Any, layout: Layout, problem: Problem | None, title: str
-) -> dict[str, str]:
-    """The source of kernel ``name`` ("plan", "decode", "append" ...) and the headers it includes."""
+    name: str, hooks: Hooks | None, config: Any, layout: Layout, problem: Problem | None, title: str,
+    compiled: Path | None = None,
+) -> dict[str, str]:  # fmt: skip
+    """The source of kernel ``name`` ("plan", "decode", "append" ...) and the headers it includes; ``compiled`` as in
+    ``render_cpu``."""
     folder = templates_dir() / "cuda"
-    template = _environment().get_template(f"cuda/{name}.cu.jinja")
+    template = _environment(compiled).get_template(f"cuda/{name}.cu.jinja")
     text = template.render(
         hooks=hooks, config=config, params=layout.fields, params_size=layout.size, problem=problem, title=" ".join(title.split()),
         pointers=MERGE_POINTERS,

@@ -232,12 +232,13 @@ def compiler_digest() -> str:
 
 
 def build_artifact(
-    key: str, recipe: Callable[[], Any], render: Callable[[], dict[str, str]], described: Callable[[], Mapping[str, Any]],
+    key: str, recipe: Callable[[], Any], render: Callable[[Path], dict[str, str]], described: Callable[[], Mapping[str, Any]],
     title: str,
 ) -> tuple[cache.Entry, bool]:  # fmt: skip
     """The artifact of ``key``: from the cache, or rendered and compiled now; and whether it was there.
 
-    ``described`` makes the manifest's own fields, ``inputs`` among them: what went into the key.
+    ``render`` is given the folder where Jinja keeps compiled templates; ``described`` makes the manifest's own fields,
+    ``inputs`` among them: what went into the key.
     """
     store = cache.default()
 
@@ -245,7 +246,9 @@ def build_artifact(
         from .build import compile_kernel
         from .render import locate
 
-        files = render()
+        compiled = store.base / "templates"
+        compiled.mkdir(mode=0o700, exist_ok=True)
+        files = render(compiled)
         result = compile_kernel(
             files, recipe(), folder, locate=lambda file, line: locate(files, file, line), keep_failed=store.failed(key)
         )
@@ -302,10 +305,10 @@ def build_cpu(variant: Variant, problem: Problem) -> tuple[Choice, str, Layout, 
 
         return Recipe("cpu", (MAIN,), flags, ("-fopenmp",))
 
-    def render() -> dict[str, str]:
+    def render(compiled: Path) -> dict[str, str]:
         from .render import render_cpu
 
-        return render_cpu(hooks, choice.config, struct_layout, problem, variant.name)
+        return render_cpu(hooks, choice.config, struct_layout, problem, variant.name, compiled)
 
     def described() -> dict[str, Any]:
         rooms = [PACKAGE / f"{room}.py" for room in _COMPILER_ROOMS]

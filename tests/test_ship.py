@@ -20,7 +20,7 @@ from test_cache import never
 from test_cli import attngen, read_json  # noqa: F401
 
 import attngen as ag
-from attngen import cache, counters, layers, pins, run, sets
+from attngen import cache, counters, debug, layers, logs, pins, run, sets
 from attngen.cache import Cache
 from attngen.errors import CacheError, LoadError, MissingKernelError, ParameterError
 from attngen.pack import Pack, write_pack
@@ -698,21 +698,25 @@ def test_stats_count(tmp_path):
     assert hits.stat().st_size == 2
 
 
-def test_logs_and_the_debug_ladder_speak_on_hits(here, built):
-    env = {"ATTNGEN_CACHE_DIR": str(built / "cache"), "ATTNGEN_LOG": "debug,json", "ATTNGEN_JIT": "off"}
-    lines = toy.finish(toy.python(SERVE, "-", **env)).splitlines()
-    records = [json.loads(line) for line in lines if line.startswith("{")]
+def test_logs_and_the_debug_ladder_speak_on_hits(here, built, monkeypatch, capsys):
+    env = {"ATTNGEN_CACHE_DIR": str(built / "cache"), "ATTNGEN_LOG": "debug,json", "ATTNGEN_DEBUG": "6", "ATTNGEN_JIT": "off"}
+    output = toy.finish(toy.python(SERVE, "-", **env))
+    records = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     hit = next(r for r in records if r.get("event") == "hit")
     assert hit["title"] == "Causal float32 head_dim 32" and hit["layer"] == "cache" and hit["key"] in keys_of(built)
-    output = toy.finish(toy.python(SERVE, "-", **{**env, "ATTNGEN_LOG": "", "ATTNGEN_DEBUG": "6"}))
-    for rung in ("hit in cache", "attngen: config", "Candidate(", "mask = (at.kv <= at.q)", "attngen_attention(const Params* params)", "-fopenmp", "machine code"):
-        assert rung in output, rung
+    rungs = ("hit in cache", "attngen: config", "Candidate(", "mask = (at.kv <= at.q)", "attngen_attention(const Params* params)",
+             "-fopenmp", "machine code")  # fmt: skip
+    assert [rung for rung in rungs if rung not in output] == []
     if shutil.which("objdump"):
-        assert "vfmadd" in output or "mulps" in output or "addps" in output
-    quiet = toy.finish(toy.python(SERVE, "-", **{**env, "ATTNGEN_LOG": "", "ATTNGEN_DEBUG": "1"}))
+        assert "vfmadd" in output or "mulps" in output
+
+    entry = Cache(built / "cache").lookup(hit["key"])
+    monkeypatch.setenv("ATTNGEN_DEBUG", "1")
+    debug.show(entry, True, 0.0)
+    quiet = capsys.readouterr().err
     assert "hit in cache" in quiet and "attngen: config" not in quiet
-    wrong = toy.python(SERVE, "-", **{**env, "ATTNGEN_LOG": "loud"})
-    assert "ATTNGEN_LOG=loud: required" in wrong.communicate(timeout=120)[0]
+    with pytest.raises(ParameterError, match="ATTNGEN_LOG=loud: required"):
+        logs.configure("loud")
 
 
 def test_doctor_has_a_verdict_and_a_remedy(here, attngen, monkeypatch):  # noqa: F811
