@@ -15,9 +15,9 @@ from .spec import Field
 
 LAUNCH_ABI = "attngen-cpu-2"
 
-# C type -> (struct code, size)
-_CODES = {"float": ("f", 4), "int32_t": ("i", 4), "int64_t": ("q", 8)}
-_POINTER = ("Q", 8)
+# C type -> (struct code, size, alignment)
+_CODES = {"float": ("f", 4, 4), "int32_t": ("i", 4, 4), "int64_t": ("q", 8, 8), "TensorMap": ("128s", 128, 64)}
+_POINTER = ("Q", 8, 8)
 
 # Stored dtype -> element type in C.
 STORAGE_CTYPE = {
@@ -55,17 +55,17 @@ class Layout:
     """Offsets under natural alignment, and the packer for them."""
 
     def __init__(self, fields: tuple[tuple[str, str], ...]) -> None:
-        placed, code, offset = [], "=", 0
+        placed, code, offset, widest = [], "=", 0, 8
         for ctype, name in fields:
-            letter, size = _CODES.get(ctype, _POINTER)
-            pad = -offset % size
+            letter, size, alignment = _CODES.get(ctype, _POINTER)
+            pad, widest = -offset % alignment, max(widest, alignment)
             code += "x" * pad + letter
             offset += pad
             placed.append(StructField(ctype, name, offset))
             offset += size
-        code += "x" * (-offset % 8)
+        code += "x" * (-offset % widest)
         self.fields = tuple(placed)
-        self.size = offset + -offset % 8
+        self.size = offset + -offset % widest
         self._struct = struct.Struct(code)
         assert self._struct.size == self.size
         self.pack_into = self._struct.pack_into

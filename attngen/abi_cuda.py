@@ -6,7 +6,7 @@ variant's parameters, the planner those that its mask reads.
 
 from __future__ import annotations
 
-CUDA_ABI = "attngen-cuda-2"
+CUDA_ABI = "attngen-cuda-3"
 
 _SHAPE: tuple[tuple[str, str], ...] = tuple(
     ("int32_t", name) for name in ("num_heads", "num_kv_heads", "head_offset", "total_heads", "page_size")
@@ -14,34 +14,47 @@ _SHAPE: tuple[tuple[str, str], ...] = tuple(
 
 # Decode and attention. Strides count elements. Paged caches: *_stride_b is a page, *_stride_s a slot in it; contiguous
 # ones: *_stride_b is a request (0 when ragged), *_stride_s a key. Rows of q, out and lse are at token * *_stride_t +
-# request * *_stride_b: 0 when packed; dense, a request's stride less those of the q_len tokens that it counts. partial: out
-# is float32 and lse base 2, before the sink and the output hook.
+# request * *_stride_b: 0 when packed; dense, a request's stride less those of the q_len tokens that it counts. q_rows: tokens
+# of q; num_pages: of the cache, without pages the rows of k and v (dense: those of a request). partial: out is float32 and
+# lse base 2, before the sink and the output hook. partial_out, partial_state: of pieces of units (work.cuh). ran: a
+# launch since the plan has waited for it, so the work list is there whatever the kernel before this one does.
 ATTENTION_FIELDS: tuple[tuple[str, str], ...] = (
     ("const void*", "q"), ("const void*", "k"), ("const void*", "v"), ("void*", "out"), ("float*", "lse"),
     *(("int64_t", f"q_stride_{d}") for d in "bth"),
     *(("int64_t", f"{x}_stride_{d}") for x in "kv" for d in "bsh"),
     *(("int64_t", f"{x}_stride_{d}") for x in ("out", "lse") for d in "bth"),
     ("const WorkTile*", "tiles"), ("const Worker*", "workers"), ("int32_t*", "counters"),
-    ("float*", "partial_out"), ("float*", "partial_lse"), ("int32_t*", "status"),
+    ("float*", "partial_out"), ("float2*", "partial_state"), ("int32_t*", "status"),
     ("const int32_t*", "page_table"), ("const float*", "rope_inv_freq"), ("const int32_t*", "rope_table"),
-    *_SHAPE, ("int32_t", "num_pages"), ("int32_t", "partial"), ("float", "scale"), ("float", "rope_mscale"),
+    *_SHAPE, ("int32_t", "q_rows"), ("int32_t", "num_pages"), ("int32_t", "partial"), ("int32_t", "ran"), ("float", "scale"), ("float", "rope_mscale"),
 )  # fmt: skip
 
+# The same for the Hopper kernel, whose class is of kind "queue". k_map, v_map: keys and values as the copy engine sees them, in
+# boxes of box_rows slots of a page, without pages of a block. q_map, if q_boxes: queries, in boxes of 64 packed rows.
+_QUEUED = {
+    "tiles": (("const QueuedRequest*", "requests"), ("const int32_t*", "unit_starts")),
+    "workers": (("Queue*", "queue"),),
+}
+QUEUE_ATTENTION_FIELDS: tuple[tuple[str, str], ...] = tuple(
+    field for found in ATTENTION_FIELDS for field in _QUEUED.get(found[1], (found,))
+) + (("int32_t", "q_boxes"), ("int32_t", "box_rows"), ("TensorMap", "q_map"), ("TensorMap", "k_map"), ("TensorMap", "v_map"))
+
 # At most this many row-tile classes share a plan.
-MAX_CLASSES = 3
+MAX_CLASSES = 4
 
 # The planner. Exactly one way to give lengths of queries (q_indptr; or q_len each, with q_lens where they are shorter)
 # and of keys: kv_indptr + kv_last_page_len (pages), kv_lens + block_table_stride (pages), kv_indptr (ragged), kv_lens or
-# kv_len (dense). Unused pointers are null. Per class: its lists, and how many workers and tiles they hold; 0 workers: the
-# class is not launched.
+# kv_len (dense). Unused pointers are null. Per class: its lists, tiles and workers or, of kind "queue", requests, unit_starts
+# and queue; how many workers it has, 0 where it is not launched, and how many tiles or partial results there is room for.
 PLAN_FIELDS: tuple[tuple[str, str], ...] = (
     ("const int32_t*", "q_indptr"), ("const int32_t*", "q_lens"), ("const int32_t*", "q_positions"),
     ("const int32_t*", "kv_indptr"), ("const int32_t*", "kv_last_page_len"), ("const int32_t*", "kv_lens"),
     ("const int32_t*", "kv_starts"),
     *((ctype, f"{name}{i}") for i in range(MAX_CLASSES)
-      for ctype, name in (("WorkTile*", "tiles"), ("Worker*", "workers"), ("int32_t*", "counters"))),
+      for ctype, name in (("WorkTile*", "tiles"), ("Worker*", "workers"), ("QueuedRequest*", "requests"),
+                          ("int32_t*", "unit_starts"), ("Queue*", "queue"), ("int32_t*", "counters"))),
     ("int32_t*", "status"), ("int64_t", "block_table_stride"), ("int64_t", "kv_capacity"),
-    *((("int32_t"), f"{name}{i}") for i in range(MAX_CLASSES) for name in ("num_workers", "max_tiles")),
+    *((("int32_t"), f"{name}{i}") for i in range(MAX_CLASSES) for name in ("num_workers", "max_tiles", "max_slots")),
     *_SHAPE, ("int32_t", "num_requests"), ("int32_t", "q_len"), ("int32_t", "kv_len"), ("int32_t", "max_q_tokens"),
     ("int32_t", "max_q_len"), ("int32_t", "max_kv_len"),
 )  # fmt: skip

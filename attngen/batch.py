@@ -245,7 +245,7 @@ class BatchAttention:
         """Attention of the planned batch.
 
         Args:
-            q: ``[tokens, num_heads, head_dim]``; rows past the plan's last token are neither read nor written.
+            q: ``[tokens, num_heads, head_dim]``; rows of no request of the plan are neither read nor written.
             kv: (k, v), each ``[pages, page_size, num_kv_heads, head_dim]`` (NHD) or ``[pages, num_kv_heads, page_size,
                 head_dim]`` (HND), or both in one tensor with a dimension of 2 after pages; ragged:
                 ``[tokens, num_kv_heads, head_dim]``.
@@ -296,7 +296,8 @@ class BatchAttention:
 
     def check(self) -> None:
         """Wait for the device and raise ParameterError for what only the device could see: an indptr that decreases, a
-        batch over capacity, a page that does not exist. The rows concerned are NaN."""
+        batch over capacity, a page that does not exist, fewer rows of q or of ragged k and v than were planned. The rows
+        concerned are NaN."""
         status = self.engine.status()
         if status:
             what = STATUS_TEXT.get(status & 0xFF, f"status {status & 0xFF}")
@@ -374,7 +375,7 @@ class BatchAttention:
                 values[f"{name}_stride_{letter}"] = 0 if i is None else _stride(t, i)
         if k.shape[0] != v.shape[0]:
             raise ParameterError(f"k has {k.shape[0]} pages and v {v.shape[0]}: required as many")
-        values["num_pages"] = k.shape[0]
+        values |= {"q_rows": q.shape[0], "num_pages": k.shape[0]}
         values |= {"out_stride_t": self.num_heads * self.head_dim_v, "out_stride_h": self.head_dim_v,
                    "lse_stride_t": self.num_heads, "lse_stride_h": 1}  # fmt: skip
         return Site((q.shape[0], self.num_heads, self.head_dim_v), values, second, tuple(map(_extent, (q, k, v))))

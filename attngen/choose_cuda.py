@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import UnsupportedError
 
@@ -95,7 +95,8 @@ class DecodeConfig(_WarpConfig):
 
     arch: str
     paged: bool
-    warps: int  # each takes 16 keys of a block
+    block_m: int  # packed rows of a tile: 16, or 32 in pairs of warps
+    warps: int  # each takes 16 keys of a block, and 16 rows
     stages: int  # of a warp's ring
     blocks_per_sm: int
     q_in_smem: bool  # else in registers
@@ -103,12 +104,13 @@ class DecodeConfig(_WarpConfig):
     split: int  # keys of a fixed piece (batch_invariant); 0: pieces end where the workers' shares end
     smem_bytes: int
 
-    block_m = 16
+    template, kind = "decode", "slices"
+    head_major = True  # workers a head apart read neighbouring rows of a page together
 
     @property
     def block_n(self) -> int:
         """Keys of a block."""
-        return 16 * self.warps
+        return 256 * self.warps // self.block_m
 
 
 @dataclass(frozen=True)
@@ -131,45 +133,57 @@ class DecodeChoice:
     candidates: tuple[DecodeCandidate, ...]
 
 
-# Best first, as measured on an H100 at head_dim 128 (KERNELS.md E): two blocks an SM beat one with more stages and three
-# with fewer. Wide heads go down the list until they fit.
+# Best first, as measured on an H100 at head_dim 128: two blocks an SM beat one with more stages and three with fewer. More than
+# 128 KB in flight an SM queue up in front of HBM: 1% slower. Wide heads go down the list until they fit.
+_IN_FLIGHT = 128 * _KB
 _DECODE_SHAPES = tuple(
     (warps, stages, blocks) for blocks in (2, 1) for warps in (4, 2) for stages in (6, 5, 4, 3, 2)
 )  # fmt: skip
+_PAIRED_SHAPES = tuple((warps, stages, 1) for warps in (8, 4) for stages in (8, 6, 5, 4, 3, 2))
 
 
-def choose_decode(problem: Problem, arch_name: str, hooks: Hooks, paged: bool = True, split: int = 0) -> DecodeChoice:
-    """The decode kernel for ``problem`` on ``arch_name``. ``split``: keys of a fixed piece, 0 for none."""
+def choose_decode(
+    problem: Problem, arch_name: str, hooks: Hooks, block_m: int = 16, paged: bool = True, split: int = 0
+) -> DecodeChoice:
+    """The decode kernel for ``problem`` on ``arch_name`` with tiles of ``block_m`` (16 or 32) rows. ``split``: keys of a fixed
+    piece, 0 for none."""
     gpu = arch(arch_name)
     d, dv = problem.head_dim, problem.head_dim_v
     check_head_dims(d, dv)
     kinds = len(hooks.rope.q_positions) if hooks.rope else 1
     candidates: list[DecodeCandidate] = []
     won: DecodeCandidate | None = None
-    for warps, stages, blocks in _DECODE_SHAPES:
+    for warps, stages, blocks in _DECODE_SHAPES if block_m == 16 else _PAIRED_SHAPES:
         q_in_smem = hooks.rope is not None or dv // 2 + d // 4 + _OTHER_REGISTERS > 255
-        smem = decode_smem_bytes(d, dv, warps, stages, kinds if q_in_smem else 0, hooks.softmax)
+        smem = decode_smem_bytes(d, dv, block_m, warps, stages, kinds if q_in_smem else 0, hooks.softmax)
         lost = ""
         if smem > gpu.smem_per_block:
             lost = f"needs {smem} bytes of shared memory, a block has {gpu.smem_per_block}"
         elif blocks * (smem + _SMEM_RESERVED) > gpu.smem_per_sm:
             lost = f"{blocks} blocks need {blocks * (smem + _SMEM_RESERVED)} bytes of shared memory, an SM has {gpu.smem_per_sm}"
+        elif stages > 2 and (in_flight := blocks * warps * 16 // block_m * stages * 32 * (d + dv)) > _IN_FLIGHT:
+            lost = f"{in_flight} bytes in flight an SM queue up in front of memory, {_IN_FLIGHT} suffice"
         elif won is not None:
             lost = f"{won.warps} warps, {won.stages} stages, {won.blocks_per_sm} blocks an SM come first"
         candidate = DecodeCandidate(warps, stages, blocks, q_in_smem, smem, lost)
         won = won if lost else candidate
         candidates.append(candidate)
-    assert won is not None  # the smallest shape fits any supported head_dim
-    config = DecodeConfig(arch_name, paged, won.warps, won.stages, won.blocks_per_sm, won.q_in_smem, 2, split, won.smem_bytes)
+    if won is None:  # only with tiles of 32 rows
+        raise UnsupportedError(
+            f"decode with tiles of {block_m} rows at head_dim {d}/{dv} on sm_{arch_name}: no shape fits its shared memory.\n"
+            f"  required: at most {gpu.smem_per_block} bytes\n  found: {candidates[-1].smem_bytes}\n"
+            f"  do: launch tiles of 64 rows instead"
+        )
+    config = DecodeConfig(arch_name, paged, block_m, won.warps, won.stages, won.blocks_per_sm, won.q_in_smem, 2, split, won.smem_bytes)
     return DecodeChoice(config, tuple(candidates))
 
 
-def decode_smem_bytes(d: int, dv: int, warps: int, stages: int, staged_queries: int, softmax: bool) -> int:
+def decode_smem_bytes(d: int, dv: int, block_m: int, warps: int, stages: int, staged_queries: int, softmax: bool) -> int:
     """No less than the size of ``Shared`` in decode.cu: ring, staged queries, where the warps' results meet, the worker."""
-    ring = warps * stages * 32 * (d + dv)
-    queries = staged_queries * 32 * d
-    meet = warps * 8 * (4 * (dv + 4) + (8 if softmax else 0))
-    return -(-(ring + queries + meet + 128 + 28) // 128) * 128
+    ring = warps * 16 // block_m * stages * 32 * (d + dv)
+    queries = staged_queries * 2 * block_m * d
+    meet = warps * 8 * (4 * dv + (8 if softmax else 0))
+    return -(-(ring + queries + meet + 128 + 112 + 32) // 128) * 128
 
 
 def most_blocks(config: DecodeConfig | AttentionConfig) -> int:
@@ -204,6 +218,9 @@ class AttentionConfig(_WarpConfig):
     unit_cost: int  # fixed cost of a unit, in blocks of keys
     split: int  # keys of a fixed piece (batch_invariant), a multiple of block_n; 0: none
     smem_bytes: int
+
+    template, kind = "attention_sm80", "slices"
+    head_major = False  # workers share the keys of a head in L2
 
 
 @dataclass(frozen=True)
@@ -306,12 +323,32 @@ def attention_smem_bytes(d: int, dv: int, block_m: int, block_n: int, stages: in
 
 @dataclass(frozen=True)
 class TileClass:
-    """A row-tile class as the planner sees it."""
+    """A row-tile class as the planner sees it. Those of kind "slices" are planned as work.cuh says, those of kind "queue" as
+    queue.cuh says."""
 
     bm: int  # packed rows of a tile
     bn: int  # keys of a block
     unit_cost: int  # in blocks
     split: int = 0  # keys of a fixed piece, a multiple of bn; 0: none
+    kind: str = "slices"
+    head_major: bool = False  # slices' order of units: all tiles of a KV head, then of the next; else all KV heads of a tile
+    # Of kind "queue" alone:
+    groups: int = 1  # warpgroups that finish their rows of a tile by themselves
+    row_bytes: int = 0  # of a key and its value
+    l2_bytes: int = 32 << 20  # what keys and values of a section may take
+    min_piece: int = 4  # blocks of a piece, at least
+
+    def __str__(self) -> str:
+        text = f"{self.bm}x{self.bn}+{self.unit_cost}" + (f"/{self.split}" if self.split else "") + ("h" if self.head_major else "")
+        return text if self.kind == "slices" else f"{text}:{self.kind},groups={self.groups},row_bytes={self.row_bytes}"
+
+
+def tile_class(config: Any, problem: Problem) -> TileClass:
+    """The class of an attention kernel, by its configuration."""
+    shape = (config.block_m, config.block_n, config.unit_cost, config.split)
+    if config.kind == "slices":
+        return TileClass(*shape, head_major=config.head_major)
+    return TileClass(*shape, "queue", groups=config.groups, row_bytes=2 * (problem.head_dim + problem.head_dim_v))
 
 
 @dataclass(frozen=True)
@@ -324,9 +361,7 @@ class PlanConfig:
     threads = 320  # of a block; one block a class. As many as an H100 has workers, since each thread places one
 
     def __str__(self) -> str:
-        return f"arch={self.arch} " + " ".join(
-            f"{k.bm}x{k.bn}+{k.unit_cost}" + (f"/{k.split}" if k.split else "") for k in self.classes
-        )
+        return " ".join((f"arch={self.arch}", *map(str, self.classes)))
 
 
 class _GridConfig(_Printed):

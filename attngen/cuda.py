@@ -18,7 +18,7 @@ import torch
 
 from . import cache, pins
 from .abi import Layout, parameter_fields
-from .abi_cuda import ATTENTION_FIELDS, CUDA_ABI, PLAN_FIELDS
+from .abi_cuda import ATTENTION_FIELDS, CUDA_ABI, PLAN_FIELDS, QUEUE_ATTENTION_FIELDS
 from .choose_cuda import Arch, arch_of, cuda_flags
 from .emit import Hooks, emit
 from .errors import CacheError, MissingKernelError, UnsupportedError
@@ -28,7 +28,7 @@ from .run import DEBUG, FORMAT, BuildRecord, build_artifact, describe, key_input
 from .spec import Problem, Trace
 
 # The rooms whose text decides what a CUDA kernel's source says.
-_ROOMS = ("ops", "expr", "bounds", "trace", "rope", "spec", "abi", "abi_cuda", "choose_cuda", "emit", "render", "render_cuda",
+_ROOMS = ("ops", "expr", "bounds", "trace", "rope", "spec", "abi", "abi_cuda", "choose_cuda", "choose_hopper", "emit", "render", "render_cuda",
           "build")  # fmt: skip
 
 
@@ -66,7 +66,7 @@ def specialise(name: str, title: str, trace: Trace, problem: Problem, config: An
     if name == "plan":
         trace = Trace(mask=trace.mask, fields=trace.fields, where=trace.where)
     used = trace.used()
-    base = PLAN_FIELDS if name == "plan" else ATTENTION_FIELDS
+    base = PLAN_FIELDS if name == "plan" else QUEUE_ATTENTION_FIELDS if config.kind == "queue" else ATTENTION_FIELDS
     hooks = emit(trace, storage, problem.head_dim, dialect="cuda", device_scalars=True)
     layout = Layout(base + parameter_fields(used, storage, device_scalars=True))
     flags = tuple(cuda_flags(arch_name))

@@ -69,12 +69,15 @@ def _candidates(kernel: Any, choice: Any) -> list[str]:
     """What was considered, and why it lost."""
     if choice is None and kernel is not None and kernel.hooks is not None and kernel.problem is not None:
         from .choose_cuda import choose_attention, choose_decode
+        from .choose_hopper import choose_hopper
 
         p, c = kernel.problem, kernel.config
         if kernel.name == "decode":
-            choice = choose_decode(p, p.isa, kernel.hooks, c.paged, c.split)
+            choice = choose_decode(p, p.isa, kernel.hooks, c.block_m, paged=c.paged, split=c.split)
         elif kernel.name == "attention_sm80":
-            choice = choose_attention(p, p.isa, kernel.hooks, c.block_m, c.paged, c.split)
+            choice = choose_attention(p, p.isa, kernel.hooks, c.block_m, paged=c.paged, split=c.split)
+        elif kernel.name == "attention_sm90":
+            choice = choose_hopper(p, p.isa, kernel.hooks, 8 if c.paged else None, c.split)
     return [f"  {candidate}" for candidate in getattr(choice, "candidates", ())]
 
 

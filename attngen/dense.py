@@ -72,8 +72,11 @@ class DenseSite(_Shape):
         values |= {"lse_stride_b": self.num_heads * self.q_len, "lse_stride_t": 1, "lse_stride_h": self.q_len}
         for n in ("q", "out", "lse"):  # a request's first token is number request * q_len
             values[f"{n}_stride_b"] -= self.q_len * values[f"{n}_stride_t"]
+        values |= {"q_rows": self.batch * self.q_len, "num_pages": self.kv_len}
         values["rope_mscale"] = 1.0 if self.rope is None else self.rope.mscale
-        self.template = self.loaded.classes[self.tile].template(values)
+        launcher = self.loaded.classes[self.tile]
+        self.boxes = launcher.boxes(values, self.batch)
+        self.template = launcher.template(values if self.boxes is None else values | self.boxes.fields)
 
     def call(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_lens: Any, kv_lens: Any, q_offset: Any, scale: float | None,
@@ -124,6 +127,8 @@ class DenseSite(_Shape):
         POINTERS.pack_into(
             buffer, 0, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), 0 if lse is None else lse.data_ptr()
         )
+        if self.boxes is not None:
+            values |= self.boxes.maps(q.data_ptr(), k.data_ptr(), v.data_ptr())
         loaded.classes[self.tile].launch(buffer, values, loaded.workers[self.tile], stream)
         return result
 
@@ -185,15 +190,15 @@ class DenseSite(_Shape):
 
 def _load(variant: Variant, problem: Problem, device: torch.device, rows: int) -> Loaded:
     """The planner and the kernel of the row-tile class for ``rows`` packed rows: loaded once for all calls."""
-    tile = 0 if rows <= 16 else 1 if rows <= 64 else 2
+    tile = sum(rows > most for most in (16, 32, 64))
     ident = (variant.trace.key(problem.head_dim), problem, device, tile)
     found = _loaded.get(ident)
     if found is None:
         cuda.refuse_capture(
             device.index, f"the kernel of {variant.name} for {problem.q_dtype}, head_dim {problem.head_dim}/{problem.head_dim_v}, "
-            f"up to {(16, 64, 'more than 64')[tile]} rows", "call attention once with these shapes before the capture",
+            f"up to {(16, 32, 64, 'more than 64')[tile]} rows", "call attention once with these shapes before the capture",
         )  # fmt: skip
         with _lock:
-            kernels = kernels_of(variant, problem, paged=False)
+            kernels = kernels_of(variant, problem, page_size=None)
             found = _loaded[ident] = Loaded(kernels, (kernels.needed(rows)[-1],), device)
     return found

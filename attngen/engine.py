@@ -21,8 +21,10 @@ from typing import Any, ClassVar
 import torch
 
 from . import cuda, pins
+from .boxes import Boxes
 from .cache import Entry
-from .choose_cuda import DecodeConfig, PlanConfig, TileClass, arch, arch_named, choose_attention, choose_decode, most_blocks
+from .choose_cuda import PlanConfig, arch, arch_named, choose_attention, choose_decode, most_blocks, tile_class
+from .choose_hopper import choose_hopper
 from .emit import emit
 from .errors import ParameterError, UnsupportedError
 from .ops import I32_MAX
@@ -88,14 +90,21 @@ class Kernels:
         """The classes that requests of up to ``most_rows`` packed rows are planned into."""
         return tuple(i for i in range(len(self.classes)) if i == 0 or most_rows > self.classes[i - 1].config.block_m)
 
+    def launched(self, most_rows: int) -> tuple[int, ...]:
+        """Those that a batch of such requests launches: decode with more rows is worth a launch only where it serves the longest."""
+        needed = self.needed(most_rows)
+        return tuple(i for i in needed if i in (0, needed[-1]) or self.classes[i].name != "decode")
+
 
 def kernels_of(
-    variant: Variant, problem: Problem, *, paged: bool, batch_invariant: bool = False, most_rows: int = 0
+    variant: Variant, problem: Problem, *, page_size: int | None, batch_invariant: bool = False, most_rows: int = 0
 ) -> Kernels:
-    """The kernels of ``variant`` for ``problem``, in their chosen configurations. All callers share them: ``most_rows``, of a
-    request, decides only under batch_invariant."""
+    """The kernels of ``variant`` for ``problem``, in their chosen configurations. All callers share them: of ``page_size`` it
+    counts whether there are pages, and on Hopper whether they are multiples of 8; ``most_rows``, of a request, decides only
+    under batch_invariant."""
+    paged = page_size is not None
     trace, name, split = variant.trace, problem.isa, _FIXED_SPLIT if batch_invariant else 0
-    pinned = pins.pinned_cuda(trace.key(problem.head_dim), problem, paged, batch_invariant, most_rows <= 16)
+    pinned = pins.pinned_cuda(trace.key(problem.head_dim), problem, page_size, batch_invariant, most_rows <= 16)
     if pinned:
         *classes, plan = (cuda.from_entry(entry, problem) for entry in pinned)
         return Kernels(tuple(classes), plan)
@@ -104,14 +113,19 @@ def kernels_of(
     if not split or most_rows <= 16:
         configs.append(choose_decode(problem, name, hooks, paged=paged, split=split).config)
     if not split:
+        with contextlib.suppress(UnsupportedError):
+            configs.append(choose_decode(problem, name, hooks, 32, paged=paged).config)
         configs.append(choose_attention(problem, name, hooks, 64, paged=paged).config)
-        with contextlib.suppress(UnsupportedError):  # wide heads where shared memory is small do without
-            configs.append(choose_attention(problem, name, hooks, 128, paged=paged).config)
+        try:
+            configs.append(choose_hopper(problem, name, hooks, page_size).config)
+        except UnsupportedError:
+            with contextlib.suppress(UnsupportedError):  # wide heads where shared memory is small do without
+                configs.append(choose_attention(problem, name, hooks, 128, paged=paged).config)
     elif not configs:  # one kernel for all lengths: two would round differently, and a prompt may be cut anywhere
         configs.append(choose_attention(problem, name, hooks, 64, paged=paged, split=split).config)
-    plan = PlanConfig(name, tuple(TileClass(c.block_m, c.block_n, c.unit_cost, c.split) for c in configs))
-    named = [("decode" if isinstance(c, DecodeConfig) else "attention_sm80", c) for c in configs]
-    specials = [cuda.specialise(n, variant.name, trace, problem, c, name) for n, c in (*named, ("plan", plan))]
+    plan = PlanConfig(name, tuple(tile_class(c, problem) for c in configs))
+    named = [*((c.template, c) for c in configs), ("plan", plan)]
+    specials = [cuda.specialise(n, variant.name, trace, problem, c, name) for n, c in named]
     return Kernels(tuple(specials[:-1]), specials[-1])
 
 
@@ -125,7 +139,7 @@ class Launcher:
     """A loaded kernel and its parameter struct."""
 
     def __init__(self, special: cuda.Specialised, device: int, shared_bytes: int = 0) -> None:
-        codes = {"float": "=f", "int32_t": "=i", "int64_t": "=q"}
+        codes = {"float": "=f", "int32_t": "=i", "int64_t": "=q", "TensorMap": "=128s"}
         self.special, self.layout = special, special.layout
         self.slots = {f.name: (struct.Struct(codes.get(f.ctype, "=Q")), f.offset) for f in self.layout.fields}
         dependent = arch(special.config.arch).dependent_launch
@@ -134,8 +148,16 @@ class Launcher:
     def template(self, values: Mapping[str, Any]) -> bytes:
         """The struct with ``values``, 0 elsewhere."""
         buffer = bytearray(self.layout.size)
-        self.layout.pack_into(buffer, 0, *(values.get(f.name, 0) for f in self.layout.fields))
+        empty = {"TensorMap": b""}
+        self.layout.pack_into(buffer, 0, *(values.get(f.name, empty.get(f.ctype, 0)) for f in self.layout.fields))
         return bytes(buffer)
+
+    def boxes(self, values: Mapping[str, Any], batch: int = 1) -> Boxes | None:
+        """How the copy engine sees tensors of these shapes and strides, if the kernel uses it."""
+        config = self.special.config
+        if getattr(config, "kind", "") != "queue" or self.special.problem is None:
+            return None
+        return Boxes(config, self.special.problem, values, batch)
 
     def launch(self, buffer: bytearray, values: Mapping[str, Any], blocks: int, stream: int) -> None:
         """Fills in ``values`` and launches."""
@@ -163,6 +185,8 @@ class Loaded:
             if blocks == 0:
                 raise UnsupportedError(f"{special.name} of {special.title} does not fit {device}: {special.config}")
             self.workers[i] = min(blocks, most_blocks(special.config)) * multiprocessors
+            if special.config.head_major:
+                self.workers[i] = even_shares(self.workers[i])
         self.multiprocessors = multiprocessors
 
     def space(self, **capacities: int) -> Workspace:
@@ -172,9 +196,8 @@ class Loaded:
     def lists(self, i: int, space: Workspace, base: int) -> dict[str, int]:
         """Where class ``i`` finds its work, and writes what is not final, in a workspace at ``base``."""
         part = space.classes[i]
-        return {
-            "tiles": base + part.tiles, "workers": base + part.workers, "counters": base + part.counters,
-            "partial_out": base + space.partial_out, "partial_lse": base + space.partial_lse, "status": base + space.status,
+        return {name: base + at for name, at in part.lists.items()} | {
+            "partial_out": base + space.partial_out, "partial_state": base + space.partial_state, "status": base + space.status,
         }  # fmt: skip
 
     def plan_lists(self, space: Workspace, base: int, active: Sequence[int]) -> dict[str, int]:
@@ -182,10 +205,18 @@ class Loaded:
         values = {"status": base + space.status}
         for i in active:
             part = space.classes[i]
-            values |= {f"tiles{i}": base + part.tiles, f"workers{i}": base + part.workers,
-                       f"counters{i}": base + part.counters, f"num_workers{i}": self.workers[i],
-                       f"max_tiles{i}": part.max_tiles}  # fmt: skip
+            values |= {f"{name}{i}": base + at for name, at in part.lists.items()}
+            values |= {f"num_workers{i}": self.workers[i], f"max_tiles{i}": part.max_tiles, f"max_slots{i}": part.max_slots}
         return values
+
+
+def even_shares(workers: int) -> int:
+    """Up to 1/32 fewer workers, with as many factors of 2 as can be had: 256 for an H100's 264. Heads, and requests of one length,
+    mostly come in powers of 2: their shares then end where units do, and fewer pieces have to be merged."""
+    found = step = 1
+    while (fewer := workers // step * step) >= workers - workers // 32 and fewer:
+        found, step = fewer, 2 * step
+    return found
 
 
 def space_of(kernels: Kernels, which: Sequence[int], multiprocessors: int, **capacities: int) -> Workspace:
@@ -202,7 +233,7 @@ class BuiltKernel:
     """A CUDA kernel in the cache, not loaded.
 
     Attributes:
-        name: "decode", "attention_sm80" or "plan".
+        name: the template's: "decode", "attention_sm80" or "plan".
         problem, config: the compile-time facts and the chosen configuration, printable.
         spec_hash: the cache key.
         path: the cubin.
@@ -235,9 +266,10 @@ def compile_cuda(
     gpu = arch_named(arch) if arch else cuda.device_arch(torch.cuda.current_device())
     problem = cuda_problem(gpu.name, dtype, head_dim, head_dim_v, tuple(sorted(storage.items())))
     specials: dict[str, cuda.Specialised] = {}
-    for pages in (True, False) if paged is None else (paged,):
+    layouts: dict[bool | None, tuple[int | None, ...]] = {None: (16, 1, None), True: (16, 1), False: (None,)}
+    for page_size in layouts[paged]:
         for most_rows in (16, 64) if batch_invariant else (0,):
-            kernels = kernels_of(variant, problem, paged=pages, batch_invariant=batch_invariant, most_rows=most_rows)
+            kernels = kernels_of(variant, problem, page_size=page_size, batch_invariant=batch_invariant, most_rows=most_rows)
             specials |= {s.key: s for s in (*kernels.classes, kernels.plan)}
     entries = build(list(specials.values()))
     return [BuiltKernel(variant, s.name, problem, s.config, s.key, e) for s, e in zip(specials.values(), entries)]
@@ -294,7 +326,7 @@ def workspace_bytes(
     stored = tuple(sorted(stored_dtypes(variant, storage).items()))
     problem = cuda_problem(arch_named(arch).name, dtype, head_dim, head_dim_v or head_dim, stored)
     rows = min(max_q_len or max_q_tokens, max_q_tokens) * (num_heads // num_kv_heads)
-    kernels = kernels_of(variant, problem, paged=page_size is not None, batch_invariant=batch_invariant, most_rows=rows)
+    kernels = kernels_of(variant, problem, page_size=page_size, batch_invariant=batch_invariant, most_rows=rows)
     return space_of(
         kernels, kernels.needed(rows), multiprocessors, max_requests=max_requests, max_q_tokens=max_q_tokens,
         max_kv_len=max_kv_len or capacity * (page_size or 1), num_heads=num_heads, num_kv_heads=num_kv_heads,
@@ -312,7 +344,8 @@ class Plan:
     active: tuple[int, ...]  # classes to launch
     bound: dict[str, Any]  # struct fields that plan decides
     held: tuple[Any, ...]  # alive as long as the plan
-    templates: dict[tuple[Site, int], bytes] = field(default_factory=dict)  # by call site and class
+    ran: bool = False  # a launch has waited for the planner
+    templates: dict[tuple[Site, int], tuple[bytes, Boxes | None]] = field(default_factory=dict)  # by call site and class
 
 
 class CudaEngine:
@@ -330,7 +363,7 @@ class CudaEngine:
         )
         most_rows = facts.max_q_len * facts.group
         kernels = kernels_of(
-            facts.variant, self.problem, paged=facts.page_size is not None, batch_invariant=facts.batch_invariant,
+            facts.variant, self.problem, page_size=facts.page_size, batch_invariant=facts.batch_invariant,
             most_rows=most_rows,
         )  # fmt: skip
         self._loaded = Loaded(kernels, kernels.needed(most_rows), device)
@@ -371,7 +404,7 @@ class CudaEngine:
             params: checked values of the fields that the mask reads: numbers and device tensors.
         """
         facts, loaded = self.facts, self._loaded
-        active = loaded.kernels.needed(lengths["max_q_len"] * facts.group)
+        active = loaded.kernels.launched(lengths["max_q_len"] * facts.group)
         bound = struct_values(params)
         values = {n: x.data_ptr() if isinstance(x, torch.Tensor) else x for n, x in lengths.items()} | bound
         values |= loaded.plan_lists(self._space, self._base, active)
@@ -410,6 +443,8 @@ class CudaEngine:
         bound = struct_values(params) if params else {}
         if partial:
             bound["partial"] = 1
+        if plan.ran:
+            bound["ran"] = 1
         pointers = (q_at, k_at, v_at, out.data_ptr(), 0 if lse is None else lse.data_ptr())
         stream = cuda.current_stream(self.facts.device.index)
         for i in plan.active:
@@ -418,19 +453,24 @@ class CudaEngine:
                 if len(plan.templates) >= 1024:
                     plan.templates.clear()
                 template = plan.templates[site, i] = self._template(i, site, plan)
-            buffer = bytearray(template)
+            struct_bytes, boxes = template
+            buffer = bytearray(struct_bytes)
             POINTERS.pack_into(buffer, 0, *pointers)
-            self._loaded.classes[i].launch(buffer, bound, self._loaded.workers[i], stream)
+            values = bound if boxes is None else bound | boxes.maps(q_at, k_at, v_at)
+            self._loaded.classes[i].launch(buffer, values, self._loaded.workers[i], stream)
+        plan.ran = True
 
-    def _template(self, i: int, site: Site, plan: Plan) -> bytes:
-        """A class's parameter struct, but for pointers and the parameters of run."""
-        facts = self.facts
-        return self._loaded.classes[i].template({
+    def _template(self, i: int, site: Site, plan: Plan) -> tuple[bytes, Boxes | None]:
+        """A class's parameter struct, but for pointers and the parameters of run; how the copy engine sees the site."""
+        facts, launcher = self.facts, self._loaded.classes[i]
+        values = {
             **site.strides, **plan.bound, **self._loaded.lists(i, self._space, self._base), "num_heads": facts.num_heads,
             "num_kv_heads": facts.num_kv_heads, "head_offset": facts.head_offset, "total_heads": facts.total_heads,
             "page_size": facts.page_size or 1, "scale": facts.scale,
             "rope_mscale": 1.0 if self._rope is None else self._rope.mscale,
-        })  # fmt: skip
+        }  # fmt: skip
+        boxes = launcher.boxes(values)
+        return launcher.template(values if boxes is None else values | boxes.fields), boxes
 
     def status(self) -> int:
         """Waits for the device; the status word since the last call, 0 if all went well."""

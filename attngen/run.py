@@ -29,7 +29,7 @@ from .library import NO_GRAD, NOT_IN_GRAPHS, PARAMETERS, define, operands, param
 from .load import LoadedKernel, host, load_kernel
 from .ops import F32, I32, I32_MAX, I32_MIN
 from .paths import PACKAGE, templates_dir
-from .spec import STORAGE, Bare, Problem, Variant, as_variant
+from .spec import STORAGE, Bare, Problem, Variant, as_variant, plain_number
 
 FORMAT = 1  # of the key; a change voids every cached kernel
 MAX_LENGTH = 2**30  # positions and lengths stay below it, so that q - kv never wraps
@@ -875,6 +875,7 @@ def check_scalar(variant: Variant, name: str, value: Any) -> int | float:
         if value.requires_grad and torch.is_grad_enabled():
             raise UnsupportedError(f"{variant.name}.{name} requires grad: no backward yet; detach it")
         value = value.item()
+    value = plain_number(value)
     if dtype == I32:
         if isinstance(value, bool) or not isinstance(value, int):
             raise ParameterError(f"{variant.name}.{name} is {value!r}: required an int")
@@ -905,6 +906,7 @@ def _scale(variant: Variant, given: float | None, head_dim: int) -> float:
     scale = given if given is not None else variant.trace.scale
     if scale is None:
         return head_dim**-0.5
+    scale = plain_number(scale)
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not abs(scale) <= F32_MAX / 2:
         raise ParameterError(f"scale is {scale!r}: required a finite number of magnitude below {F32_MAX / 2:.3g}")
     return float(scale)

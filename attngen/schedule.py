@@ -4,9 +4,12 @@ This is the planner of ``templates/cuda/plan.cu.jinja`` in plain Python, record 
 ``work.cuh`` over its result. It serves the CPU backend and the tests; ``pack`` writes what the device would have written.
 
 A row-tile class has ``bm`` packed rows (token * group + head in group) a tile. A unit is one tile and one KV head; its
-cost is its KV blocks plus ``unit_cost``. The units of a class lie on a line, and worker w of n owns the cost interval
-[w * total / n, (w + 1) * total / n): only its first and its last unit can be partial, so that partial results have fixed
+cost is its KV blocks, at least 1, plus ``unit_cost`` where there are more units than workers. The units of a class lie on a line, tile by tile or KV head by KV head, and worker w
+of n owns the cost interval [w * total / n, (w + 1) * total / n): only its first and its last unit can be partial, so that partial results have fixed
 slots, 2w and 2w + 1. With a fixed split, tiles are cut beforehand into pieces that are units of their own.
+
+A class of kind "queue" (``queue.cuh``) has one record a request; workers draw its units from a counter. Only requests whose
+tiles are longer than the workers' average load are cut.
 """
 
 from __future__ import annotations
@@ -29,15 +32,20 @@ INT32_MAX = 2**31 - 1
 REQUEST = struct.Struct("=6iq")
 TILE = struct.Struct("=32s10iq")
 WORKER = struct.Struct("=3q6i80s")
+QUEUED_REQUEST = struct.Struct("=32s12i")
+QUEUE = struct.Struct("=4i")
 assert (REQUEST.size, TILE.size, WORKER.size) == (32, 80, 128)  # as work.cuh asserts
+assert (QUEUED_REQUEST.size, QUEUE.size) == (80, 16)  # as queue.cuh asserts
 
 # Bits of the status word; the request's number stands above them.
-BAD_Q_INDPTR, BAD_KV_INDPTR, OVER_CAPACITY, BAD_PAGE = 1, 2, 4, 8
+BAD_Q_INDPTR, BAD_KV_INDPTR, OVER_CAPACITY, BAD_PAGE, SHORT_Q, SHORT_KV = 1, 2, 4, 8, 32, 64
 STATUS_TEXT = {
     BAD_Q_INDPTR: "q_indptr is negative or decreases",
     BAD_KV_INDPTR: "kv_indptr decreases, a length or kv_start is negative, or kv_last_page_len is not in 1 ... page_size",
     OVER_CAPACITY: "more query tokens, keys or pages than the capacities given at construction, or than the page table given to plan",
     BAD_PAGE: "a page number past the end of the cache",
+    SHORT_Q: "q has fewer rows than q_indptr counts",
+    SHORT_KV: "k and v have fewer rows than kv_indptr counts",
 }
 
 
@@ -167,6 +175,15 @@ class Reach:
         begin, end = max(min(b for b, _ in ranges) - r.kv_start, 0), max(e for _, e in ranges) - r.kv_start
         return (begin, end) if begin < end else (0, 0)
 
+    def row_slots(self, index: int, r: Request, row0: int, row1: int) -> tuple[int, int]:
+        """The same for packed rows [row0, row1)."""
+        return self.slots(index, r, r.q_offset + row0 // self.group, r.q_offset + (row1 - 1) // self.group)
+
+    @property
+    def group(self) -> int:
+        """Query heads of a KV head."""
+        return self.num_heads // self.num_kv_heads
+
     @property
     def _per_head(self) -> bool:
         return any("kv_head" in node.symbols for found in self.bounds.closed for _, node in found.terms)
@@ -224,6 +241,10 @@ class WorkTile:
         )  # fmt: skip
 
 
+def _length(tile: WorkTile) -> int:
+    return max(tile.blocks, 1)
+
+
 @dataclass(frozen=True)
 class Unit:
     """A worker's part of a unit: blocks [begin, end) counted from the tile's block0.
@@ -250,12 +271,26 @@ class ClassPlan:
     num_kv_heads: int
     num_workers: int
     tiles: tuple[WorkTile, ...]
-    total: int
 
     @property
     def active_workers(self) -> int:
         """Workers with a share: all, unless there is less work than that."""
         return min(self.num_workers, self.total)
+
+    @property
+    def unit_cost(self) -> int:
+        """Of a unit beside its blocks: none where there are no more units than workers, since each has a piece or two then."""
+        return self.shape.unit_cost if len(self.tiles) * self.num_kv_heads > self.num_workers else 0
+
+    @property
+    def of_head(self) -> int:
+        """The cost of all units of a KV head."""
+        return sum(map(_length, self.tiles)) + self.unit_cost * len(self.tiles)
+
+    @property
+    def total(self) -> int:
+        """The length of the line."""
+        return self.of_head * self.num_kv_heads
 
     def share(self, worker: int) -> tuple[int, int]:
         """The cost interval of a worker."""
@@ -267,9 +302,21 @@ class ClassPlan:
 
     def first_unit(self, worker: int) -> tuple[int, int]:
         """Tile and KV head at which a worker's share begins."""
-        begin = self.share(worker)[0]
-        tile = bisect.bisect_right(self.tiles, begin, key=lambda t: t.prefix) - 1
-        return tile, (begin - self.tiles[tile].prefix) // (self.tiles[tile].blocks + self.shape.unit_cost)
+        begin, head, times = self.share(worker)[0], 0, self.num_kv_heads
+        if self.shape.head_major:
+            (head, begin), times = divmod(begin, self.of_head), 1
+        starts = [(t.prefix + self.unit_cost * i) * times for i, t in enumerate(self.tiles)]
+        tile = bisect.bisect_right(starts, begin) - 1
+        if not self.shape.head_major:
+            head = (begin - starts[tile]) // (_length(self.tiles[tile]) + self.unit_cost)
+        return tile, head
+
+    def start(self, index: int, head: int) -> int:
+        """Where a unit begins on the line."""
+        tile, earlier = self.tiles[index], self.tiles[index].prefix + self.unit_cost * index
+        if self.shape.head_major:
+            return self.of_head * head + earlier
+        return earlier * self.num_kv_heads + head * (_length(tile) + self.unit_cost)
 
     def walk(self, worker: int) -> Iterator[Unit]:
         """The units that a worker computes, in order."""
@@ -277,19 +324,21 @@ class ClassPlan:
             return
         lo, hi = self.share(worker)
         index, head = self.first_unit(worker)
-        cost = self.shape.unit_cost
-        while index < len(self.tiles):
+        cost = self.unit_cost
+        while (start := self.start(index, head)) < hi:
             tile = self.tiles[index]
-            start = tile.prefix + head * (tile.blocks + cost)
-            if start >= hi:
-                return
             if self.shape.split:
                 begin, end = 0, tile.blocks if start >= lo else 0
             else:
                 begin, end = max(lo - start - cost, 0), min(max(hi - start - cost, 0), tile.blocks)
             if begin < end or (tile.blocks == 0 and start >= lo):
                 yield self._unit(worker, index, head, start, begin, end)
-            index, head = (index, head + 1) if head + 1 < self.num_kv_heads else (index + 1, 0)
+            if self.shape.head_major:
+                index, head = (index + 1, head) if index + 1 < len(self.tiles) else (0, head + 1)
+            else:
+                index, head = (index, head + 1) if head + 1 < self.num_kv_heads else (index + 1, 0)
+            if index == len(self.tiles) or head == self.num_kv_heads:
+                return
 
     def _unit(self, worker: int, index: int, head: int, start: int, begin: int, end: int) -> Unit:
         tile, heads = self.tiles[index], self.num_kv_heads
@@ -299,10 +348,13 @@ class ClassPlan:
             return Unit(tile, head, begin, end, tile.pieces, index * heads + head, first, merge)
         if (begin, end) == (0, tile.blocks):
             return Unit(tile, head, begin, end, 1, 0, 0, ())
-        w0 = self.owner(start + self.shape.unit_cost)
-        w1 = self.owner(start + self.shape.unit_cost + tile.blocks - 1)
+        w0, w1 = self.owner(start + self.unit_cost), self.owner(start + self.unit_cost + tile.blocks - 1)
         merge = (2 * w0 + 1, *(2 * w for w in range(w0 + 1, w1 + 1)))
         return Unit(tile, head, begin, end, len(merge), 2 * worker + (begin == 0), w0, merge)
+
+    def pack(self) -> dict[str, bytes]:
+        """The lists as the device writes them, by the names of struct fields."""
+        return {"tiles": self.pack_tiles(), "workers": self.pack_workers()}
 
     def pack_tiles(self) -> bytes:
         """The tile records as the device writes them."""
@@ -317,9 +369,232 @@ class ClassPlan:
                 continue
             index, head = self.first_unit(w)
             records.append(WORKER.pack(
-                *self.share(w), self.total, w, self.active_workers, index, head, len(self.tiles), 0, self.tiles[index].pack()
+                *self.share(w), self.total, self.unit_cost, self.active_workers, index, head, len(self.tiles),
+                self.share(w)[0] - self.start(index, head), self.tiles[index].pack(),
             ))  # fmt: skip
         return b"".join(records)
+
+
+# ---------------------------------------------------------------- the queue
+
+# Requests that are put in order together; more are ordered among each this many. As plan_queue.cuh, a thread each.
+ORDERED = PlanConfig.threads
+_FEW_ROUNDS = 4  # of the longest unit, in which a worker has its share: more even out by themselves
+_CANDIDATES = PlanConfig.threads // 32  # lengths of pieces that are compared, one a warp
+
+
+@dataclass(frozen=True)
+class QueuedRequest:
+    """The units of a request in a queue. ``index`` is negative (~index) for a bad one."""
+
+    request: Request
+    index: int
+    rows: int
+    tiles: int
+    pieces: int
+    piece0: int
+    piece_slots: int
+    section_heads: int
+    slot0: int
+    counter0: int
+    unit0: int
+
+    def pack(self) -> bytes:
+        """As in queue.cuh."""
+        return QUEUED_REQUEST.pack(
+            self.request.pack(), self.index, self.rows, self.tiles, self.pieces, self.piece0, self.piece_slots,
+            self.section_heads, self.slot0, self.counter0, self.unit0, 0, 0,
+        )  # fmt: skip
+
+    def unit(self, number: int, num_kv_heads: int) -> tuple[int, int, int]:
+        """Tile, piece and KV head of unit ``number`` of the queue, one of this request's: ``unit_of`` in queue.cuh."""
+        section, i = divmod(number - self.unit0, self.section_heads * self.pieces * self.tiles)
+        head0 = section * self.section_heads
+        row, head = divmod(i, min(self.section_heads, num_kv_heads - head0))
+        piece, tile = divmod(row, self.tiles)
+        return self.tiles - 1 - tile, self.piece0 + self.pieces - 1 - piece, head0 + head
+
+    def pieces_met(self, begin: int, end: int) -> tuple[int, int]:
+        """The first of the pieces that cache slots [begin, end) meet, and their number: ``pieces_met`` in queue.cuh."""
+        first = begin // self.piece_slots
+        return (first, (end - 1) // self.piece_slots + 1 - first) if begin < end else (self.piece0, 0)
+
+
+@dataclass(frozen=True)
+class QueuedUnit:
+    """A unit that is not void: rows [row0, row0 + rows) of a request and cache slots [begin, end).
+
+    ``pieces`` > 1: the result is partial, goes to slot ``slot``, and the last of the pieces to arrive at ``counter``, the first
+    of one counter a warpgroup, merges the slots ``merge`` in this order.
+    """
+
+    record: QueuedRequest
+    kv_head: int
+    row0: int
+    rows: int
+    begin: int
+    end: int
+    pieces: int
+    slot: int
+    counter: int
+    merge: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class QueuePlan:
+    """The work list of a class of kind "queue"."""
+
+    shape: TileClass
+    num_kv_heads: int
+    num_workers: int
+    records: tuple[QueuedRequest, ...]
+    units: int
+    reach: Reach
+
+    def unit(self, number: int) -> QueuedUnit | None:
+        """What the block computes that draws unit ``number``; None if it is void."""
+        record = self.records[bisect.bisect_right(self.records, number, key=lambda r: r.unit0) - 1]
+        heads, shape = self.num_kv_heads, self.shape
+        tile, piece, head = record.unit(number, heads)
+        row0, rows = tile * shape.bm, min(record.rows - tile * shape.bm, shape.bm)
+        begin, end = self.reach.row_slots(record.index if record.index >= 0 else ~record.index, record.request, row0, row0 + rows)
+        first, count = record.pieces_met(begin, end)
+        if not first <= piece < first + max(count, 1):
+            return None
+        begin, end = max(begin, piece * record.piece_slots), min(end, (piece + 1) * record.piece_slots)
+        if count <= 1:
+            return QueuedUnit(record, head, row0, rows, begin, max(begin, end), 1, 0, 0, ())
+        merge = tuple(
+            record.slot0 + (tile * record.pieces + i - record.piece0) * heads + head for i in range(first, first + count)
+        )
+        counter = record.counter0 + (tile * heads + head) * shape.groups
+        return QueuedUnit(record, head, row0, rows, begin, end, count, merge[piece - first], counter, merge)
+
+    def walk(self) -> Iterator[QueuedUnit]:
+        """All units that are not void, in the order in which they are drawn."""
+        yield from filter(None, map(self.unit, range(self.units)))
+
+    def pack(self) -> dict[str, bytes]:
+        """The lists as the device writes them, by the names of struct fields."""
+        starts = struct.pack(f"={len(self.records) + 1}i", *(r.unit0 for r in self.records), self.units)
+        header = QUEUE.pack(self.units, len(self.records), 0, 0)
+        return {"requests": b"".join(r.pack() for r in self.records), "unit_starts": starts, "queue": header}
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """A request of a queue before it has a place: blocks of its first and last tile, and all slots that it reaches."""
+
+    request: Request
+    index: int
+    rows: int
+    tiles: int
+    first: int
+    last: int
+    begin: int
+    end: int
+
+    @property
+    def longest(self) -> int:
+        """Blocks of its longest tile, as a rule."""
+        return max(self.first, self.last)
+
+
+def _measure(shape: TileClass, index: int, r: Request, rows: int, reach: Reach) -> _Measured:
+    def blocks(row0: int, row1: int) -> int:
+        begin, end = reach.row_slots(index, r, row0, row1)
+        return (end - 1) // shape.bn + 1 - begin // shape.bn if begin < end else 0
+
+    tiles = -(-rows // shape.bm)
+    first, last = blocks(0, min(rows, shape.bm)), blocks((tiles - 1) * shape.bm, rows)
+    return _Measured(r, index, rows, tiles, first, last, *reach.row_slots(index, r, 0, rows))
+
+
+def _pieces(shape: TileClass, m: _Measured, blocks: int) -> tuple[int, int, int]:
+    """Pieces of a request, the first one, and a piece's slots, where pieces are to have up to ``blocks`` blocks (0: uncut)."""
+    uncut = 1, 0, INT32_MAX // shape.bn * shape.bn
+    if m.begin >= m.end or not (shape.split or 0 < blocks < m.longest):
+        return uncut
+    slots = shape.split or -(-m.longest // -(-m.longest // blocks)) * shape.bn  # pieces of equal length
+    first = m.begin // slots
+    pieces = (m.end - 1) // slots + 1 - first
+    return (pieces, first, slots) if pieces > 1 else uncut
+
+
+def _piece_blocks(shape: TileClass, heads: int, workers: int, requests: Sequence[_Measured], max_slots: int) -> int:
+    """Blocks of a piece of the requests that have longer tiles; 0: none is cut, as where there are many units or short ones."""
+    total = sum(_cost(shape, heads, m) for m in requests)
+    longest = max((m.longest for m in requests), default=0)
+    average = total // (2 * workers)  # blocks of a worker
+    if longest <= shape.min_piece or longest * _FEW_ROUNDS <= average:
+        return 0
+    work = sum((m.first + m.last) * m.tiles * heads for m in requests if m.longest > min(average, longest // 2))
+
+    def piece(i: int) -> int:
+        """Candidate: uncut; the fewest pieces no longer than the average; as many as fill half a round of workers, one, ..."""
+        count = 1 if i == 0 else -(-longest // max(average, 1)) if i == 1 else max(longest * workers * (i - 1) // work, 1)
+        return max(-(-longest // count), shape.min_piece)
+
+    def time(blocks: int) -> int:
+        """Half blocks until all is done; INT64_MAX if there is no room for the partial results."""
+        units = spent = slots = added = 0  # twice the units that are not void, their half blocks, those that cutting adds
+        for m in requests:
+            pieces, _, size = _pieces(shape, m, blocks)
+            mine, least = m.tiles * heads, max(min(m.first, m.last), blocks // 2)
+            if pieces > 1:
+                size //= shape.bn
+                real = (max(-(-m.first // size), 1) + max(-(-m.last // size), 1)) * mine
+                added, slots = added + real - 2 * mine, slots + pieces * mine
+                units, spent = units + real, spent + (m.first + m.last) * mine + shape.unit_cost * real
+            elif m.longest > blocks // 2:  # shorter ones fit beside others. Tiles grow evenly from the shortest to the longest
+                long = (m.longest - least) * mine // (m.longest - min(m.first, m.last)) if m.first != m.last else mine
+                units, spent = units + 2 * long, spent + (m.longest + least + 2 * shape.unit_cost) * long
+        shares, last = -(-(total + shape.unit_cost * added) // workers), 2 * (blocks + shape.unit_cost)
+        rounds = -(-units // (2 * workers)) * (2 * spent // max(units, 1))
+        half_blocks = max(shares, last, min(rounds, shares + last))
+        if not slots:
+            return half_blocks - half_blocks // 4  # this is a model: cuts are for a clear gain
+        merge = -(-longest // blocks)  # half a block a piece
+        return half_blocks + merge if slots <= max_slots else 2**63 - 1
+
+    blocks = piece(min(range(_CANDIDATES), key=lambda i: time(piece(i))))
+    return blocks if blocks < longest else 0
+
+
+def _cost(shape: TileClass, heads: int, m: _Measured) -> int:
+    """Twice the blocks of a request's units, by the mean of its first and last tile, with their fixed costs."""
+    return (m.first + m.last + 2 * shape.unit_cost) * m.tiles * heads
+
+
+def _plan_queue(
+    shape: TileClass, requests: Sequence[tuple[int, Request]], rows: Callable[[Request], int], reach: Reach, workers: int,
+    max_slots: int,
+) -> tuple[QueuePlan, int]:  # fmt: skip
+    """A queue of the requests, which are given with their numbers, and the status word."""
+    heads, status = reach.num_kv_heads, 0
+    measured = [_measure(shape, index, r, rows(r), reach) for index, r in requests]
+    blocks = 0 if shape.split or not workers else _piece_blocks(shape, heads, workers, measured, max_slots)
+    # Unique in each chunk; blocks are capped as they share a word with the number.
+    ordered = sorted(measured, key=lambda m: (m.index // ORDERED, -min(m.longest, 2**22 - 1), m.index))
+    records, units, slots = [], 0, 0
+    for m in ordered:
+        r, bad = m.request, m.request.kv_base < 0
+        pieces, piece0, piece_slots = _pieces(shape, m, blocks)
+        if pieces > 1 and slots + pieces * m.tiles * heads > max_slots:  # only where query rows overlap
+            r, bad = Request(**{**vars(r), "kv_start": 0, "kv_len": 0, "kv_base": -1}), True
+            status = status or OVER_CAPACITY | m.index << 8
+        section = max(1, min(heads, shape.l2_bytes // shape.row_bytes // max(m.end - m.begin, 1)))
+        slot0 = slots if pieces > 1 else 0
+        records.append(QueuedRequest(
+            r, ~m.index if bad else m.index, m.rows, m.tiles, pieces, piece0, piece_slots, section, slot0,
+            slot0 // 2 * shape.groups, min(units, INT32_MAX),
+        ))  # fmt: skip
+        units += pieces * m.tiles * heads
+        slots = min(slots + (pieces * m.tiles * heads if pieces > 1 else 0), max_slots)
+    return QueuePlan(shape, heads, workers, tuple(records), min(units, INT32_MAX), reach), status
+
+
+# ---------------------------------------------------------------- the plan
 
 
 def class_of(classes: Sequence[TileClass], launched: Sequence[bool], rows: int) -> int:
@@ -338,12 +613,15 @@ def plan(
     reach: Reach,
     num_workers: Sequence[int],
     max_tiles: Sequence[int] | None = None,
-) -> tuple[list[ClassPlan], int]:
+    max_slots: Sequence[int] | None = None,
+) -> tuple[list[ClassPlan | QueuePlan], int]:
     """The work lists of all classes and the status word.
 
     Args:
         num_workers: workers of each class (its kernel's grid); 0: the class is not launched.
         max_tiles: capacity of each class's tile list; None: unlimited.
+        max_slots: partial results that a class of kind "queue" has room for; None: as many as ``workspace`` gives to one
+            without a fixed split, else unlimited.
     """
     if len(num_workers) != len(config.classes) or not any(num_workers):
         raise ParameterError(
@@ -352,36 +630,41 @@ def plan(
         )
     requests, status = read_requests(batch)
     launched = [n > 0 for n in num_workers]
-    group = reach.num_heads // reach.num_kv_heads
-    plans = []
+    group = reach.group
+    plans: list[ClassPlan | QueuePlan] = []
     for i, shape in enumerate(config.classes):
+        mine = [
+            (index, r) for index, r in enumerate(requests)
+            if launched[i] and r.q_len and class_of(config.classes, launched, r.q_len * group) == i
+        ]  # fmt: skip
+        if shape.kind == "queue":
+            slots = max_slots[i] if max_slots is not None else INT32_MAX if shape.split else SLOTS_PER_WORKER * num_workers[i]
+            made, over = _plan_queue(shape, mine, lambda r: r.q_len * group, reach, num_workers[i], slots)
+            status = status or over
+            plans.append(made)
+            continue
         tiles: list[WorkTile] = []
         line, limit = 0, max_tiles[i] if max_tiles is not None else INT32_MAX
-        for index, r in enumerate(requests):
-            rows = r.q_len * group
-            if not launched[i] or rows == 0 or class_of(config.classes, launched, rows) != i:
-                continue
-            for tile in _tiles(shape, index, r, rows, group, reach.slots):
+        for index, r in mine:
+            for tile in _tiles(shape, index, r, r.q_len * group, reach):
                 if len(tiles) == limit:
                     status = status or OVER_CAPACITY | index // 1024 * 1024 << 8
                     break
                 tiles.append(WorkTile(**{**vars(tile), "prefix": line}))
-                line += (tile.blocks + shape.unit_cost) * reach.num_kv_heads
-        plans.append(ClassPlan(shape, reach.num_kv_heads, num_workers[i], tuple(tiles), line))
+                line += _length(tiles[-1])
+        plans.append(ClassPlan(shape, reach.num_kv_heads, num_workers[i], tuple(tiles)))
     return plans, status
 
 
-def _tiles(
-    shape: TileClass, index: int, r: Request, rows: int, group: int, slots: Callable[..., tuple[int, int]]
-) -> Iterator[WorkTile]:
+def _tiles(shape: TileClass, index: int, r: Request, rows: int, reach: Reach) -> Iterator[WorkTile]:
     first, pieces = 0, 1
     if shape.split:
-        begin, end = slots(index, r, r.q_offset, r.q_offset + (rows - 1) // group)
+        begin, end = reach.row_slots(index, r, 0, rows)
         first = begin // shape.split
         pieces = (end - 1) // shape.split + 1 - first if begin < end else 1
     for row0 in range(0, rows, shape.bm):
         count = min(rows - row0, shape.bm)
-        reached = slots(index, r, r.q_offset + row0 // group, r.q_offset + (row0 + count - 1) // group)
+        reached = reach.row_slots(index, r, row0, row0 + count)
         for piece in range(pieces):
             begin, end = reached
             if shape.split:
@@ -394,15 +677,22 @@ def _tiles(
 # ---------------------------------------------------------------- workspace
 
 
+# Partial results of a worker that a queue without a fixed split has room for: it cuts tiles into fewer pieces rather than
+# need more.
+SLOTS_PER_WORKER = 4
+
+
 @dataclass(frozen=True)
 class ClassSpace:
-    """Byte offsets in the workspace of one class's lists, and their lengths."""
+    """Byte offsets in the workspace of one class's lists, by the names of struct fields, and how much they hold.
 
-    workers: int
-    tiles: int
-    counters: int
+    ``max_slots``: partial results that a class of kind "queue" has room for; of kind "slices", the most that it uses.
+    """
+
+    lists: Mapping[str, int]
     num_workers: int
     max_tiles: int
+    max_slots: int
 
 
 @dataclass(frozen=True)
@@ -413,7 +703,7 @@ class Workspace:
     classes: tuple[ClassSpace, ...]
     status: int
     partial_out: int
-    partial_lse: int
+    partial_state: int
     num_bytes: int
 
 
@@ -446,9 +736,16 @@ def workspace(
     classes, rows = [], 0
     for shape, workers in zip(config.classes, num_workers):
         tiles = max_tiles(shape, max_requests, max_q_tokens, num_heads // num_kv_heads, max_kv_len) if workers else 0
-        slots = tiles * num_kv_heads if shape.split else 2 * workers
-        counters = tiles * num_kv_heads if shape.split else workers
+        if shape.kind == "queue":
+            requests = max_requests if workers else 0
+            slots = tiles * num_kv_heads if shape.split else SLOTS_PER_WORKER * workers
+            sizes = {"requests": QUEUED_REQUEST.size * requests, "unit_starts": 4 * (requests + 1), "queue": QUEUE.size,
+                     "counters": 4 * (slots // 2 * shape.groups)}  # fmt: skip
+        else:
+            slots = tiles * num_kv_heads if shape.split else 2 * workers
+            counters = tiles * num_kv_heads if shape.split else workers
+            sizes = {"workers": WORKER.size * workers, "tiles": TILE.size * tiles, "counters": 4 * counters}
         rows = max(rows, slots * shape.bm)
-        classes.append(ClassSpace(take(WORKER.size * workers), take(TILE.size * tiles), take(4 * counters), workers, tiles))
-    partial_out, partial_lse = take(4 * rows * head_dim_v), take(4 * rows)
-    return Workspace(tuple(classes), 0, partial_out, partial_lse, offset)
+        classes.append(ClassSpace({name: take(size) for name, size in sizes.items()}, workers, tiles, slots))
+    partial_out, partial_state = take(4 * rows * head_dim_v), take(8 * rows)
+    return Workspace(tuple(classes), 0, partial_out, partial_state, offset)

@@ -5,7 +5,8 @@
     variants = ["Causal", "mine.py:Mine"]             library names, files, or {name = "mine.py:Mine", bind = {chunk = 64}}
     dtypes = ["bfloat16"]                             default bfloat16; on the CPU float32
     head_dims = [64, 128, "192x128"]                  or head_dim x head_dim_v
-    layouts = ["paged", "contiguous"]                 of keys and values; default both (the CPU's serve either)
+    layouts = ["paged", "contiguous"]                 of keys and values, the default; "paged-odd": pages that are no
+                                                      multiples of 8. The CPU's kernels serve all
     phases = ["prefill", "decode", "append", "merge"] default prefill and decode; append needs no variant but its RoPE
     archs = ["9.0a", "8.0", "cpu"]                    GPUs by compute capability, CPUs as "cpu" or an instruction set
     batch_invariant = false
@@ -34,7 +35,7 @@ from .run import DTYPE_NAMES
 LOCK_FORMAT = "attngen-lock-1"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STORED = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-_LAYOUTS = ("paged", "contiguous")
+PAGE_SIZES = {"paged": 16, "paged-odd": 1, "contiguous": None}  # one of each layout
 _PHASES = ("prefill", "decode", "append", "merge")
 _KEYS = ("variants", "dtypes", "head_dims", "layouts", "phases", "archs", "batch_invariant", "storage")
 
@@ -171,7 +172,7 @@ def _check_table(where: str, given: Mapping[str, Any]) -> dict[str, Any]:
     table = {
         "variants": listed("variants", []), "dtypes": listed("dtypes", [], tuple(DTYPES)),
         "head_dims": [_dims(where, x) for x in listed("head_dims", [128])],
-        "layouts": listed("layouts", list(_LAYOUTS), _LAYOUTS), "phases": phases,
+        "layouts": listed("layouts", ["paged", "contiguous"], tuple(PAGE_SIZES)), "phases": phases,
         "archs": [str(x) for x in listed("archs", ["cpu"])], "batch_invariant": given.get("batch_invariant", False),
         "storage": given.get("storage", {}),
     }  # fmt: skip

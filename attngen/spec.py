@@ -12,6 +12,7 @@ import difflib
 import hashlib
 import inspect
 import math
+import numbers
 import sys
 import weakref
 from collections.abc import Callable, Mapping
@@ -359,6 +360,7 @@ def _scale(owner: str, proxy: Variant) -> float | None:
         raise fail(
             f"`scale` of {owner} is the symbol {text(scale)}", "scale is a number; use query_scale(at) for an expression"
         )
+    scale = plain_number(scale)
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
         raise fail(f"`scale` of {owner} is {scale!r}", "scale is a finite number; the default is head_dim ** -0.5")
     return float(scale)
@@ -471,6 +473,13 @@ def _annotations(cls: type) -> dict[str, Any]:
     return found
 
 
+def plain_number(value: Any) -> Any:
+    """Numbers of other libraries (numpy's) as Python's int and float; anything else as it is."""
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else value
+
+
 def _check_value(owner: str, name: str, declared: Field, value: Any) -> Any:
     """A value for a field at declaration or construction; None leaves it to the call, except for a Const."""
     if value is None:
@@ -481,6 +490,7 @@ def _check_value(owner: str, name: str, declared: Field, value: Any) -> Any:
         return value
     if isinstance(value, torch.Tensor) and declared.kind == "scalar" and value.dim() == 0:
         return value
+    value = plain_number(value)
     wanted = {F32: (int, float), I32: (int,), BOOL: (bool,), None: (bool, int, float)}[declared.dtype]
     if not isinstance(value, wanted) or (isinstance(value, bool) and declared.dtype in (F32, I32)):
         raise fail(f"{owner}.{name} is {declared.kind} {declared.dtype} and got {value!r}", "Give a number of that type")

@@ -353,7 +353,7 @@ def _warm_attention(unit: Mapping[str, Any], device: torch.device, folder: Path,
     variant, dtype = variant_of_unit(unit, folder), DTYPES[unit["dtype"]]
     whole = all("key" in role for role in unit["roles"])  # else a set of the phase decode alone
     for rows in (1, 24, 80) if whole else (1,):
-        heads, kv_heads, keys = 2, 2, 96
+        heads, kv_heads, keys = 2, 2, 97 if unit.get("layout") == "paged-odd" else 96  # all of them one page
         case = Case("warmup", 1, rows, keys, heads, kv_heads)
         values = {**(invent(variant, case)[0]), **(given or {})}
         values = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in values.items()}
@@ -362,7 +362,7 @@ def _warm_attention(unit: Mapping[str, Any], device: torch.device, folder: Path,
         v = torch.zeros(1, keys, kv_heads, unit["head_dim_v"], dtype=dtype, device=device)
         if unit["backend"] == "cpu" or (unit["layout"] == "contiguous" and whole and not unit["batch_invariant"]):
             attention(q, k, v, variant, **values)
-        if unit["backend"] == "cpu" or unit["layout"] == "paged" or unit["batch_invariant"]:
+        if unit["backend"] == "cpu" or unit["layout"] != "contiguous" or unit["batch_invariant"]:
             paged = unit.get("layout") != "contiguous"
             attn = BatchAttention(
                 variant, num_heads=heads, num_kv_heads=kv_heads, head_dim=unit["head_dim"], head_dim_v=unit["head_dim_v"],

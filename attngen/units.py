@@ -21,7 +21,7 @@ from .engine import cuda_problem, kernels_of
 from .entry import FORMAT, Entry
 from .errors import ParameterError, UnsupportedError, VariantError
 from .find import load_variant
-from .sets import DTYPES, LOCK_FORMAT, STORED, VariantSet, bind_of, gpu, is_cpu, name_of
+from .sets import DTYPES, LOCK_FORMAT, PAGE_SIZES, STORED, VariantSet, bind_of, gpu, is_cpu, name_of
 from .spec import Variant, as_variant
 
 
@@ -138,7 +138,7 @@ def _cuda_units(
     for layout in table["layouts"]:
         for most_rows in (16, 64) if invariant else (0,):
             kernels = kernels_of(
-                variant, problem, paged=layout == "paged", batch_invariant=invariant, most_rows=most_rows
+                variant, problem, page_size=PAGE_SIZES[layout], batch_invariant=invariant, most_rows=most_rows
             )
             decodes = [isinstance(special.config, DecodeConfig) for special in kernels.classes]
             # A batch that prefills decodes too, with the smallest class. A decode-only object never needs the others.
@@ -148,7 +148,7 @@ def _cuda_units(
             jobs = tuple(
                 Job(s.key, s.title, s.name, target, lambda s=s: cuda.build(s)) for s in (*chosen, kernels.plan)
             )  # fmt: skip
-            identity = pins.cuda_identity(variant.trace.key(d), problem, layout == "paged", invariant, most_rows <= 16)
+            identity = pins.cuda_identity(variant.trace.key(d), problem, PAGE_SIZES[layout], invariant, most_rows <= 16)
             more = {"layout": layout, "batch_invariant": invariant}
             roles = [
                 {"key": s.key} if s in chosen else {"name": s.name, "variant": s.title, "choice": pins.config_record(s.config)}

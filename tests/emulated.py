@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from attngen import cuda, dense, run, schedule
+from attngen import boxes, choose_cuda, cuda, dense, run, schedule
 from attngen.bounds import analyse
 from attngen.choose_cuda import ARCHS
 from attngen.interp import evaluate
@@ -21,6 +22,10 @@ ELEMENT = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 def memory(address: int, count: int, dtype: torch.dtype) -> torch.Tensor:
     size = max(count * dtype.itemsize, 1)
     return torch.frombuffer((ctypes.c_char * size).from_address(address), dtype=dtype)[:count]
+
+
+def unpacked(request: bytes) -> schedule.Request:
+    return schedule.Request(*schedule.REQUEST.unpack(request))
 
 
 class Kernel:
@@ -61,26 +66,47 @@ class Kernel:
         reach = schedule.Reach(analyse(self.variant.trace.mask), self.params(p), p.num_heads, p.num_kv_heads)
         counts = [getattr(p, f"num_workers{i}") for i in range(len(config.classes))]
         assert max(i for i, c in enumerate(counts) if c) < blocks <= len(counts)
-        plans, status = schedule.plan(config, batch, reach, counts, [getattr(p, f"max_tiles{i}") for i in range(len(counts))])
+        plans, status = schedule.plan(
+            config, batch, reach, counts, *([getattr(p, f"{name}{i}") for i in range(len(counts))] for name in ("max_tiles", "max_slots"))
+        )
         for i, made in enumerate(plans):
             if counts[i]:
-                for name, data in (("tiles", made.pack_tiles()), ("workers", made.pack_workers()), ("counters", bytes(4 * counts[i]))):
+                for name, data in {**made.pack(), "counters": bytes(4 * counts[i])}.items():
                     ctypes.memmove(getattr(p, f"{name}{i}"), data, len(data))
         memory(p.status, 1, torch.int32)[0] = status
+
+    def tiles(self, p: Any) -> Iterator[tuple[Any, ...]]:
+        """Request, its number, rows, slots and KV heads of what a class of kind "slices" computes."""
+        first, bn = schedule.WORKER.unpack(bytes(memory(p.workers, 128, torch.uint8).tolist())), self.special.config.block_n
+        for index in range(first[7] if first[5] >= 0 else 0):
+            record = schedule.TILE.unpack(bytes(memory(p.tiles + 80 * index, 80, torch.uint8).tolist()))
+            request, row0, rows, block0, blocks = record[1:6]
+            yield unpacked(record[0]), request, row0, rows, block0 * bn, (block0 + blocks) * bn, range(p.num_kv_heads)
+
+    def queued(self, p: Any) -> Iterator[tuple[Any, ...]]:
+        """The same of kind "queue": every tile in one go, when its first piece is drawn."""
+        units, requests, *drawn = schedule.QUEUE.unpack(bytes(memory(p.queue, 16, torch.uint8).tolist()))
+        starts = memory(p.unit_starts, requests + 1, torch.int32).tolist()
+        records = [
+            schedule.QUEUED_REQUEST.unpack(bytes(memory(p.requests + 80 * i, 80, torch.uint8).tolist())) for i in range(requests)
+        ]
+        records = tuple(schedule.QueuedRequest(unpacked(x[0]), *x[1:11]) for x in records)
+        assert drawn == [0, 0] and starts == [*(r.unit0 for r in records), units]
+        reach = schedule.Reach(analyse(self.variant.trace.mask), self.params(p), p.num_heads, p.num_kv_heads)
+        shape = choose_cuda.tile_class(self.special.config, self.special.problem)
+        for unit in schedule.QueuePlan(shape, p.num_kv_heads, 1, records, units, reach).walk():
+            if unit.pieces == 1 or unit.slot == unit.merge[0]:
+                slots = reach.row_slots(max(unit.record.index, 0), unit.record.request, unit.row0, unit.row0 + unit.rows)
+                yield unit.record.request, unit.record.index, unit.row0, unit.rows, *slots, (unit.kv_head,)
 
     def attend(self, p: Any, blocks: int) -> None:
         problem, config = self.special.problem, self.special.config
         group, element = p.num_heads // p.num_kv_heads, ELEMENT[problem.q_dtype]
-        first = schedule.WORKER.unpack(bytes(memory(p.workers, 128, torch.uint8).tolist()))
-        if first[5] < 0:  # nothing to do
-            return
-        for index in range(first[7]):
-            record = schedule.TILE.unpack(bytes(memory(p.tiles + 80 * index, 80, torch.uint8).tolist()))
-            q_start, q_len, kv_len, kv_start, q_offset, _, kv_base = schedule.REQUEST.unpack(record[0])
-            request, row0, rows, block0, num_blocks = record[1:6]
+        for r, request, row0, rows, begin, end, heads in (self.queued if config.kind == "queue" else self.tiles)(p):
+            q_start, q_len, kv_len, kv_start, q_offset, kv_base = r.q_start, r.q_len, r.kv_len, r.kv_start, r.q_offset, r.kv_base
             bad, request = request < 0, ~request if request < 0 else request
-            slots = range(block0 * config.block_n, min((block0 + num_blocks) * config.block_n, kv_len - kv_start))
-            for head in range(p.num_kv_heads):
+            slots = range(begin, min(end, kv_len - kv_start))
+            for head in heads:
                 def rows_of(name, dim):
                     stride = {d: getattr(p, f"{name}_stride_{d}") for d in "bsh"}
                     where = [(request, kv_base + s) for s in slots]
@@ -114,6 +140,7 @@ def install(monkeypatch: Any, variant: Any) -> list[Any]:
     launches: list[Any] = []
     monkeypatch.setattr(cuda, "build", lambda special: (None, True, 0.0))
     monkeypatch.setattr(cuda, "load", lambda special, *_: Kernel(special, launches, variant))
+    monkeypatch.setattr(boxes, "host", lambda: SimpleNamespace(tensor_map=lambda *_: b""))
     monkeypatch.setattr(cuda, "device_arch", lambda index: ARCHS["90a"])
     monkeypatch.setattr(cuda, "current_stream", lambda index: 0)
     monkeypatch.setattr(cuda, "refuse_capture", lambda *_: None)

@@ -33,6 +33,7 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline int atomicCAS(int* at, int expected, int value) { int old = *at; if (old == expected) *at = value; return old; }
 inline int atomicAdd(int* at, int value) { int old = *at; *at += value; return old; }
+inline int atomic_add_acq_rel(int* at, int value) { return atomicAdd(at, value); }
 inline void __threadfence() {}
 inline void __syncthreads() {}
 """

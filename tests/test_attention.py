@@ -9,6 +9,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 
@@ -77,9 +78,10 @@ def test_scalars_are_run_time_values():
     q, k, v = inputs()
     ag.attention(q, k, v, SoftCap, cap=20.0)
     before = len(ag.build_log())
-    for cap in (1.0, 7, torch.tensor(3.0)):
+    for cap in (1.0, 7, torch.tensor(3.0), np.float32(2.5), np.int64(6)):
         assert error(ag.attention(q, k, v, SoftCap, cap=cap), ag.reference(q, k, v, SoftCap, cap=cap)) < 1e-5
-    assert error(ag.attention(q, k, v, SoftCap(2.0)), ag.reference(q, k, v, SoftCap, cap=2.0)) < 1e-5
+    for two in (2.0, np.float32(2.0)):
+        assert error(ag.attention(q, k, v, SoftCap(two)), ag.reference(q, k, v, SoftCap, cap=2.0)) < 1e-5
     assert len(ag.build_log()) == before
 
 

@@ -131,7 +131,7 @@ def check(variant, q, k, v, layout="bshd", **given):
         compare(found[1].cpu(), ref_lse, dtype=out.dtype if variant.trace.rope else F16)  # rotated q is rounded again
 
 
-@pytest.mark.parametrize("q_len", [1, 17, 200])
+@pytest.mark.parametrize("q_len", [1, 8, 17, 200])
 @pytest.mark.parametrize("layout", ["bshd", "bhsd"])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_dense(name, layout, q_len):
@@ -239,7 +239,6 @@ def test_lengths_out_of_range_on_the_device_spoil_their_request_alone():
         assert out[::2].isfinite().all() and not lse[::2].isnan().any()
 
 
-@pytest.mark.xfail(strict=True, reason="pieces of a row meet by LSE, which loses the sum of weights beside a score of 1e38")
 @pytest.mark.parametrize("q_len", [1, 20, 40])
 def test_huge_logits_weigh_as_the_oracle_says(q_len):
     """Finite logits near the end of f32's range, beyond it in base-2 units, weigh as the oracle says."""
@@ -392,7 +391,7 @@ def test_the_device_plans_what_the_python_twin_plans():
                 lengths["q_indptr"] = [*lengths["q_indptr"][: bad + 1], *(x + 4000 for x in lengths["q_indptr"][bad + 1 :])]
         window = rng.choice((1, 17, 500, 10**6))
         attn.plan(ints(lengths["q_indptr"]), *tables, max_q_len=most, window=window, **given)
-        active = loaded.kernels.needed(most * 4)
+        active = loaded.kernels.launched(most * 4)
         reach = schedule.Reach(analyse(variant.trace.mask), {"window": window}, 8, 2)
         workers = [w if i in active else 0 for i, w in enumerate(loaded.workers)]
         plans, status = schedule.plan(loaded.kernels.plan.config, schedule.Lengths(**lengths), reach, workers,
@@ -400,8 +399,8 @@ def test_the_device_plans_what_the_python_twin_plans():
         found_status = engine.status()
         assert (found_status == 0) == (status == 0), (trial, found_status, status)
         for i in active:
-            for kind, at, wanted in (("tiles", space.classes[i].tiles, plans[i].pack_tiles()),
-                                     ("workers", space.classes[i].workers, plans[i].pack_workers())):  # fmt: skip
+            for kind, wanted in plans[i].pack().items():
+                at = space.classes[i].lists[kind]
                 found = bytes(memory[at : at + len(wanted)].cpu().tolist())
                 size = schedule.TILE.size if kind == "tiles" else schedule.WORKER.size
                 wrong = [j for j in range(0, len(wanted), size) if found[j : j + size] != wanted[j : j + size]]

@@ -369,6 +369,19 @@ def test_what_is_refused():
     assert torch.equal(paired.run(batch.q, cache, a=a), paired.run(batch.q, cache, a=-torch.arange(4.0)))
 
 
+def test_q_indptr_that_begins_later():
+    """Rows before the first request are nobody's, as those after the last."""
+    batch = batch_of("decode")
+    attn = make(variants.Causal(), batch)
+    attn.plan(*batch.pages())
+    wanted = attn.run(batch.q, (batch.k, batch.v))
+    attn.plan(batch.q_indptr + 3, *batch.pages()[1:])
+    q = torch.cat([torch.full_like(batch.q[:3], torch.nan), batch.q])
+    out = torch.full(q.shape, 7.0, dtype=q.dtype)
+    attn.run(q, (batch.k, batch.v), out=out)
+    assert (out[:3] == 7.0).all() and torch.equal(out[3:], wanted)
+
+
 def test_requests_past_max_kv_len():
     batch = batch_of("decode")
     attn = make(variants.Causal(), batch, max_kv_len=700)

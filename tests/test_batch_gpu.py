@@ -57,6 +57,37 @@ def test_head_dims(d, dv, dtype):
     judge(out, lse, batch, variant)
 
 
+SHORT = ([8, 1, 5, 0, 7, 8], [700, 3, 64, 30, 9000, 5])  # up to 32 packed rows: decode in pairs of warps
+
+
+@pytest.mark.parametrize("name", ["Causal", "Sigmoid", "GptOss", "StreamingLLM", "Llama3RoPE", "ALiBi"])
+def test_short_appends(name):
+    batch = Batch(*SHORT, page_size=random.Random(name).choice((1, 5, 16)))
+    variant = variants.library()[name]()
+    bound = example_params(type(variant), **batch.sizes())
+    attn = make(variant, batch, max_q_len=8)
+    to_plan, to_run = split_params(variant, bound)
+    attn.plan(*batch.pages(), **to_plan)
+    out = torch.full((len(batch.q), 8, 128), torch.nan, dtype=torch.bfloat16, device="cuda")
+    if variant.trace.weight is None:
+        _, lse = attn.run(batch.q, (batch.k, batch.v), out=out, return_lse=True, **to_run)
+    else:
+        lse = None
+        attn.run(batch.q, (batch.k, batch.v), out=out, **to_run)
+    attn.check()
+    judge(out, lse, batch, variant, **bound)
+
+
+@pytest.mark.parametrize("d,dv", [(32, 48), (64, 64), (192, 128), (256, 256)])
+def test_short_appends_of_other_heads(d, dv):
+    batch = Batch(*SHORT, d=d, dv=dv, dtype=torch.float16, heads=9, kv_heads=3, layout="HND")
+    attn = make(variants.Causal(), batch, max_q_len=8)
+    attn.plan(*batch.pages())
+    outs = [attn.run(batch.q, (batch.k, batch.v), return_lse=True) for _ in range(10)]
+    judge(*outs[0], batch, variants.Causal())
+    assert all(torch.equal(o, outs[0][0]) for o, _ in outs)
+
+
 @pytest.mark.parametrize("layout", ["NHD", "HND"])
 @pytest.mark.parametrize("style", ["block_table", "one tensor"])
 def test_index_styles_and_layouts(layout, style):
@@ -145,6 +176,19 @@ def test_batch_invariance():
         start += n
 
 
+def test_batch_invariance_of_many_pieces():
+    """More pieces than a merge takes at once: the same bits whether they are the worker's last unit or not."""
+    batch = Batch([1, 1, 1], [40000, 150000, 33])
+    attn = make(variants.Causal(), batch, batch_invariant=True, max_pages=16384, max_q_len=1)
+    attn.plan(*batch.pages())
+    whole = attn.run(batch.q, (batch.k, batch.v))
+    judge(whole, None, batch, variants.Causal())
+    for r in range(3):
+        pages = -(-batch.kv_lens[r] // 16)
+        attn.plan(None, batch.ints([0, pages]), batch.table[r, :pages].contiguous(), batch.last[r : r + 1])
+        assert torch.equal(attn.run(batch.q[r : r + 1].contiguous(), (batch.k, batch.v)), whole[r : r + 1]), r
+
+
 def test_two_objects_on_two_streams():
     first, second = Batch([1] * 6, [900, 40, 3, 500, 64, 7], seed=1), Batch([150, 3], [150, 900], seed=2)
     jobs = []
@@ -191,6 +235,56 @@ def test_errors_that_only_the_device_sees():
     attn.plan(*batch.pages())
     attn.run(batch.q, (batch.k, batch.v))
     attn.check()
+
+
+@pytest.mark.parametrize("q_len", [1, 3, 8, 40, 200])
+def test_fewer_rows_of_q_than_the_device_counts(q_len):
+    """Rows that exist of the request that lacks some are NaN, those of others as ever; nothing past q's end is touched."""
+    batch = Batch([q_len, q_len, q_len], [300, 4000, 500])
+    attn = make(variants.Causal(), batch, max_q_len=q_len)
+    attn.plan(*batch.pages())
+    wanted = attn.run(batch.q, (batch.k, batch.v))
+    for rows in (3 * q_len - 1, 2 * q_len, q_len + q_len // 2, 0):
+        space = torch.full_like(batch.q, 7.0)
+        attn.plan(*batch.pages())
+        attn.run(batch.q[:rows], (batch.k, batch.v), out=space[:rows])
+        whole = rows // q_len
+        with pytest.raises(ag.ParameterError, match="request [12]: q has fewer rows than q_indptr counts" if rows else "request [012]: q has"):
+            attn.check()
+        assert torch.equal(space[: whole * q_len], wanted[: whole * q_len])
+        assert space[whole * q_len : rows].isnan().all() and (space[rows:] == 7.0).all()
+    attn.run(batch.q, (batch.k, batch.v))
+    attn.check()
+
+
+@pytest.mark.parametrize("q_len", [1, 40, 200])
+def test_fewer_ragged_keys_than_the_device_counts(q_len):
+    batch = Batch([q_len] * 3, [300, 900, 2000])
+    kv_indptr, k, v = batch.ragged()
+    attn = make(variants.Causal(), batch, page_size=None, max_pages=None, max_kv_tokens=8192)
+    attn.plan(batch.q_indptr, kv_indptr)
+    wanted = attn.run(batch.q, (k, v))
+    for rows in (3199, 1200, 500):
+        attn.plan(batch.q_indptr, kv_indptr)
+        out, lse = attn.run(batch.q, (k[:rows].clone(), v[:rows].clone()), return_lse=True)
+        with pytest.raises(ag.ParameterError, match="request [12]: k and v have fewer rows than kv_indptr counts"):
+            attn.check()
+        whole = (rows >= 300) + (rows >= 1200)
+        assert torch.equal(out[: whole * q_len], wanted[: whole * q_len])
+        assert out[whole * q_len :].isnan().all() and lse[whole * q_len :].isnan().all()
+
+
+def test_q_indptr_that_begins_later():
+    batch = Batch(*PHASES["mixed"])
+    attn = make(variants.Causal(), batch)
+    attn.plan(*batch.pages())
+    wanted = attn.run(batch.q, (batch.k, batch.v))
+    attn.plan(batch.q_indptr + 3, *batch.pages()[1:])
+    q = torch.cat([torch.full_like(batch.q[:3], torch.nan), batch.q])
+    out = torch.full(q.shape, 7.0, dtype=q.dtype, device="cuda")
+    attn.run(q, (batch.k, batch.v), out=out)
+    attn.check()
+    assert (out[:3] == 7.0).all() and torch.equal(out[3:], wanted)
 
 
 def test_errors_on_the_host():

@@ -35,6 +35,13 @@ from toolchain import NVCC, needs_nvcc
 HEADS = [(32, 32), (64, 64), (128, 128), (192, 128), (256, 256)]
 
 
+class PerHead(ag.Variant):
+    """KV heads see windows of 10, 20, 30 ..."""
+
+    def mask(self, at):
+        return (at.kv <= at.q) & (at.q - at.kv < 10 * (at.kv_head + 1))
+
+
 def problem(arch: str, d: int = 128, dv: int = 128, dtype: str = "bfloat16", storage: tuple = ()) -> Problem:
     return Problem("cuda", arch, dtype, dtype, dtype, d, dv, storage)
 
@@ -45,12 +52,15 @@ def storage(variant: ag.Variant) -> tuple[tuple[str, str], ...]:
 
 
 def configured(name: str, variant: ag.Variant, p: Problem, **options):
-    """The chosen configuration of kernel ``name``: decode, attention_sm80 (with block_m=) or plan."""
+    """The chosen configuration of kernel ``name``: decode, attention_sm80 (with block_m=) or plan (with queue= for its split)."""
     hooks = emit(variant.trace, dict(p.storage), p.head_dim, dialect="cuda", device_scalars=True)
     if name == "decode":
         return choose_decode(p, p.isa, hooks, **options).config
     if name == "attention_sm80":
         return choose_attention(p, p.isa, hooks, **options).config
+    if (split := options.get("queue")) is not None:
+        queue = TileClass(128, 128, 2, split, "queue", groups=2, row_bytes=512)
+        return PlanConfig(p.isa, (queue,) if split else (TileClass(16, 64, 2), TileClass(64, 64, 4), queue))
     return PlanConfig(p.isa, (TileClass(16, 64, 2), TileClass(64, 64, 4), TileClass(128, 64, 4)))
 
 
@@ -84,13 +94,17 @@ def _jobs() -> dict[str, tuple[str, str, dict[str, str], bool]]:
     for arch, variant in zip(ARCHS, others):
         add("decode", variant, arch, 64, 64, "float16")
         add("attention_sm80", variant, arch, 64, 64, "float16", block_m=64)
-        add("plan", variant, arch)
+        add("plan", variant, arch, **({"queue": 0} if arch in ("80", "100", "120") else {}))
     for arch in ("80", "90a"):
         for d, dv in HEADS:
             add("decode", Causal(), arch, d, dv, no_spill=True)
+        add("decode", Causal(), arch, no_spill=True, block_m=32)
         add("attention_sm80", Causal(), arch, no_spill=True, block_m=128)
         add("attention_sm80", Causal(), arch, no_spill=True, block_m=64)
+    add("plan", Causal(), "90a", queue=0)
+    add("plan", PerHead(), "90a", queue=2048)
     add("decode", Llama3RoPE(), "90a", no_spill=True)
+    add("decode", Llama3RoPE(), "90a", block_m=32, no_spill=True)
     add("decode", Causal(), "90a", paged=False, no_spill=True)
     add("decode", Causal(), "90a", split=256, no_spill=True)
     for arch in ARCHS:

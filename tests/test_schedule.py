@@ -67,8 +67,12 @@ def random_batch(rng: random.Random) -> tuple[Lengths, list[int], list[int]]:
 
 def check_line(p: ClassPlan) -> None:
     """Every block of every unit is computed once; pieces, slots and merges fit together; shares are equal."""
-    heads, cost = p.num_kv_heads, p.shape.unit_cost
-    cells = [(i, h, b) for i, t in enumerate(p.tiles) for h in range(heads) for b in range(-cost, t.blocks)]
+    heads = p.num_kv_heads
+    cost = p.shape.unit_cost if len(p.tiles) * heads > p.num_workers else 0
+    assert cost == p.unit_cost
+    units = [(i, h) for i in range(len(p.tiles)) for h in range(heads)]
+    units.sort(key=lambda unit: unit[::-1] if p.shape.head_major else unit)
+    cells = [(i, h, b) for i, h in units for b in range(-cost, max(p.tiles[i].blocks, 1))]
     assert p.total == len(cells)
     workers = p.active_workers
     owner = [w for w in range(workers) for _ in range(*p.share(w))]
@@ -80,13 +84,10 @@ def check_line(p: ClassPlan) -> None:
     for (i, h, b), w in zip(cells, owner):
         tile = p.tiles[i]
         unit = wanted.setdefault((i, h), {})
-        if p.shape.split:
-            if b == -cost:
-                unit[w] = list(range(tile.blocks))
-        elif b >= 0:
+        if b == -cost and (p.shape.split or tile.blocks == 0):
+            unit[w] = list(range(tile.blocks))
+        elif not p.shape.split and 0 <= b < tile.blocks:
             unit.setdefault(w, []).append(b)
-        elif b == -cost and tile.blocks == 0:
-            unit[w] = []
 
     slots: set[int] = set()
     counters: dict[int, tuple[int, int]] = {}
@@ -121,7 +122,7 @@ def test_random_batches(variant, split):
         heads, group, window = rng.choice((1, 2, 3)), rng.choice((1, 3, 4)), rng.choice((1, 17, 50, 1000))
         v = variant(window=window) if variant is Windowed else variant()
         shapes = ((16, rng.choice((32, 64))), (64, 64), (128, 64))[: rng.randint(1, 3)]
-        config = PlanConfig("90a", tuple(TileClass(bm, bn, rng.choice((1, 2, 3)), split) for bm, bn in shapes))
+        config = PlanConfig("90a", tuple(TileClass(bm, bn, rng.choice((1, 2, 3)), split, head_major=rng.random() < 0.5) for bm, bn in shapes))
         workers = [rng.choice((1, 2, 7, 33)) for _ in shapes]
         if len(workers) > 1 and rng.random() < 0.3:
             workers[rng.randrange(len(workers))] = 0
@@ -225,8 +226,8 @@ def test_workspace_holds_every_plan():
         for p, s in zip(plans, space.classes):
             assert len(p.tiles) <= s.max_tiles
             used = [u.slot for w in range(p.num_workers) for u in p.walk(w) if u.pieces > 1]
-            assert all((slot + 1) * p.shape.bm * 64 * 4 <= space.partial_lse - space.partial_out for slot in used)
-            ends.append(s.counters)
+            assert all((slot + 1) * p.shape.bm * 64 * 4 <= space.partial_state - space.partial_out for slot in used)
+            ends += s.lists.values()
         assert all(offset % 256 == 0 for offset in ends) and max(ends) == space.num_bytes
 
 

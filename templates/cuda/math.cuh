@@ -76,6 +76,18 @@ AG_DEVICE float ag_tanh(float x) {
   return copysignf(a < 0.6f ? small : large, x);
 }
 
+// In logits of the Hopper kernel, which have two special functions a score to spare, not three: within 2^-11 of the result, a
+// quarter of what rounding the score to bf16 costs.
+AG_DEVICE float ag_tanh_approx(float x) {
+#ifdef __CUDACC__
+  float y;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return ag_tanh(x);
+#endif
+}
+
 // Toward zero, saturating; NaN to 0.
 AG_DEVICE int32_t ag_cast_i32(float a) { return a == a ? __float2int_rz(a) : 0; }
 

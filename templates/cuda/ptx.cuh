@@ -93,6 +93,20 @@ __device__ __forceinline__ void mma_m16n8k16<F16>(float (&d)[4], const uint32_t 
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// ---- barriers -------------------------------------------------------------------------------------------------------
+
+// Waits at barrier `id` (1 ... 15; 0 is __syncthreads') for so many threads, whole warps.
+__device__ __forceinline__ void barrier_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+
+// ---- order between blocks -------------------------------------------------------------------------------------------
+
+// Adds and returns what was there; releases what this thread has written or seen through a barrier, and acquires.
+__device__ __forceinline__ int32_t atomic_add_acq_rel(int32_t* address, int32_t value) {
+  int32_t before;
+  asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], %2;" : "=r"(before) : "l"(address), "r"(value) : "memory");
+  return before;
+}
+
 // ---- programmatic dependent launch (no-ops before sm_90) --------------------------------------------------------------
 
 // Waits for the kernels before this one in the stream; reads nothing of theirs earlier.

@@ -4,10 +4,13 @@
 // The work list: what plan.cu writes and every attention kernel walks.
 //
 // A row-tile class has BM packed rows (token * group + head in group) a tile. A unit is one tile and one KV head; its cost
-// is its KV blocks plus UNIT_COST. The units of a class lie on a line, tile by tile, KV head by KV head, and worker w of n
-// owns the cost interval [w * total / n, (w + 1) * total / n). So a unit may be cut into pieces, but only the first and the
+// is its KV blocks, at least 1, plus unit_cost where there are more units than workers: else every worker has a piece or two. The units of a class lie on a line: tile by tile, the KV heads of a tile side by side, so that
+// workers share keys in L2; or, HEAD_MAJOR, all tiles of head 0, then of head 1 ..., so that workers a head apart walk the
+// same tokens in step and read neighbouring rows of a page together. Worker w of n owns the cost interval [w * total / n, (w + 1) * total / n). So a unit may be cut into pieces, but only the first and the
 // last piece of a worker can be partial: partial results have fixed slots, 2w for a unit that began in an earlier worker
 // and 2w + 1 for one that goes on in the next. The last worker to finish a piece merges them, in the workers' order.
+// A partial row is its state (largest score in base 2, sum of the weights relative to it) and its output relative to the same
+// score, not divided by the sum: exact for scores of any size, and the bits of a row alone are those beside empty pieces.
 // With a fixed split (batch_invariant) a tile is cut beforehand into pieces that are units of their own, never cut again.
 #pragma once
 #include <stdint.h>
@@ -29,15 +32,15 @@ struct alignas(16) WorkTile {
   int32_t block0, blocks; // blocks of BN cache slots (slot j holds the key at position kv_start + j)
   int32_t piece, pieces;  // with a fixed split: which piece of its tile this is; else 0 of 1
   int32_t reserved[3];
-  int64_t prefix;         // cost of all units of earlier tiles
+  int64_t prefix;         // blocks, at least 1 a tile, of all earlier tiles
 };
 static_assert(sizeof(Request) == 32 && sizeof(WorkTile) == 80, "the planner in attngen/schedule.py writes the same layout");
 
 struct alignas(16) Worker {
   int64_t begin, end, total;  // its interval, and the length of the line
-  int32_t index, workers;
+  int32_t unit_cost, workers;
   int32_t tile, kv_head;      // the unit that holds `begin`; tile < 0: nothing to do
-  int32_t tiles, reserved;
+  int32_t tiles, offset;      // in the class; how far into that unit `begin` lies
   WorkTile first;             // a copy of that tile: one trip to memory less before the first load
 };
 static_assert(sizeof(Worker) == 128, "the planner in attngen/schedule.py writes the same layout");
@@ -58,31 +61,35 @@ static __device__ const uint4 NAN_ROW[32] = {AG_NAN4, AG_NAN4, AG_NAN4, AG_NAN4,
 static __device__ const uint4 ZERO_ROW[32] = {};
 
 // One after another the units of a worker.
-template <int UNIT_COST, bool FIXED_SPLIT> struct Cursor {
+template <bool FIXED_SPLIT, bool HEAD_MAJOR = false> struct Cursor {
   WorkTile tile;
   int32_t index, kv_head;  // of the tile; of the unit
   int32_t begin, end;      // this worker's blocks of the unit, counted from tile.block0
   int64_t start;           // of the unit on the cost line
 
+  __device__ __forceinline__ int32_t length(const Worker& w) const { return (tile.blocks > 1 ? tile.blocks : 1) + w.unit_cost; }
   __device__ __forceinline__ void enter(const Worker& w) {
     if (FIXED_SPLIT) {  // units are never cut: the worker that holds a unit's start has it whole
       begin = 0, end = start >= w.begin ? tile.blocks : 0;
       return;
     }
-    const int64_t from = w.begin - start - UNIT_COST, to = w.end - start - UNIT_COST;
+    const int64_t from = w.begin - start - w.unit_cost, to = w.end - start - w.unit_cost;
     begin = from > 0 ? (int32_t)from : 0;
     end = to < 0 ? 0 : to < tile.blocks ? (int32_t)to : tile.blocks;
   }
   __device__ __forceinline__ void open(const Worker& w) {
     tile = w.first, index = w.tile, kv_head = w.kv_head;
-    start = tile.prefix + (int64_t)kv_head * (tile.blocks + UNIT_COST);
+    start = w.begin - w.offset;
     enter(w);
   }
   // False at the end of the worker's interval.
   __device__ __forceinline__ bool advance(const Worker& w, const WorkTile* tiles, int num_kv_heads) {
-    start += tile.blocks + UNIT_COST;
+    start += length(w);
     if (start >= w.end) return false;
-    if (++kv_head == num_kv_heads) {
+    if (HEAD_MAJOR) {
+      if (++index == w.tiles) index = 0, ++kv_head;
+      if (w.tiles > 1) tile = load_record(tiles + index);
+    } else if (++kv_head == num_kv_heads) {
       kv_head = 0, ++index;
       tile = load_record(tiles + index);
     }
@@ -103,39 +110,39 @@ struct Pieces {
   __device__ __forceinline__ int32_t slot(int i) const { return i ? base + i * stride : first; }
 };
 
-template <int UNIT_COST, bool FIXED_SPLIT>
-__device__ __forceinline__ Pieces find_pieces(const Cursor<UNIT_COST, FIXED_SPLIT>& u, const Worker& w, int num_kv_heads) {
+template <bool FIXED_SPLIT, bool HEAD_MAJOR>
+__device__ __forceinline__ Pieces find_pieces(const Cursor<FIXED_SPLIT, HEAD_MAJOR>& u, const Worker& w, int num_kv_heads) {
   if (FIXED_SPLIT) {  // each piece is a unit of its own, with a slot of its own
     const int32_t first = (u.index - u.tile.piece) * num_kv_heads + u.kv_head;
     return {u.tile.pieces, u.index * num_kv_heads + u.kv_head, first, first, first, num_kv_heads};
   }
-  // The worker that owns a place on the line: the last w with w * total / n <= place. The quotient of doubles truncates to
-  // that of the integers: it is below 2^11, and an integer or at least 1 / total away from one.
-  const auto owner = [&](int64_t place) { return (int32_t)((double)((place + 1) * w.workers - 1) / (double)w.total); };
   if (u.begin == 0 && u.end == u.tile.blocks) return {1, 0, 0, 0, 0, 0};
-  const int32_t w0 = owner(u.start + UNIT_COST), w1 = owner(u.start + UNIT_COST + u.tile.blocks - 1);
-  return {w1 - w0 + 1, u.begin > 0 ? 2 * w.index : 2 * w.index + 1, w0, 2 * w0 + 1, 2 * w0, 2};
+  // The worker that owns a place on the line: the last w with w * total / n <= place, ((place + 1) * n - 1) / total. Half a
+  // 1 / total keeps the quotient, below 2^11, clear of integers; the product of doubles is exact enough for that.
+  const double scale = 1.0 / (double)w.total;
+  const auto owner = [&](int64_t place) { return (int32_t)(((double)((place + 1) * w.workers) - 0.5) * scale); };
+  const int64_t first = u.start + w.unit_cost;
+  const int32_t w0 = owner(first), w1 = owner(first + u.tile.blocks - 1), mine = 2 * (int32_t)blockIdx.x;
+  return {w1 - w0 + 1, u.begin > 0 ? mine : mine + 1, w0, 2 * w0 + 1, 2 * w0, 2};
 }
 
 // Announces a piece whose results all threads of the block have written. True, in all threads, for the last piece of the
-// unit: every other piece is then visible, and the counter is 0 again for the next launch or graph replay.
+// unit: every other piece is then visible in L2, and the counter is 0 again for the next launch or graph replay. One thread releases
+// what all have written and acquires for them, between barriers.
 __device__ __forceinline__ bool arrive_last(int32_t* counter, int32_t pieces, int32_t* shared_flag) {
-  __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
-    const bool last = atomicAdd(counter, 1) == pieces - 1;
+    const bool last = atomic_add_acq_rel(counter, 1) == pieces - 1;
     if (last) *counter = 0;
     *shared_flag = last;
   }
   __syncthreads();
-  const bool last = *shared_flag;
-  if (last) __threadfence();
-  return last;
+  return *shared_flag;
 }
 
 // The device's verdict on its input: the first error wins. Bits 0-7 say what, the rest is the request's number.
 // append_kv says a token's number instead.
-enum Status : int32_t { BAD_Q_INDPTR = 1, BAD_KV_INDPTR = 2, OVER_CAPACITY = 4, BAD_PAGE = 8, BAD_REQUEST = 16 };
+enum Status : int32_t { BAD_Q_INDPTR = 1, BAD_KV_INDPTR = 2, OVER_CAPACITY = 4, BAD_PAGE = 8, BAD_REQUEST = 16, SHORT_Q = 32, SHORT_KV = 64 };
 __device__ __forceinline__ void report(int32_t* status, int32_t what, int32_t request) {
   atomicCAS(status, 0, what | request << 8);
 }

@@ -1,0 +1,144 @@
+"""Choice of the Hopper attention kernel's configuration: candidates for a head size and kind of hooks, the first that fits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .choose_cuda import _Printed, arch
+from .errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from .emit import Hooks
+    from .spec import Problem
+
+
+@dataclass(frozen=True)
+class HopperConfig(_Printed):
+    """An attention kernel of attention_sm90.cu, beside its hooks and problem."""
+
+    arch: str
+    paged: bool
+    groups: int  # computing warpgroups, 64 packed rows each
+    block_n: int  # keys of a block
+    stages: int  # buffers of keys and of values
+    q_buffers: int  # of queries: with two, the next unit's are there when this one ends
+    ping_pong: bool  # groups take turns at the tensor cores
+    feeding_registers: int  # of a thread of the feeding warpgroup
+    computing_registers: int
+    unit_cost: int  # fixed cost of a unit, in blocks of keys
+    split: int  # keys of a fixed piece (batch_invariant), a multiple of block_n; 0: none
+    smem_bytes: int
+
+    template, kind, head_major, blocks_per_sm = "attention_sm90", "queue", False, 1
+
+    @property
+    def block_m(self) -> int:
+        """Packed rows of a tile."""
+        return 64 * self.groups
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block: the computing warpgroups and the feeding one."""
+        return 128 * (self.groups + 1)
+
+
+@dataclass(frozen=True)
+class HopperCandidate:
+    """A shape that was considered; ``lost`` says why it was not taken, and is empty for the winner."""
+
+    groups: int
+    block_n: int
+    stages: int
+    q_buffers: int
+    ping_pong: bool
+    smem_bytes: int
+    lost: str
+
+
+@dataclass(frozen=True)
+class HopperChoice:
+    """The chosen configuration and every candidate, in the order of preference."""
+
+    config: HopperConfig
+    candidates: tuple[HopperCandidate, ...]
+
+
+# Registers of a thread, feeding and computing, by computing warpgroups: the sums over a block are 64 K or less.
+_REGISTERS = {1: (56, 256), 2: (40, 232), 3: (32, 160)}
+
+# (groups, block_n), best first, by the larger of head_dim and head_dim_v up to a bound. Without a mask and hooks blocks may be
+# longer; with a mask short ones waste less of the diagonal. FlashAttention-3's tiles are the start; see docs/perf-log.md.
+_FULL = {64: ((3, 128),), 96: ((2, 176), (2, 128)), 128: ((2, 176), (2, 128)), 192: ((2, 112), (2, 96)), 256: ((2, 80), (2, 64))}
+_MASKED = {64: ((3, 128),), 96: ((2, 128),), 128: ((2, 128),), 192: ((2, 112), (2, 96)), 256: ((2, 80), (2, 64))}
+
+
+def choose_hopper(
+    problem: Problem, arch_name: str, hooks: Hooks, page_size: int | None = None, split: int = 0
+) -> HopperChoice:
+    """The Hopper kernel for ``problem``. ``page_size``: of the KV cache, None without pages; any that it serves gives the same
+    kernel. ``split``: keys of a fixed piece, 0 for none.
+
+    Raises UnsupportedError where another kernel serves: other architectures, head sizes that are no multiples of 32, pages
+    that are no multiples of 8, keys that the kernel would have to rotate.
+    """
+    gpu, d, dv = arch(arch_name), problem.head_dim, problem.head_dim_v
+    if why := unserved(problem, arch_name, hooks, page_size):
+        raise UnsupportedError(f"the Hopper kernel: {why}.\n  do: use attention_sm80, which serves it")
+    wide = max(d, dv)
+    every_score = hooks.logits or hooks.weight or hooks.query_scale
+    table = _MASKED if hooks.mask or every_score else _FULL
+    shapes = next(shapes for bound, shapes in table.items() if wide <= bound)
+    if d == 192 and dv <= 128:
+        shapes = ((2, 128), *shapes)
+    candidates: list[HopperCandidate] = []
+    won: HopperCandidate | None = None
+    for groups, block_n in shapes:
+        ping_pong, q_buffers = wide <= 128, 2
+        if hopper_smem_bytes(d, dv, groups, block_n, 2, 2, hooks) > gpu.smem_per_block:
+            q_buffers = 1
+        smem = hopper_smem_bytes(d, dv, groups, block_n, 2, q_buffers, hooks)
+        lost = ""
+        if split % block_n:
+            lost = f"pieces of {split} keys are not made of blocks of {block_n}"
+        elif smem > gpu.smem_per_block:
+            lost = f"needs {smem} bytes of shared memory, a block has {gpu.smem_per_block}"
+        elif won is not None:
+            lost = f"{64 * won.groups} rows, {won.block_n} keys come first"
+        candidate = HopperCandidate(groups, block_n, 2, q_buffers, ping_pong, smem, lost)
+        won = won if lost else candidate
+        candidates.append(candidate)
+    if won is None:
+        raise UnsupportedError(
+            f"the Hopper kernel at head_dim {d}/{dv}: no tile shape fits.\n  found: "
+            + "; ".join(f"{c.groups * 64}x{c.block_n}: {c.lost}" for c in candidates) + "\n  do: use attention_sm80"
+        )  # fmt: skip
+    config = HopperConfig(
+        arch_name, page_size is not None, won.groups, won.block_n, won.stages, won.q_buffers, won.ping_pong, *_REGISTERS[won.groups], 2, split,
+        won.smem_bytes,
+    )  # fmt: skip
+    return HopperChoice(config, tuple(candidates))
+
+
+def unserved(problem: Problem, arch_name: str, hooks: Hooks, page_size: int | None = None) -> str:
+    """Why the Hopper kernel does not serve; empty where it does."""
+    d, dv = problem.head_dim, problem.head_dim_v
+    if arch_name != "90a":
+        return f"sm_{arch_name} has no wgmma"
+    if d % 32 or dv % 32:
+        return f"head_dim {d}/{dv} is no multiple of 32"
+    if page_size is not None and page_size % 8:
+        return f"pages of {page_size} are no multiple of 8: a box of the copy engine is eight rows"
+    if hooks.rope and (hooks.rope.rotate_keys or len(hooks.rope.q_positions) > 1):
+        return "keys are rotated in the kernel, or queries in several ways"
+    return ""
+
+
+def hopper_smem_bytes(d: int, dv: int, groups: int, block_n: int, stages: int, q_buffers: int, hooks: Hooks) -> int:
+    """No less than the size of ``Shared`` in attention_sm90.cu, which asserts it: tiles of queries, keys and values, what hooks
+    need of each key, two units, barriers."""
+    tiles = 128 * groups * q_buffers * max(d, dv) + 2 * stages * block_n * (d + dv)
+    staged = [value for value in hooks.col if value.name not in ("kv", "kv_token")]
+    cols = 4 * stages * block_n * (2 + len(staged)) if staged else 0
+    units = 2 * (144 + 128 * groups + 8 * len(hooks.tile))
+    return -(-(tiles + cols + units + 8 * len(hooks.call) + 384) // 1024) * 1024

@@ -1,0 +1,135 @@
+"""CUDA kernels with barriers, compiled for this host: the threads of a block are fibers that take turns, and change over where
+they meet. As on_host.py, for kernels whose threads exchange values; blocks run one after another."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import on_host
+import test_ops
+from attngen.build import Recipe, compile_kernel
+from attngen.cuda import Specialised
+from attngen.render_cuda import render_cuda
+
+FIBERS = """#pragma once
+#include <string.h>
+#include <ucontext.h>
+#include <vector>
+#define __shared__ static
+struct Fiber { ucontext_t context; std::vector<char> stack; bool done; };
+struct Meeting { int arrived, round; };
+static std::vector<Fiber> fibers;
+static ucontext_t turns;
+static Meeting of_block, of_warp[32];
+static bool moved;  // somebody went on since the last turn began
+static int64_t given[1024];
+inline void meet(Meeting& m, int count) {
+  const int round = m.round, self = threadIdx.x;
+  if (++m.arrived == count) m.arrived = 0, ++m.round, moved = true;
+  while (m.round == round) swapcontext(&fibers[self].context, &turns);
+}
+inline void __syncthreads() { meet(of_block, fibers.size()); }
+inline int __syncthreads_count(int x) {
+  given[threadIdx.x] = x != 0;
+  __syncthreads();
+  int count = 0;
+  for (size_t i = 0; i < fibers.size(); ++i) count += given[i];
+  __syncthreads();
+  return count;
+}
+inline int __syncthreads_and(int x) { return __syncthreads_count(x) == (int)fibers.size(); }
+inline Meeting& warp() { return of_warp[threadIdx.x / 32]; }
+template <typename T> inline T exchange(T x, int lane) {
+  memcpy(&given[threadIdx.x], &x, sizeof(T));
+  meet(warp(), 32);
+  memcpy(&x, &given[threadIdx.x / 32 * 32 + lane], sizeof(T));
+  meet(warp(), 32);
+  return x;
+}
+template <typename T> inline T __shfl_sync(unsigned, T x, int lane) { return exchange(x, lane); }
+template <typename T> inline T __shfl_xor_sync(unsigned, T x, int mask) { return exchange(x, threadIdx.x % 32 ^ mask); }
+template <typename T> inline T __shfl_up_sync(unsigned, T x, int by) {
+  const int lane = threadIdx.x % 32;
+  return exchange(x, lane < by ? lane : lane - by);
+}
+template <typename Join> inline int joined(int x, Join join) {  // of the warp's values, with their lanes
+  given[threadIdx.x] = x;
+  meet(warp(), 32);
+  const int64_t* values = given + threadIdx.x / 32 * 32;
+  int result = join(0, (int)values[0], 0);
+  for (int lane = 1; lane < 32; ++lane) result = join(result, (int)values[lane], lane);
+  meet(warp(), 32);
+  return result;
+}
+inline int __reduce_max_sync(unsigned, int x) {
+  return joined(x, [](int most, int other, int lane) { return lane && most > other ? most : other; });
+}
+inline unsigned __ballot_sync(unsigned, int x) {
+  return joined(x, [](int bits, int other, int lane) { return bits | (int)((unsigned)(other != 0) << lane); });
+}
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
+inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
+"""
+# Launches `kernel`; 1 if all its threads wait for others.
+RUN = """
+static const Params* launched;
+static void thread_main() {{
+  const int self = threadIdx.x;
+  {kernel};
+  fibers[self].done = true, moved = true;
+  swapcontext(&fibers[self].context, &turns);
+}}
+extern "C" __attribute__((visibility("default"))) int run(const void* params, unsigned blocks) {{
+  launched = (const Params*)params;
+  fibers.resize({threads});
+  for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {{
+    memset(&of_block, 0, sizeof of_block), memset(of_warp, 0, sizeof of_warp);
+    for (Fiber& fiber : fibers) {{
+      fiber.stack.resize(1 << 16), fiber.done = false;
+      getcontext(&fiber.context);
+      fiber.context.uc_stack.ss_sp = fiber.stack.data(), fiber.context.uc_stack.ss_size = fiber.stack.size();
+      makecontext(&fiber.context, thread_main, 0);
+    }}
+    for (size_t left = fibers.size(); left;) {{
+      left = 0, moved = false;
+      for (threadIdx.x = 0; threadIdx.x < fibers.size(); ++threadIdx.x) {{
+        const unsigned self = threadIdx.x;
+        if (fibers[self].done) continue;
+        swapcontext(&turns, &fibers[self].context);
+        left += !fibers[self].done;
+      }}
+      if (left && !moved) return 1;
+    }}
+  }}
+  return 0;
+}}
+"""
+
+
+class Kernel:
+    """What the host extension's CudaKernel is to its caller."""
+
+    def __init__(self, special: Specialised) -> None:
+        config, name = special.config, special.name
+        files = render_cuda(name, special.hooks, config, special.layout, special.problem, "on the host")
+        self.library = compiled(files, f"{name}.cu", f"{special.symbol}(*launched)", config.threads)
+        self.size = special.layout.size
+
+    def launch(self, params: bytearray, grid_x: int, grid_y: int = 1, stream: int = 0) -> None:
+        assert len(params) == self.size and grid_y == 1 and grid_x > 0
+        assert self.library.run((ctypes.c_char * self.size).from_buffer(params), grid_x) == 0, "all threads wait for others"
+
+
+def compiled(files: dict[str, str], main: str, call: str, threads: int) -> ctypes.CDLL:
+    """A library with ``run(params, blocks)``, which calls a kernel of ``main`` with ``const Params* launched``."""
+    shim = on_host.SHIM.replace("thread_local ", "").replace("inline void __syncthreads() {}\n", "")
+    shim = shim.replace("#define AG_DEVICE static inline\n", "") + FIBERS
+    math = test_ops.SHIM.split("#define __forceinline__")[1].partition("\n")[2]  # what math.cuh needs beside
+    run = RUN.format(kernel=call, threads=threads)
+    files = {**files, "kernel.cpp": f'#include "shim.h"\n{files[main]}{run}', "ptx.cuh": on_host.PTX, "shim.h": shim + math}
+    with TemporaryDirectory() as folder:
+        recipe = Recipe("cpu", ("kernel.cpp",), ("-O1", "-std=c++17"))
+        return ctypes.CDLL(str(compile_kernel(files, recipe, Path(folder)).artifact))
