@@ -217,7 +217,7 @@ class Cache:
             try:
                 entry = self.find(key, shelf)
             except CacheError as error:  # decided under the lock: another process may be mending it now
-                log.debug("%s", error)
+                log.warning("%s", error)
                 entry, damage = None, error
             built = False
             if entry is None:
