@@ -234,7 +234,7 @@ class Pack:
             for name, (digest, size) in listed["files"].items():
                 if not FILE_NAME.fullmatch(name) or name == "manifest.json":
                     raise self._bad("plain file names", repr(name[:200]))
-                if there.get(f"blobs/{digest}") != size:
+                if not isinstance(size, int) or there.get(f"blobs/{digest}") != size:
                     raise self._bad(f"{name} of {key[:12]}: {size} bytes", f"{there.get(f'blobs/{digest}')}")
                 total += size
         if total > max_total:
