@@ -186,8 +186,10 @@ def decode_smem_bytes(d: int, dv: int, block_m: int, warps: int, stages: int, st
     return -(-(ring + queries + meet + 128 + 112 + 32) // 128) * 128
 
 
-def most_blocks(config: DecodeConfig | AttentionConfig) -> int:
+def most_blocks(config: Any) -> int:
     """No fewer blocks of a kernel than fit an SM at once, known before it is built."""
+    if config.kind == "queue":  # persistent, with all of the SM's registers
+        return config.blocks_per_sm
     return min(arch(config.arch).smem_per_sm // (config.smem_bytes + _SMEM_RESERVED), 2048 // config.threads)
 
 

@@ -65,7 +65,7 @@ class HopperChoice:
 
 
 # Registers of a thread, feeding and computing, by computing warpgroups: the sums over a block are 64 K or less.
-_REGISTERS = {1: (56, 256), 2: (40, 232), 3: (32, 160)}
+_REGISTERS = {1: (56, 256), 2: (48, 224), 3: (32, 160)}
 
 # (groups, block_n), best first, by the larger of head_dim and head_dim_v up to a bound. Without a mask and hooks blocks may be
 # longer; with a mask short ones waste less of the diagonal. FlashAttention-3's tiles are the start; see docs/perf-log.md.

@@ -345,7 +345,7 @@ class Plan:
     bound: dict[str, Any]  # struct fields that plan decides
     held: tuple[Any, ...]  # alive as long as the plan
     ran: bool = False  # a launch has waited for the planner
-    templates: dict[tuple[Site, int], tuple[bytes, Boxes | None]] = field(default_factory=dict)  # by call site and class
+    templates: dict[tuple[Site, int, bool], tuple[bytes, Boxes | None]] = field(default_factory=dict)  # by site, class, ran
 
 
 class CudaEngine:
@@ -443,16 +443,14 @@ class CudaEngine:
         bound = struct_values(params) if params else {}
         if partial:
             bound["partial"] = 1
-        if plan.ran:
-            bound["ran"] = 1
         pointers = (q_at, k_at, v_at, out.data_ptr(), 0 if lse is None else lse.data_ptr())
         stream = cuda.current_stream(self.facts.device.index)
         for i in plan.active:
-            template = plan.templates.get((site, i))
+            template = plan.templates.get((site, i, plan.ran))
             if template is None:
                 if len(plan.templates) >= 1024:
                     plan.templates.clear()
-                template = plan.templates[site, i] = self._template(i, site, plan)
+                template = plan.templates[site, i, plan.ran] = self._template(i, site, plan)
             struct_bytes, boxes = template
             buffer = bytearray(struct_bytes)
             POINTERS.pack_into(buffer, 0, *pointers)
@@ -466,7 +464,7 @@ class CudaEngine:
         values = {
             **site.strides, **plan.bound, **self._loaded.lists(i, self._space, self._base), "num_heads": facts.num_heads,
             "num_kv_heads": facts.num_kv_heads, "head_offset": facts.head_offset, "total_heads": facts.total_heads,
-            "page_size": facts.page_size or 1, "scale": facts.scale,
+            "page_size": facts.page_size or 1, "scale": facts.scale, "ran": plan.ran,
             "rope_mscale": 1.0 if self._rope is None else self._rope.mscale,
         }  # fmt: skip
         boxes = launcher.boxes(values)

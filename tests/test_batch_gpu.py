@@ -65,7 +65,7 @@ def test_short_appends(name):
     batch = Batch(*SHORT, page_size=random.Random(name).choice((1, 5, 16)))
     variant = variants.library()[name]()
     bound = example_params(type(variant), **batch.sizes())
-    attn = make(variant, batch, max_q_len=8)
+    attn = make(variant, batch, max_q_len=8, max_pages=16384)
     to_plan, to_run = split_params(variant, bound)
     attn.plan(*batch.pages(), **to_plan)
     out = torch.full((len(batch.q), 8, 128), torch.nan, dtype=torch.bfloat16, device="cuda")

@@ -397,37 +397,8 @@ def test_the_header_walks_as_the_twin():
 # ---------------------------------------------------------------- through the engine
 
 
-@dataclass(frozen=True)
-class StandIn:
-    """What the engine reads of a configuration of kind "queue"."""
-
-    arch: str
-    paged: bool
-    block_m: int = 128
-    block_n: int = 64
-    unit_cost: int = 2
-    split: int = 0
-    threads: int = 384
-    smem_bytes: int = 150_000
-    groups: int = 2
-
-    template: ClassVar[str] = "attention_queue"
-    kind: ClassVar[str] = "queue"
-
-
-@pytest.fixture
-def stand_in(monkeypatch):
-    """The class of 128 rows is of kind "queue" from here on."""
-    usual = engine.choose_attention
-
-    def choose(problem, name, hooks, block_m=128, paged=True, split=0):
-        return SimpleNamespace(config=StandIn(name, paged)) if block_m == 128 else usual(problem, name, hooks, block_m, paged, split)
-
-    monkeypatch.setattr(engine, "choose_attention", choose)
-
-
 @pytest.mark.parametrize(("q_len", "kv_len"), [(70, 90), (300, 40), (65, 3000)])
-def test_a_dense_call_finds_its_queue(monkeypatch, stand_in, q_len, kv_len):
+def test_a_dense_call_finds_its_queue(monkeypatch, q_len, kv_len):
     variant = SlidingWindow(700)
     q, k, v = (torch.randn(3, n, h, 32).bfloat16() for n, h in ((q_len, 4), (kv_len, 2), (kv_len, 2)))
     lens = {"q_lens": [q_len, 0, 65], "kv_lens": [kv_len, 3, kv_len - 7]}
@@ -436,18 +407,18 @@ def test_a_dense_call_finds_its_queue(monkeypatch, stand_in, q_len, kv_len):
     out, lse = ag.attention(q, k, v, variant, return_lse=True, **lens)
     compare(out, ref)
     compare(lse, ref_lse, dtype=torch.float32)
-    assert [name for name, _, _ in launches] == ["plan", "attention_queue"]
+    assert [name for name, _, _ in launches] == ["plan", "attention_sm90"]
     assert launches[1][2] == 3  # a block on each multiprocessor: what fits its shared memory
 
 
-def test_the_struct_and_the_workspace_follow_the_kind(stand_in):
+def test_the_struct_and_the_workspace_follow_the_kind():
     problem = engine.cuda_problem("90a", torch.bfloat16, 128, 64, ())
     kernels = engine.kernels_of(Causal(), problem, page_size=16)
     names = [[f.name for f in s.layout.fields] for s in kernels.classes]
-    assert names[2][:5] == names[1][:5] == ["q", "k", "v", "out", "lse"]
-    assert {"requests", "unit_starts", "queue", "counters"} < set(names[2]) and not {"tiles", "workers"} & set(names[2])
-    assert [s.name for s in kernels.classes] == ["decode", "attention_sm80", "attention_queue"]
-    assert kernels.plan.config.classes[2] == TileClass(128, 64, 2, kind="queue", groups=2, row_bytes=384)
+    assert names[3][:5] == names[1][:5] == ["q", "k", "v", "out", "lse"]
+    assert {"requests", "unit_starts", "queue", "counters"} < set(names[3]) and not {"tiles", "workers"} & set(names[3])
+    assert [s.name for s in kernels.classes] == ["decode", "decode", "attention_sm80", "attention_sm90"]
+    assert kernels.plan.config.classes[3] == TileClass(128, 128, 2, kind="queue", groups=2, row_bytes=384)
     more = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 128, "head_dim_v": 64, "page_size": 16, "max_pages": 100, "arch": "sm_90a"}
     sizes = [ag.workspace_bytes(Causal(), **more, max_requests=n, max_q_tokens=8192, multiprocessors=132) for n in (8, 80)]
     assert 4 * 132 * 128 * 65 * 4 < sizes[0] < sizes[1] < sizes[0] + (1 << 20)
