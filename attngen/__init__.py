@@ -36,6 +36,7 @@ from .expr import maximum as max  # noqa: A004
 from .expr import minimum as min  # noqa: A004
 from .rope import DynamicNTK, Linear, Llama3, LongRoPE, RoPE, YaRN
 from .run import BuildRecord, Kernel, attention, build_log, compile, reference  # noqa: A004
+from .run import collector_paused as _collector_paused
 from .run import device_compilers as _device_compilers
 from .run import device_sites as _device_sites
 from .spec import Const, Scalar, Tensor, Variant, compose
@@ -69,7 +70,8 @@ def __getattr__(name: str) -> object:
     if name in _LATE:
         from importlib import import_module
 
-        value = globals()[name] = getattr(import_module(f".{_LATE[name]}", __name__), name)
+        with _collector_paused():  # imports allocate enough to set off a collection of all of torch's heap
+            value = globals()[name] = getattr(import_module(f".{_LATE[name]}", __name__), name)
         return value
     raise AttributeError(f"module 'attngen' has no attribute {name!r}")
 
