@@ -146,13 +146,15 @@ def test_a_silent_holder_on_another_machine_is_taken_over(tmp_path, monkeypatch,
     assert time.monotonic() - start > 4 and "process 1 on elsewhere" in caplog.text  # not while it lived
 
 
-def test_a_waiter_is_served_by_a_holder_that_never_lets_go(tmp_path):
+def test_a_waiter_is_served_by_a_holder_that_never_lets_go(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(locks, "TIMEOUT_S", 5.0)
     store = Cache(tmp_path / "cache")
     store.get_or_build(key(1), plain())
     with open(store.base / "locks" / f"{key(1)}.lock", "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        entry, hit = Cache(store.root)._build_locked(key(1), never, "kernels")  # as if it had been asked before it was there
-    assert hit is False or entry.key == key(1)
+        entry, built = Cache(store.root)._build_locked(key(1), never, "kernels")  # as if it had been asked before it was there
+    assert not built and entry.key == key(1) and "waiting for" in caplog.text
+    assert "building it here" not in caplog.text  # it saw that there is nothing left to wait for
 
 
 def test_thirty_two_processes_over_broken_locks(tmp_path):

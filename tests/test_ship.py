@@ -467,6 +467,7 @@ HOSTILE = {
     "a name that is a path": (lambda i, m: i.update(name="../up"), "required letters"),
     "a member that is a path": (lambda i, m: m.update({"../../x": b""}), "blobs/<sha256> alone"),
     "a blob of other content": (lambda i, m: m.update({n: b"x" * len(c) for n, c in m.items() if len(c) == 3000}), "with sha256"),
+    "a source of other content": (lambda i, m: m.update({n: b"SOURCE" for n, c in m.items() if c == b"source"}), "kernel.cpp .*with sha256"),
     "a missing blob": (lambda i, m: m.pop(next(n for n, c in m.items() if len(c) == 3000)), "3000 bytes"),
     "a newer format": (lambda i, m: i.update(format="attnpack-9"), "format attnpack-1"),
     "no entries": (lambda i, m: i.pop("entries"), "an index of entries"),
