@@ -148,6 +148,7 @@ def test_a_silent_holder_on_another_machine_is_taken_over(tmp_path, monkeypatch,
 
 def test_a_waiter_is_served_by_a_holder_that_never_lets_go(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(locks, "TIMEOUT_S", 5.0)
+    caplog.set_level(logging.INFO, logger="attngen.cache")
     store = Cache(tmp_path / "cache")
     store.get_or_build(key(1), plain())
     with open(store.base / "locks" / f"{key(1)}.lock", "w") as held:
