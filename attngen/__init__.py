@@ -10,18 +10,22 @@
     out = ag.attention(q, k, v, variant=SoftCap(), cap=30.0)
 """
 
+import os as _os
 import sys as _sys
 
 if _sys.platform == "win32":
     raise ImportError("attngen runs on Linux; found Windows: use it in WSL or in a container")
 
 from . import paths as _paths  # finds attngen.variants in a checkout
+from .counters import stats
 from .errors import (
     AttngenError,
     BuildError,
     CacheError,
     CacheWarning,
+    JitWarning,
     LoadError,
+    MissingKernelError,
     ParameterError,
     UnsupportedError,
     VariantError,
@@ -32,6 +36,7 @@ from .expr import maximum as max  # noqa: A004
 from .expr import minimum as min  # noqa: A004
 from .rope import DynamicNTK, Linear, Llama3, LongRoPE, RoPE, YaRN
 from .run import BuildRecord, Kernel, attention, build_log, compile, reference  # noqa: A004
+from .run import collector_paused as _collector_paused
 from .run import device_compilers as _device_compilers
 from .run import device_sites as _device_sites
 from .spec import Const, Scalar, Tensor, Variant, compose
@@ -57,7 +62,7 @@ _device_sites["cuda"], _device_compilers["cuda"] = _dense_site, _compile_cuda
 # What serving needs is imported when it is asked for.
 _LATE = {
     "BatchAttention": "batch", "append_kv": "append", "append_positions": "append", "check_append": "append",
-    "merge_states": "merge", "workspace_bytes": "engine",
+    "merge_states": "merge", "workspace_bytes": "engine", "load_set": "start", "warmup": "start", "LoadedSet": "start",
 }  # fmt: skip
 
 
@@ -65,15 +70,21 @@ def __getattr__(name: str) -> object:
     if name in _LATE:
         from importlib import import_module
 
-        value = globals()[name] = getattr(import_module(f".{_LATE[name]}", __name__), name)
+        with _collector_paused():  # imports allocate enough to set off a collection of all of torch's heap
+            value = globals()[name] = getattr(import_module(f".{_LATE[name]}", __name__), name)
         return value
     raise AttributeError(f"module 'attngen' has no attribute {name!r}")
 
 
+if _os.environ.get("ATTNGEN_LOG"):
+    from .logs import configure as _configure
+
+    _configure(_os.environ["ATTNGEN_LOG"])
+
 __all__ = [
-    "AttngenError", "BatchAttention", "BuildError", "BuildRecord", "CacheError", "CacheWarning", "Const", "DynamicNTK", "Kernel", "Linear",
-    "Llama3", "LoadError", "LongRoPE", "ParameterError", "RoPE", "Scalar", "Tensor", "UnsupportedError", "Variant",
+    "AttngenError", "BatchAttention", "BuildError", "BuildRecord", "CacheError", "CacheWarning", "Const", "DynamicNTK", "JitWarning", "Kernel",
+    "Linear", "Llama3", "LoadError", "LoadedSet", "LongRoPE", "MissingKernelError", "ParameterError", "RoPE", "Scalar", "Tensor", "UnsupportedError", "Variant",
     "VariantError", "YaRN", "abs", "append_kv", "append_positions", "attention", "build_log", "cast", "check_append",
-    "compile", "compose", "exp", "exp2", "floor", "log", "log2", "max", "merge_states", "min", "reference", "rsqrt",
-    "sigmoid", "sqrt", "tanh", "where", "workspace_bytes",
+    "compile", "compose", "exp", "exp2", "floor", "load_set", "log", "log2", "max", "merge_states", "min", "reference", "rsqrt",
+    "sigmoid", "sqrt", "stats", "tanh", "warmup", "where", "workspace_bytes",
 ]  # fmt: skip

@@ -19,6 +19,7 @@ import shutil
 import signal
 import subprocess
 import sysconfig
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -38,8 +39,11 @@ _NOT_FOR_LINKING = {"-ffast-math", "-Ofast", "-funsafe-math-optimizations"}
 # would change the artifact behind the cache key's back.
 _ENVIRONMENT = ("PATH", "HOME", "LD_LIBRARY_PATH", "SYSTEMROOT")
 
+running: dict[int, int] = {}  # by thread: the process, and session, of the build that it waits for
+
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
 _GCC_ERROR = re.compile(r"^(?P<file>[^\s:][^:\n]*):(?P<line>\d+):(?:\d+:)? (?:fatal )?error: ", re.M)
+_TIMES = re.compile(r"^.*Compile time = .*\n", re.M)  # of ptxas: equal builds have equal logs
 _NVCC_ERROR = re.compile(r"^(?P<file>[^\s(][^(\n]*)\((?P<line>\d+)\): (?:catastrophic )?error", re.M)
 
 
@@ -114,6 +118,7 @@ def compile_kernel(
     start = time.perf_counter()
     status, log = run_group([*ninja.argv, "-f", "build.ninja"], folder, _clean_environment(folder, compiler), timeout)
     seconds = time.perf_counter() - start
+    log = _TIMES.sub("", log)
     (folder / "build.log").write_text(log, encoding="utf-8")
     artifact = folder / recipe.artifact
     if status != 0 or not artifact.is_file():
@@ -133,6 +138,7 @@ def run_group(argv: list[str], cwd: Path, env: Mapping[str, str], timeout: float
         argv, cwd=cwd, env=dict(env), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         start_new_session=True,
     )  # fmt: skip
+    running[threading.get_ident()] = process.pid
     try:
         output, _ = process.communicate(timeout=timeout)
         status: int | None = process.returncode
@@ -141,6 +147,8 @@ def run_group(argv: list[str], cwd: Path, env: Mapping[str, str], timeout: float
     except BaseException:
         _end_group(process)
         raise
+    finally:
+        running.pop(threading.get_ident(), None)
     return status, output.decode("utf-8", "replace")
 
 

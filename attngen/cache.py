@@ -4,15 +4,19 @@
     <root>/v1/host/<key[:2]>/<key>/        the host extension of a bare checkout, in the same form
     <root>/v1/locks/<key>.lock, .holder    who builds; a lock file is never unlinked
     <root>/v1/building/                    private folders, one a build
+    <root>/v1/hits/<key>                   a byte a process that found the key here; its time is that of the last use
+    <root>/v1/misses/<key>.json            the inputs of keys that were refused, for `attngen explain-miss`
+    <root>/v1/sets/<name>.lock             lock files of imported packs
     <root>/v1/damaged/, <root>/failed/     what was set aside, for the user to read
 
-A hit takes no lock and writes nothing, so a read-only cache serves what it holds. A miss takes a thread lock and a file
-lock, looks again, builds in a private folder and renames it into place. The kernel of the OS drops the file lock of a
-dead process, so a killed build never blocks the next one; a file system without locks costs a second compile, no more.
+A hit takes no lock and needs no right to write, so a read-only cache serves what it holds. A miss takes a thread lock
+and a file lock, looks again, builds in a private folder and renames it into place (locks.py). `default()` is also
+surrounded by read-only layers (layers.py).
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import hashlib
@@ -21,66 +25,30 @@ import logging
 import os
 import secrets
 import shutil
-import socket
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import counters, trust
 from .build import keep_newest
-from .errors import AttngenError, BuildError, CacheError, CacheWarning
+from .entry import FORMAT, Entry, cache_root, read_entry, sources_digest
+from .errors import AttngenError, BuildError, CacheError, CacheWarning, JitWarning, MissingKernelError
 
-FORMAT = 1  # of the folder layout and of manifest.json; part of every path as v1/
-LOCK_TIMEOUT_S = 900.0  # longer than any build: past it the lock is broken, and building without it is still correct
+__all__ = ["FORMAT", "Cache", "Entry", "cache_root", "default", "sources_digest"]
+
 STALE_S = 86400.0  # age at which a private folder of another machine is taken for abandoned
 KEPT_DAMAGED = 20
+KEPT_MISSES = 1000
+_TRIES = 3  # of a build whose folder another process removes meanwhile
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _CLOSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EIO, errno.ESTALE}
 
 log = logging.getLogger("attngen.cache")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A published artifact. `manifest` says what it is, how it was built and what it needs."""
-
-    key: str
-    folder: Path
-    manifest: Mapping[str, Any]
-
-    @property
-    def artifact(self) -> Path:
-        return self.folder / str(self.manifest["artifact"])
-
-    @property
-    def size(self) -> int:
-        """Bytes of the artifact."""
-        return int(self.manifest["size"])
-
-    def sources(self) -> dict[str, str]:
-        """The rendered source files, as they were compiled."""
-        return {name: (self.folder / name).read_text(encoding="utf-8") for name in self.manifest.get("sources", ())}
-
-
-def cache_root() -> Path:
-    """$ATTNGEN_CACHE_DIR, else $XDG_CACHE_HOME/attngen, else ~/.cache/attngen."""
-    own, xdg = os.environ.get("ATTNGEN_CACHE_DIR"), os.environ.get("XDG_CACHE_HOME")
-    if own:
-        return Path(own).expanduser().absolute()
-    if xdg and os.path.isabs(xdg):
-        return Path(xdg) / "attngen"
-    home = os.path.expanduser("~")
-    if home == "~":
-        raise CacheError(
-            "no cache folder.\n  required: a folder for compiled kernels\n  found: neither ATTNGEN_CACHE_DIR nor "
-            "XDG_CACHE_HOME nor a home folder\n  do: set ATTNGEN_CACHE_DIR to a folder that you can write"
-        )
-    return Path(home) / ".cache" / "attngen"
 
 
 def default() -> Cache:
@@ -90,18 +58,21 @@ def default() -> Cache:
 
 @functools.cache
 def _cache_of(*environment: str | None) -> Cache:
-    return Cache(cache_root())
+    return Cache(cache_root(), layered=True)
 
 
 class Cache:
-    """One cache folder, made for its user alone (0700). Any number of threads and processes may use it at once."""
+    """One cache folder, made for its user alone (0700). Any number of threads and processes may use it at once.
+    ``layered``: the read-only layers are asked too."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, layered: bool = False) -> None:
         self.root = root
         self.base = root / f"v{FORMAT}"
+        self.layered = layered
         self._entries: dict[tuple[str, str], Entry] = {}
         self._locks: dict[str, threading.Lock] = {}
         self._guard = threading.Lock()
+        self._private = False  # whether the root was checked
         # A thread that held one of these in the parent does not exist in a forked child.
         os.register_at_fork(after_in_child=self._forget_locks)
 
@@ -118,56 +89,96 @@ class Cache:
         """Where a failed build of `key` is kept (`compile_kernel(keep_failed=...)`)."""
         return self.root / "failed" / key
 
-    def lookup(self, key: str, shelf: str = "kernels") -> Entry | None:
-        """The entry of `key` after a check of its format, size and sha256; None where there is none.
+    def check_private(self) -> None:
+        """Raises CacheError where others can write the root; once."""
+        if not self._private:
+            trust.check_private(self.root)
+            self._private = self.root.exists()
 
-        Raises CacheError where the entry is damaged or of another format, or the folder cannot be read.
+    def lookup(self, key: str, shelf: str = "kernels") -> Entry | None:
+        """The entry of `key` in this folder after a check of its format, size and sha256; None where there is none.
+
+        Raises CacheError where the entry is damaged or of another format, or the folder cannot be read or is others' to
+        write.
         """
+        self.check_private()
         folder = self.folder(key, shelf)
         try:
-            text = (folder / "manifest.json").read_bytes()
-        except FileNotFoundError:
-            if not folder.is_dir():
-                return None
-            raise _damaged(folder, "a manifest.json", "none") from None
+            return read_entry(folder, key)
+        except CacheError:
+            raise
         except OSError as error:
             raise _unusable(self.root, f"reading {folder / 'manifest.json'}", error) from error
+
+    def find(self, key: str, shelf: str = "kernels") -> Entry | None:
+        """The entry of `key` in the first layer that has it whole. Raises CacheError where only this folder has it, damaged."""
+        if self.layered and os.environ.get("ATTNGEN_SYSTEM_CACHE"):
+            from . import layers  # a hit without them imports nothing
+
+            for layer in layers.before():
+                entry = layers.look(layer, key, shelf)
+                if entry is not None:
+                    return entry
+        damage = None
         try:
-            manifest = json.loads(text)
-            found, artifact = (manifest["format"], manifest["key"]), folder / manifest["artifact"]
-            size, digest = manifest["size"], manifest["sha256"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise _damaged(folder, "a manifest.json with format, key, artifact, size and sha256", repr(error)) from None
-        if found != (FORMAT, key):
-            raise _damaged(folder, f"format {FORMAT}, key {key}", f"format {found[0]}, key {found[1]}")
-        try:
-            content = artifact.read_bytes()
-        except OSError as error:
-            raise _damaged(folder, f"a readable {artifact.name}", str(error)) from None
-        if len(content) != size:
-            raise _damaged(folder, f"{artifact.name} of {size} bytes", f"{len(content)} bytes")
-        if hashlib.sha256(content).hexdigest() != digest:
-            raise _damaged(folder, f"{artifact.name} with sha256 {digest}", hashlib.sha256(content).hexdigest())
-        return Entry(key, folder, manifest)
+            entry = self.lookup(key, shelf)
+            if entry is not None:
+                self._count_hit(key, shelf)
+                return entry
+        except CacheError as error:
+            damage = error
+        if self.layered:
+            from . import layers
+
+            for layer in layers.after():
+                entry = layers.look(layer, key, shelf)
+                if entry is not None:
+                    return self._keep(entry, damage) if layer.name == "remote" else entry
+        if damage is not None:
+            raise damage
+        return None
+
+    def _keep(self, entry: Entry, damage: CacheError | None) -> Entry:
+        """A fetched entry, published here where that is possible."""
+        if damage is None and counters.jit_mode() != "off":
+            with contextlib.suppress(CacheError):
+                return self.adopt(entry)[0]
+        return entry
+
+    def _count_hit(self, key: str, shelf: str) -> None:
+        """One byte more in the key's file of hits, where that can be written; nothing under ATTNGEN_JIT=off."""
+        if shelf == "kernels" and counters.jit_mode() != "off":
+            try:
+                handle = os.open(self.base / "hits" / key, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            except OSError:
+                return
+            with contextlib.suppress(OSError):
+                os.write(handle, b".")
+            os.close(handle)
 
     def entries(self, shelf: str = "kernels") -> Iterator[Entry]:
         """All entries with a readable manifest, oldest first; artifacts are not verified."""
         found = []
         for path in self.base.glob(f"{shelf}/*/*/manifest.json"):
             try:
-                found.append(Entry(path.parent.name, path.parent, json.loads(path.read_bytes())))
-            except (OSError, ValueError) as error:
+                manifest = json.loads(path.read_bytes())
+                found.append((manifest.get("created", 0.0), Entry(path.parent.name, path.parent, manifest)))
+            except (OSError, ValueError, AttributeError) as error:
                 log.warning("unreadable manifest %s: %s", path, error)
-        yield from sorted(found, key=lambda entry: entry.manifest.get("created", 0.0))
+        yield from (entry for _, entry in sorted(found, key=lambda pair: pair[0]))
 
     def size(self) -> int:
         """Bytes of all files below the root."""
-        return sum(path.lstat().st_size for path in self.root.rglob("*") if path.is_file())
+        total = 0
+        for path in self.root.rglob("*"):
+            with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                total += path.lstat().st_size if path.is_file() else 0
+        return total
 
     def clear(self) -> tuple[int, int]:
         """Removes everything but lock files: (kernels removed, bytes freed). Loaded kernels go on working."""
         before, count = self.size(), sum(1 for _ in self.entries())
-        folders = [self.base / name for name in ("kernels", "host", "damaged", "building")]
+        folders = [self.base / name for name in ("kernels", "host", "damaged", "building", "hits", "misses", "sets")]
         for folder in (*folders, self.root / "failed"):
             try:
                 shutil.rmtree(folder)
@@ -181,45 +192,114 @@ class Cache:
     # ---- building ----------------------------------------------------------------------------------------------------
 
     def get_or_build(
-        self, key: str, build: Callable[[Path], Mapping[str, Any]], shelf: str = "kernels"
-    ) -> tuple[Entry, bool]:
+        self, key: str, build: Callable[[Path], Mapping[str, Any]], shelf: str = "kernels", title: str = "",
+        inputs: Callable[[], Mapping[str, Any]] = dict,
+    ) -> tuple[Entry, bool]:  # fmt: skip
         """The entry of `key` and whether it was there (True) or had to be built.
 
         build(folder) makes the artifact in the empty private `folder` and returns the manifest's own fields: `kind`,
         `artifact` (file name), `sources` (file names) and whatever else describes it, all JSON. It runs once for any
         number of threads and processes that ask at the same time; what it raises reaches the caller unchanged.
-        Raises CacheError where the folder cannot be written or is full. A damaged entry is set aside with a
-        CacheWarning and built again.
+        `title` and inputs(), what went into the key, explain a miss.
+        Raises CacheError where the folder cannot be written or is full, MissingKernelError where nothing may be built
+        (ATTNGEN_JIT=off). A damaged entry is set aside with a CacheWarning and built again.
         """
         hit = self._entries.get((shelf, key))
-        if hit is not None:
+        if hit is not None and hit.exists():
             return hit, True
         with self._guard:
             thread_lock = self._locks.setdefault(key, threading.Lock())
         with thread_lock:
             hit = self._entries.get((shelf, key))
-            if hit is not None:
+            if hit is not None and hit.exists():
                 return hit, True
+            mode, damage = counters.jit_mode(), None
             try:
-                entry = self.lookup(key, shelf)
+                entry = self.find(key, shelf)
             except CacheError as error:  # decided under the lock: another process may be mending it now
-                log.debug("%s", error)
-                entry = None
+                log.warning("%s", error)
+                entry, damage = None, error
             built = False
             if entry is None:
+                if mode == "off":
+                    counters.count("refused")
+                    raise damage or self._missing(key, shelf, title, inputs)
+                counters.count("misses")
+                log.info("compiling %s %s, which no layer has", title or shelf, key,
+                         extra={"facts": {"event": "build", "key": key, "title": title}})  # fmt: skip
+                if mode == "warn":
+                    what = f"ATTNGEN_JIT=warn: compiling {title or shelf} {key[:12]} while the process runs"
+                    log.warning("%s", what, extra={"facts": {"event": "jit", "key": key, "title": title}})
+                    warnings.warn(JitWarning(what), stacklevel=2)
+                start = time.perf_counter()
                 entry, built = self._build_locked(key, build, shelf)
+                if built:
+                    took = time.perf_counter() - start
+                    counters.count("builds")
+                    counters.count("build_ms", 1e3 * took)
+                    log.info("built %s %s in %.2f s", title or shelf, key, took,
+                             extra={"facts": {"event": "built", "key": key, "title": title, "seconds": took}})  # fmt: skip
+            if not built:
+                counters.count("hits", layer=entry.layer)
+                log.debug("hit %s %s (%s)", shelf, key, entry.layer,
+                          extra={"facts": {"event": "hit", "key": key, "title": title, "layer": entry.layer}})  # fmt: skip
             self._entries[shelf, key] = entry
-            log.debug("%s %s %s", "built" if built else "hit", shelf, key)
             return entry, not built
 
-    def _build_locked(
-        self, key: str, build: Callable[[Path], Mapping[str, Any]], shelf: str
-    ) -> tuple[Entry, bool]:
+    def remember(self, entry: Entry, shelf: str = "kernels") -> None:
+        """Serve `entry`, which was found elsewhere, from memory."""
+        self._entries[shelf, entry.key] = entry
+
+    def adopt(self, entry: Entry, shelf: str = "kernels") -> tuple[Entry, bool]:
+        """Publish a copy of an entry of another layer here. Returns it and whether it was there already."""
+        from .pack import files_of
+
+        def copy(folder: Path) -> Mapping[str, Any]:
+            for name in files_of(entry):
+                (folder / name).write_bytes(entry.file(name))
+            return entry.manifest
+
+        try:
+            there = self.lookup(entry.key, shelf)
+        except CacheError:
+            there = None
+        if there is not None:
+            return there, True
+        return self._build_locked(entry.key, copy, shelf)[0], False
+
+    def keep_lock(self, name: str, lock: Mapping[str, Any]) -> None:
+        """Keep a set's lock file, for load_set to find by its name."""
+        folder = self.base / "sets"
+        with self._writing(folder):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            private = folder / f".{name}.{os.getpid()}"
+            private.write_text(json.dumps(lock, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+            private.replace(folder / f"{name}.lock")
+
+    def _build_locked(self, key: str, build: Callable[[Path], Mapping[str, Any]], shelf: str) -> tuple[Entry, bool]:
+        for attempt in range(_TRIES):
+            try:
+                return self._build_once(key, build, shelf)
+            except CacheError as error:
+                # Someone cleared the cache while this process was building in it.
+                cause = error.__cause__
+                gone = isinstance(cause, OSError) and cause.errno in (errno.ENOENT, errno.ESTALE)
+                if not gone or attempt == _TRIES - 1:
+                    raise
+                log.warning("the cache folder %s was removed during a build: once more", self.base)
+        raise AssertionError
+
+    def _build_once(self, key: str, build: Callable[[Path], Mapping[str, Any]], shelf: str) -> tuple[Entry, bool]:
+        from .locks import key_lock, machine
+
+        self.check_private()
         with self._writing(self.base):
             self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            for folder in (self.base, self.base / "locks", self.base / "building"):
-                folder.mkdir(exist_ok=True)
-        with self._file_lock(key):
+            for name in ("", "locks", "building", "hits", "misses"):
+                (self.base / name).mkdir(exist_ok=True)
+        with contextlib.ExitStack() as held:
+            with self._writing(self.base / "locks" / f"{key}.lock"):
+                held.enter_context(key_lock(self.base / "locks", key, lambda: self._there(key, shelf)))
             damage = None
             try:
                 entry = self.lookup(key, shelf)
@@ -229,29 +309,38 @@ class Cache:
                 return entry, False
             if damage is not None:
                 self._set_aside(key, shelf, damage)
-            self._collect_abandoned()
             with self._writing(self.base / "building"):
-                folder = self.base / "building" / f".build-{_machine()}-{os.getpid()}-{secrets.token_hex(4)}"
+                folder = self.base / "building" / f".build-{machine()}-{os.getpid()}-{secrets.token_hex(4)}"
                 folder.mkdir()
+            self._collect_abandoned(folder)
             try:
                 with self._writing(folder):
                     return self._publish(key, shelf, folder, build(folder)), True
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
 
+    def _there(self, key: str, shelf: str) -> bool:
+        try:
+            return self.lookup(key, shelf) is not None
+        except CacheError:
+            return False
+
     def _publish(self, key: str, shelf: str, folder: Path, described: Mapping[str, Any]) -> Entry:
-        content = (folder / described["artifact"]).read_bytes()
+        artifact = described["artifact"]
+        content = (folder / artifact).read_bytes()
+        others = [name for name in (*described.get("sources", ()), "build.log") if (folder / name).is_file()]
         manifest = {
             **described,
             "format": FORMAT,
             "key": key,
             "size": len(content),
             "sha256": hashlib.sha256(content).hexdigest(),
+            "files": {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in others},
             "created": time.time(),
         }
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         # What a lookup checks must be on the disk before the name is; sources and log are for people to read.
-        for path in (folder / described["artifact"], folder / "manifest.json", folder):
+        for path in (folder / artifact, folder / "manifest.json", folder):
             _fsync(path)
         final = self.folder(key, shelf)
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -269,56 +358,63 @@ class Cache:
         return Entry(key, final, manifest)
 
     def _set_aside(self, key: str, shelf: str, damage: CacheError) -> None:
+        counters.count("damaged")
         aside = self.base / "damaged"
         with self._writing(aside):
             aside.mkdir(exist_ok=True)
             target = aside / f"{key}-{secrets.token_hex(4)}"
-            self.folder(key, shelf).rename(target)
+            try:
+                self.folder(key, shelf).rename(target)
+            except FileNotFoundError:  # without locks, another process set it aside at this moment
+                return
         keep_newest(aside, KEPT_DAMAGED)
         warnings.warn(CacheWarning(f"{damage}\n  done: set aside as {target}, built again"), stacklevel=2)
 
-    def _collect_abandoned(self) -> None:
-        """Removes private folders of builds that were killed: of this machine's dead processes, or a day old."""
-        for folder in (self.base / "building").glob(".build-*-*-*"):
-            machine, pid = folder.name.split("-")[1:3]
-            try:
-                dead = machine == _machine() and not _alive(int(pid))
-                if dead or time.time() - folder.stat().st_mtime > STALE_S:
-                    shutil.rmtree(folder, ignore_errors=True)
-            except FileNotFoundError:  # its builder published it at this moment
-                continue
+    def _collect_abandoned(self, mine: Path) -> None:
+        """Removes private folders of builds that were killed: of this machine's dead processes, or a day older than `mine`,
+        which was made just now by the same file system's clock."""
+        from .locks import alive, machine
 
-    @contextmanager
-    def _file_lock(self, key: str) -> Iterator[None]:
-        """Holds <key>.lock across processes. A waiter says whom it waits for after a second."""
-        from filelock import FileLock, Timeout  # only where something is built: a hit imports nothing
+        with contextlib.suppress(OSError):
+            now = mine.stat().st_mtime
+            for folder in (self.base / "building").glob(".build-*-*-*"):
+                owner, pid = folder.name.split("-")[1:3]
+                try:
+                    here = owner == machine()
+                    if not alive(int(pid)) if here else now - folder.stat().st_mtime > STALE_S:
+                        shutil.rmtree(folder, ignore_errors=True)
+                except FileNotFoundError:  # its builder published it at this moment
+                    continue
 
-        lock = FileLock(self.base / "locks" / f"{key}.lock", thread_local=False)
-        holder = self.base / "locks" / f"{key}.holder"
-        start, locked, waits = time.monotonic(), False, 0
-        while not locked and time.monotonic() - start < LOCK_TIMEOUT_S:
-            try:
-                lock.acquire(timeout=1 if waits == 0 else 10)
-                locked = True
-            except Timeout:
-                waits += 1
-                waited = time.monotonic() - start
-                log.log(logging.INFO if waits == 1 else logging.WARNING,
-                        "waiting for %s to build %s (%.0f s so far)", _read_holder(holder), key, waited)  # fmt: skip
-            except (OSError, NotImplementedError) as error:
-                if isinstance(error, OSError) and error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                    raise _unusable(self.root, f"locking {lock.lock_file}", error) from error
-                log.warning("no file locks in %s (%s): another process may build the same kernel too", self.root, error)
-                break
-        try:
-            if locked:
-                with self._writing(holder):
-                    holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
-            yield
-        finally:
-            if locked:
-                holder.unlink(missing_ok=True)
-                lock.release()
+    # ---- misses ------------------------------------------------------------------------------------------------------
+
+    def _note_miss(self, key: str, title: str, facts: Mapping[str, Any]) -> None:
+        """Keeps what a refused key was made of, where that can be written."""
+        folder = self.base / "misses"
+        with contextlib.suppress(OSError):
+            if facts and folder.is_dir() and len(os.listdir(folder)) < KEPT_MISSES:
+                record = {"key": key, "variant": title, "inputs": facts}
+                (folder / f"{key}.json").write_text(json.dumps(record, indent=1, sort_keys=True, default=str) + "\n")
+
+    def _missing(self, key: str, shelf: str, title: str, inputs: Callable[[], Mapping[str, Any]]) -> MissingKernelError:
+        if shelf == "host":
+            return MissingKernelError(
+                f"the host extension is not built, and nothing may be (ATTNGEN_JIT=off, or jit=False).\n  required: attngen._host, or {key} in the cache\n"
+                f"  found: neither\n  do: install attngen from a wheel, or run `attngen doctor` once with ATTNGEN_JIT=on"
+            )
+        from . import explain
+
+        facts = inputs()
+        self._note_miss(key, title, facts)
+        near = explain.nearest(facts, (entry.manifest for entry in self.entries())) if facts else None
+        hint = ""
+        if near is not None:
+            hint = f"\n  nearest: {near.title} {near.key[:12]} differs in " + "; ".join(map(str, near.differences[:4]))
+        return MissingKernelError(
+            f"{title or 'a kernel'} is not there, and ATTNGEN_JIT=off.\n  required: key {key}\n"
+            f"  found: nothing under it in {self.root} or another layer{hint}\n"
+            f"  do: build it with `attngen precompile SET.toml`, import a pack that has it, or set ATTNGEN_JIT=on"
+        )
 
     @contextmanager
     def _writing(self, place: Path) -> Iterator[None]:
@@ -339,19 +435,6 @@ class Cache:
 # ---- helpers ---------------------------------------------------------------------------------------------------------
 
 
-def sources_digest(*roots: Path) -> str:
-    """A digest of the content of files and folders: of names relative to each root and bytes, never of mtimes."""
-    total = hashlib.sha256()
-    for root in roots:
-        files = [root] if root.is_file() else [path for path in root.rglob("*") if path.is_file()]
-        for path in sorted(files):
-            if "__pycache__" in path.parts:
-                continue
-            name = path.name if path == root else path.relative_to(root).as_posix()
-            total.update(f"{name}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
-    return total.hexdigest()
-
-
 def _fsync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -360,43 +443,9 @@ def _fsync(path: Path) -> None:
         os.close(handle)
 
 
-@functools.cache
-def _machine() -> str:
-    """Names the space in which a pid means something: this host and, in a container, its pid namespace."""
-    try:
-        namespace = os.readlink("/proc/self/ns/pid")
-    except OSError:  # not Linux: the host alone
-        namespace = ""
-    return hashlib.sha256(f"{socket.gethostname()} {namespace}".encode()).hexdigest()[:8]
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's process
-        return True
-    return True
-
-
-def _read_holder(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8").strip()
-    except OSError:  # it has just finished, or has not yet said
-        return "another process"
-
-
-def _damaged(folder: Path, required: str, found: str) -> CacheError:
-    return CacheError(
-        f"a damaged cache entry.\n  required: {required}\n  found: {found} in {folder}\n"
-        f"  do: nothing where it can be built again; else copy the entry anew, or run `attngen cache clear`"
-    )
-
-
 def _unusable(root: Path, tried: str, error: OSError) -> CacheError:
     full = error.errno in _FULL
-    remedy = "free some space, run `attngen cache clear`" if full else "make it yours to read and write"
+    remedy = "free some space, run `attngen cache prune` or `attngen cache clear`" if full else "make it yours to read and write"
     return CacheError(
         f"the cache folder {root} {'is full' if full else 'cannot be used'}.\n"
         f"  required: a folder with room for compiled kernels, readable and writable\n"

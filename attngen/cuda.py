@@ -7,6 +7,7 @@ through the driver API.
 from __future__ import annotations
 
 import hashlib
+import re
 import time
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,15 +16,15 @@ from typing import Any
 
 import torch
 
-from . import cache
+from . import cache, pins
 from .abi import Layout, parameter_fields
 from .abi_cuda import ATTENTION_FIELDS, CUDA_ABI, PLAN_FIELDS, QUEUE_ATTENTION_FIELDS
 from .choose_cuda import Arch, arch_of, cuda_flags
 from .emit import Hooks, emit
-from .errors import UnsupportedError
+from .errors import CacheError, MissingKernelError, UnsupportedError
 from .load import host, load_cubin
 from .paths import PACKAGE, templates_dir
-from .run import FORMAT, BuildRecord, build_artifact, describe, record_build
+from .run import DEBUG, FORMAT, BuildRecord, build_artifact, describe, key_inputs, record_build
 from .spec import Problem, Trace
 
 # The rooms whose text decides what a CUDA kernel's source says.
@@ -43,11 +44,20 @@ class Specialised:
     problem: Problem | None
     flags: tuple[str, ...]
     key: str
+    trace: Trace | None = None
+    entry: cache.Entry | None = None  # of a pinned kernel, which is not looked up
 
     @property
     def symbol(self) -> str:
-        """The entry point: attngen_attention in every attention template."""
-        return f"attngen_{self.name.partition('_')[0]}"
+        """The entry point of a build of it, which profilers show: variant, phase and head of the key. A cached one has the name
+        that its first variant gave it; its manifest says."""
+        words = re.sub(r"[^A-Za-z0-9]+", "_", self.title).strip("_")[:48]
+        return f"attngen_{words or 'variant'}_{self.phase}_{self.key[:8]}"
+
+    @property
+    def phase(self) -> str:
+        """decode, attention, plan, append or merge: the entry point that the template renders is attngen_<phase>."""
+        return self.name.partition("_")[0]
 
 
 def specialise(name: str, title: str, trace: Trace, problem: Problem, config: Any, arch_name: str) -> Specialised:
@@ -64,23 +74,51 @@ def specialise(name: str, title: str, trace: Trace, problem: Problem, config: An
     facts = {n: storage[n] for n in used if n in storage} if name == "plan" else problem
     parts = (FORMAT, CUDA_ABI, name, trace.key(problem.head_dim), facts, repr(config), flags, _digest())
     key = hashlib.sha256(repr(parts).encode()).hexdigest()
-    return Specialised(name, title, hooks, config, layout, problem, flags, key)
+    return Specialised(name, title, hooks, config, layout, problem, flags, key, trace)
 
 
 def specialise_plain(name: str, title: str, config: Any, fields: tuple[tuple[str, str], ...]) -> Specialised:
     """A kernel without hooks, which its configuration decides alone: append, merge."""
+    pinned = pins.pinned_plain(name, config)
+    if pinned is not None:
+        return from_entry(pinned, None)
     flags = tuple(cuda_flags(config.arch))
     key = hashlib.sha256(repr((FORMAT, CUDA_ABI, name, repr(config), flags, _digest())).encode()).hexdigest()
     return Specialised(name, title, None, config, Layout(fields), None, flags, key)
 
 
+def from_entry(entry: pins.Role, problem: Problem | None) -> Specialised:
+    """A pinned kernel as it stands in the cache, perhaps of another release. Raises CacheError where this one cannot launch it.
+    Of one that its set left out, the configuration alone: it cannot be built."""
+    if not isinstance(entry, cache.Entry):
+        config = pins.restore_config(entry["choice"], entry["variant"])
+        return Specialised(entry["name"], entry["variant"], None, config, Layout(()), problem, (), "")
+    m = entry.manifest
+    if not {"name", "variant", "choice", "flags", "symbol"} <= m.keys():
+        raise CacheError(f"{entry.folder}: its manifest does not say how to launch it.\n  do: build it again with attngen precompile")
+    config = pins.restore_config(m["choice"], entry.folder)
+    layout = pins.restore_layout(m, entry.folder)
+    return Specialised(m["name"], m["variant"], None, config, layout, problem, tuple(m["flags"]), entry.key, None, entry)
+
+
+def _sources() -> tuple[Path, ...]:
+    return templates_dir() / "cuda", *(PACKAGE / f"{room}.py" for room in _ROOMS)
+
+
 @lru_cache(maxsize=1)
 def _digest() -> str:
-    return cache.sources_digest(templates_dir() / "cuda", *(PACKAGE / f"{room}.py" for room in _ROOMS))
+    return cache.sources_digest(*_sources())
 
 
 def build(kernel: Specialised) -> tuple[cache.Entry, bool, float]:
     """The kernel's cubin: from the cache, or compiled now. Returns the entry, whether it was there, and the seconds."""
+    if kernel.entry is not None:
+        return kernel.entry, True, 0.0
+    if not kernel.key:
+        raise MissingKernelError(
+            f"the set that serves {kernel.title} has no {kernel.name} ({kernel.config}).\n  required: its kernels of all lengths\n"
+            f"  found: a set of the phase decode alone\n  do: add \"prefill\" to its phases and run attngen precompile again"
+        )
     start = time.perf_counter()
 
     def recipe() -> Any:
@@ -91,17 +129,25 @@ def build(kernel: Specialised) -> tuple[cache.Entry, bool, float]:
     def render(compiled: Path) -> dict[str, str]:
         from .render_cuda import render_cuda
 
-        return render_cuda(
+        files = render_cuda(
             kernel.name, kernel.hooks, kernel.config, kernel.layout, kernel.problem, kernel.title, compiled
         )
+        main = f"{kernel.name}.cu"
+        files[main], count = re.subn(rf"\battngen_{kernel.phase}\(", f"{kernel.symbol}(", files[main])
+        assert count == 1, f"{main} defines attngen_{kernel.phase} {count} times"
+        return files
 
-    described = {
-        "kind": "cubin", "abi": CUDA_ABI, "flags": list(kernel.flags), "variant": kernel.title,
-        "isa": kernel.config.arch, "problem": kernel.problem.__dict__ if kernel.problem else None,
-        "config": str(kernel.config), "symbol": kernel.symbol, "params": describe(kernel.layout),
-        "params_size": kernel.layout.size,
-    }  # fmt: skip
-    entry, hit = build_artifact(kernel.key, recipe, render, described)
+    def described() -> dict[str, Any]:
+        return {
+            "kind": "cubin", "name": kernel.name, "abi": CUDA_ABI, "flags": list(kernel.flags), "variant": kernel.title,
+            "isa": kernel.config.arch, "problem": kernel.problem.__dict__ if kernel.problem else None,
+            "config": str(kernel.config), "choice": pins.config_record(kernel.config), "symbol": kernel.symbol,
+            "params": describe(kernel.layout), "params_size": kernel.layout.size,
+            "inputs": key_inputs("cuda", kernel.name, CUDA_ABI, kernel.trace, kernel.problem, str(kernel.config), kernel.flags,
+                                 *_sources()),
+        }  # fmt: skip
+
+    entry, hit = build_artifact(kernel.key, recipe, render, described, f"{kernel.title} {kernel.name}")
     return entry, hit, 0.0 if hit else time.perf_counter() - start
 
 
@@ -115,10 +161,14 @@ def load(kernel: Specialised, device: int, threads: int, shared_bytes: int, depe
         entry, hit, seconds = build(kernel)
         host()
         start = time.perf_counter()
-        found = load_cubin(entry, kernel.symbol, device, threads, shared_bytes, dependent)
+        found = load_cubin(entry, entry.manifest["symbol"], device, threads, shared_bytes, dependent)
         record_build(BuildRecord(
             kernel.key, f"{kernel.title} {kernel.name}", kernel.problem, hit, seconds, time.perf_counter() - start
         ))  # fmt: skip
+        if DEBUG:
+            from . import debug
+
+            debug.show(entry, hit, seconds, kernel)
         found = _loaded.setdefault((kernel.key, device), found)
     return found
 

@@ -6,14 +6,19 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import shutil
+import subprocess
 import sys
 import sysconfig
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from .counters import jit_mode
 from .errors import AttngenError
+from .trust import check_private
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,8 @@ def examine() -> list[Finding]:
     """Every finding, the required ones first. Builds nothing but the host extension, and that only where it is missing
     and can be built."""
     return [_python(), _torch(), *map(_package, ("jinja2", "filelock")), _ninja(), _cxx(), _openmp(), _isa(), _cache(),
-            _host(), _nvcc(), _gpu()]  # fmt: skip
+            _cache_space(), _cache_locks(), _cache_entries(), *_layers(), _jit(), _keys(), _host(), _nvcc(), _gpu(),
+            _driver()]  # fmt: skip
 
 
 def _python() -> Finding:
@@ -120,6 +126,10 @@ def _cache() -> Finding:
     while not folder.exists():
         folder = folder.parent
     try:
+        check_private(root)
+    except AttngenError as error:
+        return _from_error("cache folder", True, error)
+    try:
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(b"x" * 4096)
     except OSError as error:
@@ -127,6 +137,113 @@ def _cache() -> Finding:
             "cache folder", False, True, f"{folder}: {error.strerror}", "set ATTNGEN_CACHE_DIR to a folder of yours"
         )
     return Finding("cache folder", True, True, f"{root} is writable")
+
+
+def _cache_space() -> Finding:
+    from .cache import default
+
+    try:
+        store = default()
+        folder = store.root
+        while not folder.exists():
+            folder = folder.parent
+        free, used = shutil.disk_usage(folder).free, store.size() if store.root.is_dir() else 0
+    except (AttngenError, OSError) as error:
+        return Finding("cache space", False, False, str(error).splitlines()[0], "set ATTNGEN_CACHE_DIR to a folder of yours")
+    ok = free > 256 << 20
+    remedy = "" if ok else "free some space, or run attngen cache prune --max-size 500M"
+    return Finding("cache space", ok, False, f"{used / 1e6:.0f} MB used, {free / 1e9:.1f} GB free", remedy)
+
+
+def _cache_locks() -> Finding:
+    """Whether a second process is kept out by a lock file there."""
+    from .cache import default
+
+    program = "import sys, filelock\ntry: filelock.FileLock(sys.argv[1]).acquire(timeout=0)\nexcept filelock.Timeout: sys.exit(7)"
+    try:
+        from filelock import FileLock
+
+        folder = default().root
+        while not folder.exists():
+            folder = folder.parent
+        with tempfile.TemporaryDirectory(dir=folder) as probe:
+            path = os.path.join(probe, "lock")
+            with FileLock(path):
+                done = subprocess.run([sys.executable, "-c", program, path], capture_output=True)
+    except (AttngenError, ImportError, OSError, NotImplementedError) as error:
+        return Finding("cache locks", False, False, f"not tried: {error}".splitlines()[0], "none needed to serve what is there")
+    ok = done.returncode == 7
+    found = "work between processes" if ok else "do not keep a second process out"
+    return Finding("cache locks", ok, False, found, "" if ok else "none: several processes may compile the same kernel, correctly")
+
+
+def _cache_entries() -> Finding:
+    from .cache import default
+    from .prune import verify
+
+    try:
+        checked = list(verify(default()))
+    except AttngenError as error:
+        return _from_error("cache entries", False, error)
+    bad = [folder for _, folder, error in checked if error]
+    found = f"{len(checked)} whole" if not bad else f"{len(bad)} of {len(checked)} damaged, {bad[0]} first"
+    return Finding("cache entries", not bad, False, found, "" if not bad else "nothing: they are built again at their next use")
+
+
+def _layers() -> list[Finding]:
+    from . import layers
+
+    found = []
+    try:
+        asked = [*layers.before(), *layers.after()]
+    except AttngenError as error:
+        return [_from_error("cache layers", False, error)]
+    for layer in asked:
+        if isinstance(layer, layers.RemoteLayer):
+            found.append(_remote(layer))
+            continue
+        where = getattr(layer, "root", None)
+        try:
+            if isinstance(layer, layers.FolderLayer):
+                layer.check_private()
+            keys = layer.keys()
+            remedy = "" if keys else f"import a pack into it: attngen cache import PACK --into {where}"
+            place = f" in {where}" if where else ""
+            found.append(Finding(f"layer {layer.name}", bool(keys), False, f"{len(keys)} kernels{place}", remedy))
+        except (AttngenError, OSError) as error:
+            found.append(Finding(f"layer {layer.name}", False, False, str(error).splitlines()[0], "mend or remove it"))
+    return found
+
+
+def _remote(layer: Any) -> Finding:
+    try:
+        there = layer.fs.exists(layer.root)
+    except Exception as error:  # whatever its driver raises
+        remedy = "mend the network or its credentials, or unset ATTNGEN_REMOTE_CACHE"
+        return Finding("layer remote", False, False, f"{layer.url}: {error}", remedy)
+    remedy = "" if there else f"attngen cache push {layer.url}"
+    return Finding("layer remote", there, False, f"{layer.url} {'answers' if there else 'is empty'}", remedy)
+
+
+def _jit() -> Finding:
+    try:
+        mode = jit_mode()
+    except AttngenError as error:
+        return Finding("ATTNGEN_JIT", False, True, str(error), "unset it")
+    what = {"on": "compiled", "off": "an error", "warn": "compiled, with a warning"}
+    return Finding("ATTNGEN_JIT", True, False, f"{mode}: what is not there is {what[mode]}")
+
+
+def _keys() -> Finding:
+    from . import trust
+
+    if not trust.required():
+        return Finding("trusted keys", True, False, "none required: unsigned packs are taken")
+    try:
+        keys = trust._trusted(os.environ["ATTNGEN_TRUSTED_KEYS"])
+    except AttngenError as error:
+        return _from_error("trusted keys", True, error)
+    return Finding("trusted keys", True, False, f"{len(keys)}: packs must be signed by one of them")
 
 
 def _host() -> Finding:
@@ -153,3 +270,20 @@ def _gpu() -> Finding:
         why = "torch is a CPU build" if torch.version.cuda is None else "no CUDA device"
         return Finding("CUDA device", False, False, why, "none needed: attngen.attention runs on the CPU")
     return Finding("CUDA device", True, False, torch.cuda.get_device_name())
+
+
+def _driver() -> Finding:
+    from .load import host, min_driver
+
+    try:
+        version = host().driver_version()
+    except (AttngenError, RuntimeError) as error:
+        remedy = "none needed on the CPU; for a GPU, install NVIDIA's driver"
+        return Finding("NVIDIA driver", False, False, str(error).splitlines()[0], remedy)
+    from .cache import default
+
+    least = max((min_driver(entry.manifest) for entry in default().entries() if entry.manifest.get("kind") == "cubin"), default=0)
+    ok = version >= least
+    found = f"CUDA {version // 1000}.{version % 1000 // 10}"
+    return Finding("NVIDIA driver", ok, False, found if ok else f"{found}; kernels in the cache need {least // 1000}.0",
+                   "" if ok else "update the driver, or build the kernels with its toolkit")  # fmt: skip

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from . import cuda
+from . import cuda, pins
 from .boxes import Boxes
 from .cache import Entry
 from .choose_cuda import PlanConfig, arch, arch_named, choose_attention, choose_decode, most_blocks, tile_class
@@ -104,6 +104,10 @@ def kernels_of(
     under batch_invariant."""
     paged = page_size is not None
     trace, name, split = variant.trace, problem.isa, _FIXED_SPLIT if batch_invariant else 0
+    pinned = pins.pinned_cuda(trace.key(problem.head_dim), problem, page_size, batch_invariant, most_rows <= 16)
+    if pinned:
+        *classes, plan = (cuda.from_entry(entry, problem) for entry in pinned)
+        return Kernels(tuple(classes), plan)
     hooks = emit(trace, dict(problem.storage), problem.head_dim, dialect="cuda", device_scalars=True)
     configs: list[Any] = []
     if not split or most_rows <= 16:

@@ -27,9 +27,17 @@ class CacheError(AttngenError, OSError):
     """The cache folder cannot be used, or an entry in it is damaged."""
 
 
+class MissingKernelError(CacheError):
+    """A kernel is in no layer of the cache, and nothing may be compiled (ATTNGEN_JIT=off, or jit=False)."""
+
+
 class LoadError(AttngenError, OSError):
     """A built kernel cannot be loaded into this process."""
 
 
 class CacheWarning(UserWarning):
     """A damaged cache entry was set aside and is being built again."""
+
+
+class JitWarning(UserWarning):
+    """A kernel is being compiled while the process runs, under ATTNGEN_JIT=warn."""

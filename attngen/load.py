@@ -10,6 +10,7 @@ the compiler's message on a second try (docs/build.md). None of that can happen 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib
@@ -17,6 +18,7 @@ import importlib.machinery
 import importlib.util
 import logging
 import os
+import re
 import shlex
 import sys
 import sysconfig
@@ -41,6 +43,8 @@ HOST_SOURCES = sorted((PACKAGE / "csrc").iterdir())  # host.cpp and what it incl
 HOST_FLAGS = ("-O2", "-std=c++17", "-fvisibility=hidden", "-g0")
 # cpp_extension links torch's libraries. Nothing here needs them, if libstdc++ comes first: libc10 exports parts of it.
 HOST_LINK = ("-s", "-Wl,--as-needed", "-lstdc++")
+# Launch ABIs that this release can launch: its own and, where a release changes the number, the last one's.
+CPU_ABIS, CUDA_ABIS = (LAUNCH_ABI,), (CUDA_ABI,)
 PYTHON_ABI = importlib.machinery.EXTENSION_SUFFIXES[0]  # names version, ABI flags and platform
 HOST_TIMEOUT_S = 600.0  # it takes 7 s
 
@@ -72,14 +76,12 @@ class LoadedKernel:
 
 def load_kernel(entry: cache.Entry) -> LoadedKernel:
     """Loads a verified entry. Raises LoadError for a library of another launch ABI, or one that does not link here."""
-    kind, abi = entry.manifest.get("kind"), entry.manifest.get("abi")
-    if (kind, abi) != ("cpu", LAUNCH_ABI):
-        raise _unloadable(entry.artifact, f"kind cpu, launch ABI {LAUNCH_ABI}", f"kind {kind}, launch ABI {abi}")
+    abi = _check_kind(entry, "cpu", CPU_ABIS)
     module = host()
     try:
-        address = module.load_cpu(os.fspath(entry.artifact), LAUNCH_ABI)
+        address = module.load_cpu(os.fspath(entry.artifact), abi)
     except RuntimeError as error:
-        raise _unloadable(entry.artifact, f"a library of launch ABI {LAUNCH_ABI}", str(error)) from None
+        raise _unloadable(entry.artifact, f"a library of launch ABI {abi}", str(error)) from None
     return LoadedKernel(entry, functools.partial(module.launch_cpu, address))
 
 
@@ -89,18 +91,69 @@ def load_cubin(
     """Loads a cubin on CUDA device `device`: a `CudaKernel` with .launch(params, grid_x, grid_y, stream) and
     .blocks_per_sm(). `dependent` launches may overlap the end of the kernel before them on the stream.
 
-    Raises LoadError for an entry of another kind or launch ABI, or where the driver refuses it.
+    Raises LoadError for an entry of another kind, launch ABI or architecture, one that a newer driver must load, or where
+    the driver refuses it; CacheError where the cubin is not what its manifest says.
     """
-    kind, abi = entry.manifest.get("kind"), entry.manifest.get("abi")
-    if (kind, abi) != ("cubin", CUDA_ABI):
-        raise _unloadable(entry.artifact, f"kind cubin, launch ABI {CUDA_ABI}", f"kind {kind}, launch ABI {abi}")
+    _check_kind(entry, "cubin", CUDA_ABIS)
+    _check_device(entry, device)
+    content = entry.read()
     try:
-        return host().CudaKernel(
-            entry.artifact.read_bytes(), symbol, device=device, threads=threads, shared_bytes=shared_bytes,
-            dependent=dependent,
-        )  # fmt: skip
+        found = host().CudaKernel(
+            content, symbol, device=device, threads=threads, shared_bytes=shared_bytes, dependent=dependent
+        )
     except RuntimeError as error:
         raise _unloadable(entry.artifact, f"a cubin for CUDA device {device}", str(error)) from None
+    _mark_in_use(entry.artifact)
+    return found
+
+
+def _check_kind(entry: cache.Entry, kind: str, abis: tuple[str, ...]) -> str:
+    """The entry's launch ABI, if it is of this kind and one of ``abis``."""
+    found, abi = entry.manifest.get("kind"), entry.manifest.get("abi")
+    if found != kind or abi not in abis:
+        raise _unloadable(entry.folder, f"kind {kind}, launch ABI {' or '.join(abis)}", f"kind {found}, launch ABI {abi}")
+    return abi
+
+
+def _check_device(entry: cache.Entry, device: int) -> None:
+    """Raises LoadError where the device or its driver cannot run the entry's code."""
+    import torch
+
+    isa = str(entry.manifest.get("isa", ""))
+    major, minor = torch.cuda.get_device_capability(device)
+    wanted = isa.rstrip("af")
+    runs = wanted.isdigit() and int(wanted[:-1]) == major and (int(wanted[-1]) == minor if isa.endswith("a") else int(wanted[-1]) <= minor)
+    if not runs:
+        raise _unloadable(entry.folder, f"a cubin for compute capability {major}.{minor}", f"one for sm_{isa}")
+    least = min_driver(entry.manifest)
+    if least and host().driver_version() < least:
+        raise LoadError(
+            f"a kernel that this machine's NVIDIA driver is too old for: {entry.folder}\n  required: a driver of CUDA "
+            f"{_cuda_version(least)} or newer (cuDriverGetVersion)\n  found: CUDA {_cuda_version(host().driver_version())}\n"
+            f"  do: update the driver, or build the kernels with a toolkit of CUDA {host().driver_version() // 1000}"
+        )
+
+
+def min_driver(manifest: Any) -> int:
+    """The oldest driver, as cuDriverGetVersion counts, that runs a cubin of this manifest: any of the compiler's major
+    version. 0 where the manifest does not say."""
+    found = re.search(r"release (\d+)\.", str(manifest.get("compiler", "")))
+    return 1000 * int(found[1]) if found else 0
+
+
+def _cuda_version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def _mark_in_use(path: Path) -> None:
+    """Maps a page of the file for the process's life: /proc then tells `cache prune` that it is in use, as it does of a
+    library. A Python mmap would keep a descriptor."""
+    import ctypes
+
+    with contextlib.suppress(OSError, AttributeError), open(path, "rb") as file:
+        mmap = ctypes.CDLL(None).mmap
+        mmap.restype, mmap.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+        mmap(None, 1, 1, 2, file.fileno(), 0)  # PROT_READ, MAP_PRIVATE
 
 
 def host() -> ModuleType:
@@ -128,7 +181,7 @@ def _find_host() -> ModuleType:
             return packaged
         log.info("the host extension at %s is older than %s", packaged.__file__, HOST_SOURCES[0].parent)
     key = _host_key(digest)
-    entry, hit = cache.default().get_or_build(key, functools.partial(_build_host, digest), shelf="host")
+    entry, hit = cache.default().get_or_build(key, functools.partial(_build_host, digest), shelf="host", title="host extension")
     log.info("host extension %s at %s", "found" if hit else "built", entry.artifact)
     spec = importlib.util.spec_from_file_location("attngen._host", entry.artifact)
     assert spec is not None and spec.loader is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import math
+import os
 import struct
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,11 +19,11 @@ import torch
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from . import cache
+from . import cache, counters, pins
 from .abi import BASE_FIELDS, LAUNCH_ABI, Layout, layout
 from .choose import Choice, choose_cpu, cpu_flags, host_isa
 from .emit import emit
-from .errors import ParameterError, UnsupportedError
+from .errors import CacheError, ParameterError, UnsupportedError
 from .interp import reference_attention
 from .library import NO_GRAD, NOT_IN_GRAPHS, PARAMETERS, define, operands, parameters, traced_variant, variant_of
 from .load import LoadedKernel, host, load_kernel
@@ -34,6 +35,7 @@ FORMAT = 1  # of the key; a change voids every cached kernel
 MAX_LENGTH = 2**30  # positions and lengths stay below it, so that q - kv never wraps
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16",
                 torch.int32: "int32", torch.int64: "int64", torch.uint8: "uint8", torch.bool: "bool"}  # fmt: skip
+DEBUG = os.environ.get("ATTNGEN_DEBUG", "0") not in ("", "0")  # the ladder of debug.py
 F32_MAX = torch.finfo(torch.float32).max
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # The rooms whose text decides what a kernel's source says.
@@ -97,6 +99,8 @@ _records: list[BuildRecord] = []  # appending and copying are atomic
 def record_build(record: BuildRecord) -> None:
     """Add to the log."""
     _records.append(record)
+    counters.count("loads")
+    counters.count("load_ms", 1e3 * record.load_seconds)
 
 
 def build_log() -> list[BuildRecord]:
@@ -191,13 +195,13 @@ def kernel_for(variant: Variant, problem: Problem) -> Kernel:
     memo = (trace.key(problem.head_dim), problem)
     kernel = _kernels.get(memo)
     if kernel is None:
-        with _collector_paused():
+        with collector_paused():
             kernel = _kernels[memo] = _compile_uncached(variant, problem)
     return kernel
 
 
 @contextmanager
-def _collector_paused() -> Iterator[None]:
+def collector_paused() -> Iterator[None]:
     """Without cyclic garbage collection: rendering allocates enough to set off a full one, 90 ms over torch's heap."""
     enabled = gc.isenabled()
     gc.disable()
@@ -228,11 +232,13 @@ def compiler_digest() -> str:
 
 
 def build_artifact(
-    key: str, recipe: Callable[[], Any], render: Callable[[Path], dict[str, str]], described: Mapping[str, Any]
-) -> tuple[cache.Entry, bool]:
+    key: str, recipe: Callable[[], Any], render: Callable[[Path], dict[str, str]], described: Callable[[], Mapping[str, Any]],
+    title: str,
+) -> tuple[cache.Entry, bool]:  # fmt: skip
     """The artifact of ``key``: from the cache, or rendered and compiled now; and whether it was there.
 
-    ``render`` is given the folder where Jinja keeps compiled templates; ``described`` are the manifest's own fields.
+    ``render`` is given the folder where Jinja keeps compiled templates; ``described`` makes the manifest's own fields,
+    ``inputs`` among them: what went into the key.
     """
     store = cache.default()
 
@@ -247,11 +253,11 @@ def build_artifact(
             files, recipe(), folder, locate=lambda file, line: locate(files, file, line), keep_failed=store.failed(key)
         )
         return {
-            **described, "artifact": result.artifact.name, "sources": list(files), "compiler": result.compiler,
+            **described(), "artifact": result.artifact.name, "sources": list(files), "compiler": result.compiler,
             "seconds": result.seconds, "spec_hash": key,
         }  # fmt: skip
 
-    return store.get_or_build(key, build)
+    return store.get_or_build(key, build, title=title, inputs=lambda: described()["inputs"])
 
 
 def describe(struct_layout: Layout) -> list[list[Any]]:
@@ -260,6 +266,36 @@ def describe(struct_layout: Layout) -> list[list[Any]]:
 
 
 def _compile_uncached(variant: Variant, problem: Problem) -> Kernel:
+    pinned = pins.pinned_cpu(variant.trace.key(problem.head_dim), problem)
+    if pinned is not None:
+        choice: Choice = Choice(pins.restore_config(pinned.manifest.get("choice"), pinned.folder), ())
+        key, struct_layout, entry, hit, seconds = pinned.key, _pinned_layout(variant, problem, pinned), pinned, True, 0.0
+    else:
+        choice, key, struct_layout, entry, hit, seconds = build_cpu(variant, problem)
+    host()  # once a process; not the kernel's own time
+    loading = time.perf_counter()
+    loaded = load_kernel(entry)
+    record_build(BuildRecord(key, variant.name, problem, hit, seconds, time.perf_counter() - loading))
+    if DEBUG:
+        from . import debug
+
+        debug.show(entry, hit, seconds, None, choice)
+    return Kernel(variant, problem, choice, key, struct_layout, loaded)
+
+
+def _pinned_layout(variant: Variant, problem: Problem, entry: cache.Entry) -> Layout:
+    struct_layout = layout(variant.trace.used(), dict(problem.storage))
+    if describe(struct_layout) != [list(field) for field in entry.manifest.get("params", ())]:
+        raise CacheError(
+            f"a kernel of another release, which this one cannot launch: {entry.folder}\n  required: the parameter struct of "
+            f"{LAUNCH_ABI}\n  found: other fields\n  do: build the set again with `attngen precompile`"
+        )
+    return struct_layout
+
+
+def build_cpu(variant: Variant, problem: Problem) -> tuple[Choice, str, Layout, cache.Entry, bool, float]:
+    """The CPU kernel of ``variant`` for ``problem``, in the cache and not loaded: its choice, key, parameter struct and entry,
+    whether it was there, and the seconds of its build. Any ``problem.isa``, whatever this machine has."""
     hooks, choice, struct_layout, flags, key = specialise(variant, problem)
     start = time.perf_counter()
 
@@ -274,20 +310,34 @@ def _compile_uncached(variant: Variant, problem: Problem) -> Kernel:
 
         return render_cpu(hooks, choice.config, struct_layout, problem, variant.name, compiled)
 
-    described = {
-        "kind": "cpu", "abi": LAUNCH_ABI, "flags": list(flags), "variant": variant.name, "isa": problem.isa,
-        "problem": problem.__dict__, "config": repr(choice.config), "params": describe(struct_layout),
+    def described() -> dict[str, Any]:
+        rooms = [PACKAGE / f"{room}.py" for room in _COMPILER_ROOMS]
+        return {
+            "kind": "cpu", "name": "attention", "abi": LAUNCH_ABI, "flags": list(flags), "variant": variant.name,
+            "isa": problem.isa, "problem": problem.__dict__, "config": repr(choice.config), "params": describe(struct_layout),
+            "choice": pins.config_record(choice.config),
+            "inputs": key_inputs("cpu", "attention", LAUNCH_ABI, variant.trace, problem, str(choice.config), flags,
+                                 templates_dir() / "cpu", *rooms),
+        }  # fmt: skip
+
+    entry, hit = build_artifact(key, recipe, render, described, f"{variant.name} {problem.q_dtype} head_dim {problem.head_dim}")
+    return choice, key, struct_layout, entry, hit, 0.0 if hit else time.perf_counter() - start
+
+
+def key_inputs(
+    backend: str, name: str, abi: str, trace: Any, problem: Problem | None, config: str, flags: Sequence[str], *sources: Path
+) -> dict[str, Any]:
+    """What went into a key, by name, for people who ask why it changed (explain.py)."""
+    from .entry import short_digests
+
+    facts = {} if problem is None else {name: value for name, value in problem.__dict__.items() if name != "storage"}
+    return {
+        "backend": backend, "kernel": name, "format": FORMAT, "abi": abi,
+        "structure": trace.key(problem.head_dim if problem else None) if trace else "",
+        "hooks": {n: str(node) for n, node in trace.roots().items()} if trace else {}, "problem": facts,
+        "storage": dict(problem.storage) if problem else {}, "config": config, "flags": " ".join(flags),
+        "sources": short_digests(*sources),
     }  # fmt: skip
-    entry, hit = build_artifact(key, recipe, render, described)
-    built = time.perf_counter()
-    host()  # once a process; not the kernel's own time
-    loading = time.perf_counter()
-    loaded = load_kernel(entry)
-    record = BuildRecord(
-        key, variant.name, problem, hit, 0.0 if hit else built - start, time.perf_counter() - loading
-    )
-    record_build(record)
-    return Kernel(variant, problem, choice, key, struct_layout, loaded)
 
 
 # ---------------------------------------------------------------- calling

@@ -71,7 +71,7 @@ class Kernel:
         run = f"""
 extern "C" __attribute__((visibility("default"))) void run(const void* params, unsigned blocks) {{
   for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x)
-    for (threadIdx.x = 0; threadIdx.x < {config.threads}; ++threadIdx.x) {special.symbol}(*(const Params*)params);
+    for (threadIdx.x = 0; threadIdx.x < {config.threads}; ++threadIdx.x) attngen_{special.phase}(*(const Params*)params);
 }}
 """
         math = "#pragma once\n#include \"shim.h\"\n"  # of math.cuh the plain kernels take INFINITY alone

@@ -115,7 +115,7 @@ class Kernel:
     def __init__(self, special: Specialised) -> None:
         config, name = special.config, special.name
         files = render_cuda(name, special.hooks, config, special.layout, special.problem, "on the host")
-        self.library = compiled(files, f"{name}.cu", f"{special.symbol}(*launched)", config.threads)
+        self.library = compiled(files, f"{name}.cu", f"attngen_{special.phase}(*launched)", config.threads)
         self.size = special.layout.size
 
     def launch(self, params: bytearray, grid_x: int, grid_y: int = 1, stream: int = 0) -> None:

@@ -22,6 +22,7 @@ import toy
 from attngen import cache
 from attngen.cache import Cache, sources_digest
 from attngen.errors import BuildError, CacheError, CacheWarning
+from attngen.locks import machine
 
 # One line a build in a log beside the cache; a flag file holds the build back until every process has asked.
 ASK = """
@@ -263,7 +264,7 @@ def test_a_waiter_takes_over_from_a_killed_builder(tmp_path):
 def test_folders_of_live_builds_are_left_alone(store):
     store.get_or_build(toy.KEY, plain())
     building = store.base / "building"
-    ours = building / f".build-{cache._machine()}-{os.getpid()}-1"
+    ours = building / f".build-{machine()}-{os.getpid()}-1"
     elsewhere = building / ".build-00000000-1-2"
     abandoned = building / ".build-00000000-1-3"
     for folder in (ours, elsewhere, abandoned):
@@ -411,7 +412,7 @@ def test_a_full_disk(tmp_path, build):
     """On a tmpfs of a few pages; a user who may not mount gets a limit on file sizes, which fails in the same calls."""
     root = tmp_path / "cache"
     root.mkdir()
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24k", "none", root], capture_output=True)
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24k,mode=700", "none", root], capture_output=True)
     mounted = mount.returncode == 0
 
     def fill():

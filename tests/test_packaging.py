@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from test_faults import one_pack, serve_strictly
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -99,6 +100,7 @@ def test_wheel(source, tmp_path):
     assert templates == package.parent / "templates"
     assert host.parent == package.parent
     assert (tmp_path / "env" / "bin" / "attngen").is_file()
+    serve_strictly(str(python), one_pack(tmp_path))  # the wheel and a pack are all that a server needs
 
 
 def test_sdist_holds_all_that_a_wheel_needs(source, tmp_path):

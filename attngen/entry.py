@@ -1,0 +1,170 @@
+"""An entry of a cache: an artifact, its sources and a manifest, checked before anything is made of them.
+
+    manifest.json: format, key, kind, abi, artifact, size, sha256, files {name: sha256}, and what describes the kernel
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import trust
+from .errors import CacheError
+
+FORMAT = 1  # of the folder layout and of manifest.json; part of every path as v1/
+KEY = re.compile(r"[0-9a-f]{64}")
+FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
+CACHE = "cache"  # the layer that this user's builds go to
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A published artifact. `manifest` says what it is, how it was built and what it needs; `layer`, where it was found."""
+
+    key: str
+    folder: Path
+    manifest: Mapping[str, Any]
+    layer: str = CACHE
+
+    @property
+    def artifact(self) -> Path:
+        return self.folder / str(self.manifest["artifact"])
+
+    @property
+    def size(self) -> int:
+        """Bytes of the artifact."""
+        return int(self.manifest["size"])
+
+    def exists(self) -> bool:
+        """Whether its artifact is still there."""
+        return self.artifact.exists()
+
+    def file(self, name: str) -> bytes:
+        """One of its files."""
+        return (self.folder / name).read_bytes()
+
+    def read(self) -> bytes:
+        """The artifact, of the size and sha256 that the manifest says. Raises CacheError."""
+        try:
+            content = self.file(self.manifest["artifact"])
+        except OSError as error:
+            raise damaged(self.folder, f"a readable {self.artifact.name}", str(error)) from None
+        check_content(self.folder, self.manifest, content)
+        return content
+
+    def sources(self) -> dict[str, str]:
+        """The rendered source files, as they were compiled."""
+        return {name: self.file(name).decode() for name in self.manifest.get("sources", ())}
+
+
+def read_entry(folder: Path, key: str, layer: str = CACHE) -> Entry | None:
+    """The entry of ``key`` in ``folder`` after a check of its format, size and sha256; None where there is no folder.
+
+    Raises CacheError where it is damaged, of another format, or unsigned though signatures are required; OSError where
+    the folder cannot be read.
+    """
+    try:
+        text = (folder / "manifest.json").read_bytes()
+    except FileNotFoundError:
+        if not folder.is_dir():
+            return None
+        raise damaged(folder, "a manifest.json", "none") from None
+    manifest = parse_manifest(text, folder, key)
+    entry = Entry(key, folder, manifest, layer)
+    entry.read()
+    if layer != CACHE or "origin" in manifest:  # what was built here needs no signature
+        trust.check_signed(manifest, f"the kernel in {folder}")
+    return entry
+
+
+def parse_manifest(text: bytes, place: Path, key: str) -> dict[str, Any]:
+    """A manifest with the fields that every check relies on. Raises CacheError."""
+    try:
+        manifest = json.loads(text)
+        found = (manifest["format"], manifest["key"])
+        names = [manifest["artifact"], *manifest.get("sources", ()), *manifest.get("files", {})]
+        types = isinstance(manifest["size"], int) and isinstance(manifest["sha256"], str)
+        if not types or not all(isinstance(name, str) and FILE_NAME.fullmatch(name) for name in names):
+            raise ValueError("a field of another type, or a name that is no plain file name")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise damaged(place, "a manifest.json with format, key, artifact, size and sha256", repr(error)) from None
+    if found != (FORMAT, key):
+        raise damaged(place, f"format {FORMAT}, key {key}", f"format {found[0]}, key {found[1]}")
+    return manifest
+
+
+def check_content(place: Path, manifest: Mapping[str, Any], content: bytes) -> None:
+    """Raises CacheError unless ``content`` is the artifact that the manifest speaks of."""
+    name, size, digest = manifest["artifact"], manifest["size"], manifest["sha256"]
+    if len(content) != size:
+        raise damaged(place, f"{name} of {size} bytes", f"{len(content)} bytes")
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise damaged(place, f"{name} with sha256 {digest}", hashlib.sha256(content).hexdigest())
+
+
+def check_files(entry: Entry) -> None:
+    """Re-hash every file of an entry. Raises CacheError."""
+    entry.read()
+    for name, digest in entry.manifest.get("files", {}).items():
+        try:
+            found = hashlib.sha256(entry.file(name)).hexdigest()
+        except OSError as error:
+            raise damaged(entry.folder, f"a readable {name}", str(error)) from None
+        if found != digest:
+            raise damaged(entry.folder, f"{name} with sha256 {digest}", found)
+
+
+def damaged(place: Path, required: str, found: str) -> CacheError:
+    return CacheError(
+        f"a damaged cache entry.\n  required: {required}\n  found: {found} in {place}\n"
+        f"  do: nothing where it can be built again; else copy the entry anew, or run `attngen cache clear`"
+    )
+
+
+def cache_root() -> Path:
+    """$ATTNGEN_CACHE_DIR, else $XDG_CACHE_HOME/attngen, else ~/.cache/attngen."""
+    own, xdg = os.environ.get("ATTNGEN_CACHE_DIR"), os.environ.get("XDG_CACHE_HOME")
+    if own:
+        return Path(own).expanduser().absolute()
+    if xdg and os.path.isabs(xdg):
+        return Path(xdg) / "attngen"
+    home = os.path.expanduser("~")
+    if home == "~":
+        raise CacheError(
+            "no cache folder.\n  required: a folder for compiled kernels\n  found: neither ATTNGEN_CACHE_DIR nor "
+            "XDG_CACHE_HOME nor a home folder\n  do: set ATTNGEN_CACHE_DIR to a folder that you can write"
+        )
+    return Path(home) / ".cache" / "attngen"
+
+
+def sources_digest(*roots: Path) -> str:
+    """A digest of the content of files and folders: of names relative to each root and bytes, never of mtimes."""
+    total = hashlib.sha256()
+    for name, digest in source_files(*roots):
+        total.update(f"{name}\0".encode() + bytes.fromhex(digest))
+    return total.hexdigest()
+
+
+def source_files(*roots: Path) -> list[tuple[str, str]]:
+    """(name relative to its root, sha256) of every file of files and folders."""
+    found = []
+    for root in roots:
+        files = [root] if root.is_file() else [path for path in root.rglob("*") if path.is_file()]
+        for path in sorted(files):
+            if "__pycache__" not in path.parts:
+                name = path.name if path == root else path.relative_to(root).as_posix()
+                found.append((name, hashlib.sha256(path.read_bytes()).hexdigest()))
+    return found
+
+
+@functools.cache
+def short_digests(*roots: Path) -> dict[str, str]:
+    """What explains a changed digest: the head of each file's sha256."""
+    return {name: digest[:12] for name, digest in source_files(*roots)}

@@ -1,0 +1,403 @@
+"""The start of a server: a set's kernels, all loaded before the first request, or an error that says what is missing.
+
+    loaded = ag.load_set("llama.toml", jit=False)       its lock file names the kernels; or a pack; or an installed set
+    print(loaded.report())
+    ag.warmup(loaded)                                   runs each kernel once
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import cache, counters, layers, pins, sets
+from .choose import host_isa
+from .entry import Entry
+from .errors import CacheError, MissingKernelError, ParameterError
+from .load import host, load_kernel
+from .pack import SET_NAME, Pack
+from .run import collector_paused
+
+log = logging.getLogger("attngen.start")
+_SHOWN = 20  # missing kernels that an error lists
+
+
+@dataclass(frozen=True)
+class LoadedKernelRow:
+    """One kernel of a start: what it is, which layer had it, and what finding and loading it took."""
+
+    key: str
+    variant: str
+    name: str
+    arch: str
+    layer: str
+    bytes: int
+    find_ms: float
+    load_ms: float
+
+
+@dataclass
+class LoadedSet:
+    """A set that this process serves.
+
+    Attributes:
+        name, lock: of the set.
+        kernels: a row a kernel, in the order of loading.
+        units: what they serve, as the lock file says.
+        device: where CUDA kernels are loaded; None where there are none.
+        built: how many had to be compiled.
+        host_ms, total_ms: loading the host extension; all of load_set.
+    """
+
+    name: str
+    lock: Mapping[str, Any]
+    folder: Path
+    device: torch.device | None = None
+    kernels: list[LoadedKernelRow] = field(default_factory=list)
+    units: list[Mapping[str, Any]] = field(default_factory=list)
+    built: int = 0
+    host_ms: float = 0.0
+    total_ms: float = 0.0
+
+    def layers(self) -> dict[str, int]:
+        """How many kernels came from each layer."""
+        return dict(Counter(row.layer for row in self.kernels))
+
+    def report(self) -> str:
+        """The start-up report: a line a kernel, then the sums."""
+        lines = [
+            f"{row.variant} {row.name} {row.arch} {row.key[:12]} | {row.layer} | {row.bytes / 1e3:.0f} kB | find "
+            f"{row.find_ms:.2f} ms, load {row.load_ms:.2f} ms"
+            for row in self.kernels
+        ]
+        return "\n".join([*lines, self.summary()])
+
+    def summary(self) -> str:
+        where = ", ".join(f"{count} from {layer}" for layer, count in self.layers().items())
+        built = f", {self.built} of them compiled now" if self.built else ""
+        return (f"set {self.name}: {len(self.kernels)} kernels in {self.total_ms:.1f} ms ({where}{built}; host extension "
+                f"{self.host_ms:.1f} ms)")  # fmt: skip
+
+
+def load_set(source: str | os.PathLike[str], *, jit: bool = True, device: torch.device | str | None = None) -> LoadedSet:
+    """Load every kernel of a set that fits this machine, before anything is served.
+
+    Args:
+        source: a set's TOML file, whose lock file lies beside it; a lock file; a pack (NAME.attnpack), which is read where
+            it lies; or the name of a set that an imported pack or an installed wheel of kernels brought.
+        jit: whether what is missing may be compiled (from a TOML file). False needs no compiler, ninja, Jinja, right to
+            write or network. ATTNGEN_JIT=off means False everywhere.
+        device: "cpu", "cuda" or one CUDA device: load for it alone. Default: for the CPU, and for the current CUDA device
+            where there is one, as far as the set has either.
+
+    From now on calls and batches that the set serves use its kernels, though a later release of attngen would choose
+    others; other calls go on as ever.
+
+    Raises:
+        MissingKernelError: with jit=False, at once: what is missing, and the command that builds it.
+        ParameterError, CacheError, LoadError, BuildError.
+    """
+    start = time.perf_counter()
+    path, lock = _find(source)
+    allowed = jit and counters.jit_mode() != "off"
+    with nullcontext() if allowed else counters.jit("off"), collector_paused():
+        here, built = _here(device), 0
+        why = _unfit(path, lock, here, device)
+        if why and allowed and path.suffix == ".toml":
+            lock, built = _build(path, list(here.values()))
+            why = _unfit(path, lock, here, device)
+        if why:
+            raise why
+        assert lock is not None
+        units = _fitting(lock, here)
+        found, missing = _find_all(units, lock)
+        if missing and allowed and path.suffix == ".toml":
+            lock, built = _build(path, list(here.values()))
+            units = _fitting(lock, here)
+            found, missing = _find_all(units, lock)
+        if missing:
+            raise _missing(path, lock, missing)
+        loaded = LoadedSet(lock["name"], lock, path.parent, units=units, built=built)
+        begun = time.perf_counter()
+        host()
+        loaded.host_ms = 1e3 * (time.perf_counter() - begun)
+        if any(unit["backend"] == "cuda" for unit in loaded.units):
+            loaded.device = _cuda_device(device)
+        _load(loaded, found)
+    loaded.total_ms = 1e3 * (time.perf_counter() - start)
+    facts = {"event": "load_set", "set": loaded.name, "kernels": len(loaded.kernels), "ms": loaded.total_ms, "layers": loaded.layers()}
+    log.info("%s", loaded.summary(), extra={"facts": facts})
+    if log.isEnabledFor(logging.DEBUG):
+        log.debug("%s", loaded.report())
+    return loaded
+
+
+# ---- finding ---------------------------------------------------------------------------------------------------------
+
+
+def _find(source: str | os.PathLike[str]) -> tuple[Path, dict[str, Any] | None]:
+    """The path that ``source`` means and its lock file; None where it has none yet."""
+    text, path = os.fspath(source), Path(source)
+    if path.suffix == ".attnpack":
+        pack = Pack(path)
+        if pack.lock is None:
+            raise ParameterError(f"{path} holds kernels, but no lock file: it was exported without a set; export one with a set")
+        layers.attach(pack)
+        return path, sets.check_lock(pack.lock, f"the lock file in {path}")
+    if path.suffix == ".lock":
+        return path, sets.read_lock(path)
+    if path.suffix == ".toml":
+        if not path.exists() and not sets.lock_path(path).exists():
+            raise ParameterError(f"no set {path}: required a TOML file, or its lock file beside it")
+        lock = sets.lock_path(path)
+        return path, sets.read_lock(lock) if lock.exists() else None
+    if SET_NAME.fullmatch(text):
+        known: list[str] = []
+        own = layers.FolderLayer("cache", cache.default().root)
+        for layer in (*layers.before(), own, *layers.after()):
+            if isinstance(layer, layers.RemoteLayer):
+                continue
+            known += layer.sets()
+            if text in layer.sets():
+                return Path(text), sets.check_lock(layer.lock(text), f"the set {text} of layer {layer.name}")
+        names = ", ".join(dict.fromkeys(known)) or "none"
+        raise ParameterError(
+            f"no set named {text!r}.\n  required: a set of an imported pack or an installed wheel of kernels, or a path that ends "
+            f"in .toml, .lock or .attnpack\n  found: {names}\n  do: attngen cache import {text}.attnpack"
+        )
+    raise ParameterError(f"{text}: required a path that ends in .toml, .lock or .attnpack, or the name of an imported set")
+
+
+def _here(device: Any) -> dict[str, str]:
+    """The architecture of each backend that this machine has, or of the device that was asked for."""
+    wanted = torch.device(device).type if device is not None else None
+    if wanted not in (None, "cpu", "cuda"):
+        raise ParameterError(f"device {device!r}: required 'cpu' or a CUDA device")
+    found = {"cpu": host_isa()} if wanted in (None, "cpu") else {}
+    if wanted == "cuda" or (wanted is None and torch.cuda.is_available()):
+        from . import cuda
+
+        found["cuda"] = cuda.device_arch(_cuda_device(device).index or 0).name
+    return found
+
+
+def _fitting(lock: Mapping[str, Any], here: Mapping[str, str]) -> list[Mapping[str, Any]]:
+    """The units that this machine serves."""
+    return [unit for unit in lock["units"] if here.get(unit["backend"]) == unit["arch"]]
+
+
+def _unfit(path: Path, lock: Mapping[str, Any] | None, here: Mapping[str, str], device: Any) -> MissingKernelError | None:
+    """Why a lock file cannot serve here: it is not there, older than its set, or has nothing for a backend that is here and
+    that the set serves."""
+    toml = sets_path(path, lock)
+    why = "there is no lock file" if lock is None else sets.stale(path, lock) if path.suffix == ".toml" and path.exists() else ""
+    if why or lock is None:
+        return MissingKernelError(
+            f"the set {path} cannot be loaded as it is: {why}.\n  required: {sets.lock_path(toml)}, written for this set\n"
+            f"  found: {why}\n  do: {sets.missing_command(toml, ())}"
+        )
+    for backend, arch in here.items():
+        archs = sorted({unit["arch"] for unit in lock["units"] if unit["backend"] == backend})
+        if arch not in archs and (archs or device is not None):
+            return MissingKernelError(
+                f"the set {lock['name']} has no kernels for {arch}, which this machine's {backend} runs.\n  required: {arch}\n"
+                f"  found: {', '.join(archs) or 'none'}\n  do: {sets.missing_command(toml, [arch])}"
+            )
+    if not _fitting(lock, here):
+        archs = sorted({str(unit["arch"]) for unit in lock["units"]})
+        return MissingKernelError(
+            f"nothing of the set {lock['name']} runs here.\n  required: one of {', '.join(archs)}\n"
+            f"  found: {', '.join(here.values())}{'' if torch.cuda.is_available() else ', no CUDA device'}\n"
+            f"  do: {sets.missing_command(toml, list(here.values()))}"
+        )
+    return None
+
+
+def sets_path(path: Path, lock: Mapping[str, Any] | None) -> Path:
+    """The TOML file that a set was made from, as far as its path or name tells."""
+    if path.suffix in (".toml", ".lock", ".attnpack"):
+        return path.with_suffix(".toml")
+    return Path(f"{lock['name'] if lock else path.name}.toml")
+
+
+def _find_all(units: Sequence[Mapping[str, Any]], lock: Mapping[str, Any]) -> tuple[dict[str, tuple[Entry, float]], dict[str, str]]:
+    """Entries by key with the milliseconds that finding took; and for each missing key, why."""
+    store = cache.default()
+    found: dict[str, tuple[Entry, float]] = {}
+    missing: dict[str, str] = {}
+    for key in dict.fromkeys(role["key"] for unit in units for role in unit["roles"] if "key" in role):
+        begun = time.perf_counter()
+        try:
+            entry = store.find(key)
+        except CacheError as error:
+            missing[key] = str(error).splitlines()[0]
+            continue
+        if entry is None:
+            missing[key] = "in no layer"
+            continue
+        counters.count("hits", layer=entry.layer)
+        found[key] = entry, 1e3 * (time.perf_counter() - begun)
+    return found, missing
+
+
+def _missing(path: Path, lock: Mapping[str, Any], missing: Mapping[str, str]) -> MissingKernelError:
+    rows = [
+        f"    {k['variant']} {k['name']} {k['arch']} {key[:12]}: {why}"
+        for key, why in missing.items() for k in [lock["kernels"][key]]
+    ]  # fmt: skip
+    more = [f"    and {len(rows) - _SHOWN} more"] if len(rows) > _SHOWN else []
+    archs = sorted({str(lock["kernels"][key]["arch"]) for key in missing})
+    text = "\n".join([*rows[:_SHOWN], *more])
+    return MissingKernelError(
+        f"{len(missing)} of the kernels of the set {lock['name']} are not there.\n  required: {len(lock['kernels'])} kernels, as "
+        f"its lock file says\n  found missing:\n{text}\n  do: {sets.missing_command(sets_path(path, lock), archs)}, or import its pack"
+    )
+
+
+def _build(path: Path, archs: Sequence[str]) -> tuple[dict[str, Any], int]:
+    from .precompile import Plan, build, workers_for  # a start that finds everything needs none of it
+
+    result = build(Plan.of(sets.VariantSet(path, archs)), workers_for(None))
+    for state in result.failed:
+        raise CacheError(f"the set {path} cannot be built: {state.job.title} {state.job.name}:\n{state.error}")
+    if result.interrupted:
+        raise KeyboardInterrupt
+    return result.lock(), sum(state.state == "built" for state in result.states)
+
+
+# ---- loading ---------------------------------------------------------------------------------------------------------
+
+
+def _cuda_device(device: Any) -> torch.device:
+    found = torch.device("cuda" if device is None else device)
+    return torch.device("cuda", torch.cuda.current_device()) if found.index is None else found
+
+
+def _load(loaded: LoadedSet, found: Mapping[str, tuple[Entry, float]]) -> None:
+    store, done = cache.default(), set()
+    for unit in loaded.units:
+        for role in unit["roles"]:
+            key = role.get("key")
+            if key is None or key in done:
+                continue
+            done.add(key)
+            entry, find_ms = found[key]
+            begun = time.perf_counter()
+            if unit["backend"] == "cpu":
+                load_kernel(entry)
+                counters.count("loads")
+                counters.count("load_ms", 1e3 * (time.perf_counter() - begun))
+            else:
+                from . import cuda
+                from .engine import Launcher
+
+                assert loaded.device is not None and loaded.device.index is not None
+                special = cuda.from_entry(entry, None)
+                Launcher(special, loaded.device.index, getattr(special.config, "smem_bytes", 0))
+            took = 1e3 * (time.perf_counter() - begun)
+            store.remember(entry)
+            m = entry.manifest
+            loaded.kernels.append(LoadedKernelRow(
+                key, str(m.get("variant")), str(m.get("name")), str(m.get("isa")), entry.layer, entry.size, find_ms, took
+            ))  # fmt: skip
+    for unit in loaded.units:  # none before all are loaded
+        pins.pin(unit["identity"], [found[role["key"]][0] if "key" in role else role for role in unit["roles"]])
+
+
+# ---- warming up ------------------------------------------------------------------------------------------------------
+
+
+def warmup(loaded: LoadedSet, params: Mapping[str, Mapping[str, Any]] | None = None) -> float:
+    """Run everything that a loaded set serves once, on small inputs: what a driver or torch does at first use is done.
+
+    Args:
+        params: parameters by the variant's name, for variants whose tensors cannot be invented; others get random ones.
+
+    Returns:
+        Milliseconds. Raises what the calls raise; VariantError where a file that the set names is not there.
+    """
+    start = time.perf_counter()
+    with torch.no_grad():
+        for unit in loaded.units:
+            device = torch.device("cpu") if unit["backend"] == "cpu" else loaded.device
+            assert device is not None
+            if unit["variant"] == "append_kv":
+                _warm_append(unit, device)
+            elif unit["variant"] == "merge_states":
+                _warm_merge(unit, device)
+            else:
+                _warm_attention(unit, device, loaded.folder, (params or {}).get(unit["variant"]))
+    if loaded.device is not None:
+        torch.cuda.synchronize(loaded.device)
+    took = 1e3 * (time.perf_counter() - start)
+    log.info("set %s: warmed up in %.1f ms", loaded.name, took, extra={"facts": {"event": "warmup", "set": loaded.name, "ms": took}})
+    return took
+
+
+def _warm_attention(unit: Mapping[str, Any], device: torch.device, folder: Path, given: Mapping[str, Any] | None) -> None:
+    from .batch import BatchAttention
+    from .check import Case, invent
+    from .run import attention
+    from .sets import DTYPES
+    from .units import variant_of_unit
+
+    variant, dtype = variant_of_unit(unit, folder), DTYPES[unit["dtype"]]
+    whole = all("key" in role for role in unit["roles"])  # else a set of the phase decode alone
+    for rows in (1, 24, 80) if whole else (1,):
+        heads, kv_heads, keys = 2, 2, 97 if unit.get("layout") == "paged-odd" else 96  # all of them one page
+        case = Case("warmup", 1, rows, keys, heads, kv_heads)
+        values = {**(invent(variant, case)[0]), **(given or {})}
+        values = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in values.items()}
+        q = torch.zeros(1, rows, heads, unit["head_dim"], dtype=dtype, device=device)
+        k = torch.zeros(1, keys, kv_heads, unit["head_dim"], dtype=dtype, device=device)
+        v = torch.zeros(1, keys, kv_heads, unit["head_dim_v"], dtype=dtype, device=device)
+        if unit["backend"] == "cpu" or (unit["layout"] == "contiguous" and whole and not unit["batch_invariant"]):
+            attention(q, k, v, variant, **values)
+        if unit["backend"] == "cpu" or unit["layout"] != "contiguous" or unit["batch_invariant"]:
+            paged = unit.get("layout") != "contiguous"
+            attn = BatchAttention(
+                variant, num_heads=heads, num_kv_heads=kv_heads, head_dim=unit["head_dim"], head_dim_v=unit["head_dim_v"],
+                page_size=keys if paged else None, dtype=dtype, max_requests=1, max_q_tokens=rows, max_pages=1,
+                max_kv_tokens=keys, device=device, batch_invariant=bool(unit.get("batch_invariant")),
+                storage={n: x.dtype for n, x in values.items() if isinstance(x, torch.Tensor)},
+            )  # fmt: skip
+            to_plan = {n: x for n, x in values.items() if n in attn._mask_fields}
+            indptr = [0, keys] if not paged else None
+            table = {"block_table": [[0]], "kv_lens": [keys]} if paged else {}
+            attn.plan([0, rows], indptr, **table, **to_plan)
+            attn.run(q[0], (k, v) if paged else (k[0], v[0]), **{n: x for n, x in values.items() if n in attn._run_fields})
+
+
+def _warm_append(unit: Mapping[str, Any], device: torch.device) -> None:
+    from .append import append_kv
+    from .rope import RoPE
+    from .sets import DTYPES
+
+    rotary = int(unit["rotary_dim"])
+    rope = RoPE(rotary_dim=rotary, interleaved=bool(unit["interleaved"])) if rotary else None
+    k = torch.zeros(1, 1, unit["head_dim"], dtype=DTYPES[unit["dtype"]], device=device)
+    v = torch.zeros(1, 1, unit["head_dim_v"], dtype=DTYPES[unit["dtype"]], device=device)
+    slot = torch.zeros(1, dtype=torch.int64, device=device)
+    cached = (k.new_zeros(1, 1, 1, unit["head_dim"]), v.new_zeros(1, 1, 1, unit["head_dim_v"]))
+    places = {"positions": slot.int()} if rope else {}
+    append_kv(k, v, cached, slot_mapping=slot, rope=rope, **places)
+
+
+def _warm_merge(unit: Mapping[str, Any], device: torch.device) -> None:
+    from .merge import merge_states
+    from .sets import DTYPES
+
+    outs = [torch.zeros(1, 1, unit["head_dim_v"], dtype=DTYPES[unit["dtype"]], device=device)] * 2
+    lses = [torch.zeros(1, 1, device=device)] * 2
+    merge_states(outs, lses, out_dtype=DTYPES[unit["out_dtype"]])
+
+

@@ -1,0 +1,143 @@
+"""Whom the cache believes: folders that only their user can write, and records that a trusted key has signed.
+
+Whoever can write a cache folder can run code as its user. So a folder that others can write is refused, and what comes
+from elsewhere can be required to carry an Ed25519 signature: $ATTNGEN_TRUSTED_KEYS names public keys, PEM files or
+folders of them, joined by ":". A record is a JSON object; its signature covers all of it but `signature` and the fields
+that belong to one copy of it (when it was made, where it came from).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .errors import CacheError, ParameterError
+
+OF_THE_COPY = ("signature", "created", "seconds", "origin")
+
+
+def check_private(folder: Path) -> None:
+    """Raises CacheError where others than root and this process's user can write ``folder``, or a pack. One stat."""
+    try:
+        found = os.stat(folder)
+    except OSError:
+        return  # not there, or not ours to see: who uses it says so
+    others = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    stranger = found.st_uid not in (0, os.geteuid())
+    if not (others or stranger) or os.environ.get("ATTNGEN_ALLOW_SHARED_CACHE") == "1":
+        return
+    what = f"mode {stat.S_IMODE(found.st_mode):04o}" if others else f"owned by user {found.st_uid}, not {os.geteuid()}"
+    raise CacheError(
+        f"{folder} can be written by others, who could run code as you through it.\n"
+        f"  required: a cache folder or pack that only its user (or root) can write\n  found: {what}\n"
+        f"  do: {f'chmod go-w {folder}' if others else 'chown it'}, or set ATTNGEN_CACHE_DIR to a new folder inside it, which is "
+        "made with mode 0700 (ATTNGEN_ALLOW_SHARED_CACHE=1 takes it as it is)"
+    )
+
+
+# ---- signatures ------------------------------------------------------------------------------------------------------
+
+
+def signed_bytes(record: Mapping[str, Any]) -> bytes:
+    """What a signature of ``record`` covers."""
+    covered = {name: value for name, value in record.items() if name not in OF_THE_COPY}
+    return b"attngen 1\n" + json.dumps(covered, sort_keys=True, separators=(",", ":")).encode()
+
+
+def sign(record: Mapping[str, Any], key_file: Path) -> dict[str, Any]:
+    """``record`` with its signature by the Ed25519 private key in ``key_file`` (PEM, as `openssl genpkey -algorithm
+    ed25519` writes it). Raises ParameterError."""
+    key = _private_key(key_file, _stamp(key_file))
+    public = key.public_key().public_bytes_raw()
+    signature = {"key": public.hex(), "ed25519": key.sign(signed_bytes(record)).hex()}
+    return {**record, "signature": signature}
+
+
+def required() -> bool:
+    """Whether signatures are: whether ATTNGEN_TRUSTED_KEYS is set."""
+    return bool(os.environ.get("ATTNGEN_TRUSTED_KEYS"))
+
+
+def check_signed(record: Mapping[str, Any], what: str) -> None:
+    """Raises CacheError unless signatures are not required, or a trusted key has signed ``record``."""
+    setting = os.environ.get("ATTNGEN_TRUSTED_KEYS")
+    if not setting:
+        return
+    trusted = _trusted(setting)
+    found = record.get("signature")
+    if not isinstance(found, dict) or not isinstance(found.get("key"), str) or not isinstance(found.get("ed25519"), str):
+        raise _untrusted(what, "no signature", setting)
+    key = trusted.get(found["key"])
+    if key is None:
+        raise _untrusted(what, f"the signature of key {found['key'][:16]}..., which is not among them", setting)
+    try:
+        key.verify(bytes.fromhex(found["ed25519"]), signed_bytes(record))
+    except (ValueError, _crypto("exceptions").InvalidSignature):
+        raise _untrusted(what, f"a signature that does not fit: the content is not what key {found['key'][:16]}... signed",
+                         setting) from None  # fmt: skip
+
+
+def _untrusted(what: str, found: str, setting: str) -> CacheError:
+    return CacheError(
+        f"{what} is not signed by a trusted key.\n  required: an Ed25519 signature of a key in ATTNGEN_TRUSTED_KEYS={setting}\n"
+        f"  found: {found}\n  do: export it with --sign, or add the signer's public key, or unset ATTNGEN_TRUSTED_KEYS"
+    )
+
+
+def _crypto(module: str) -> Any:
+    try:
+        import cryptography.exceptions
+        from cryptography.hazmat.primitives import serialization
+        from cryptography.hazmat.primitives.asymmetric import ed25519
+    except ImportError:
+        raise ParameterError(
+            "signatures need the package `cryptography`.\n  required: cryptography 42 or newer\n  found: it does not import\n"
+            "  do: pip install 'attngen[sign]'"
+        ) from None
+    return {"exceptions": cryptography.exceptions, "serialization": serialization, "ed25519": ed25519}[module]
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    found = path.stat() if path.exists() else None
+    return (found.st_ino, found.st_size, found.st_mtime_ns) if found else (0, 0, 0)
+
+
+@functools.lru_cache(maxsize=8)
+def _private_key(path: Path, stamp: object) -> Any:
+    try:
+        key = _crypto("serialization").load_pem_private_key(path.read_bytes(), password=None)
+    except (OSError, ValueError, TypeError) as error:
+        raise ParameterError(f"--sign {path}: required an unencrypted Ed25519 private key in PEM; found: {error}") from None
+    if not isinstance(key, _crypto("ed25519").Ed25519PrivateKey):
+        raise ParameterError(f"--sign {path}: required an Ed25519 key; found {type(key).__name__}")
+    return key
+
+
+def _trusted(setting: str) -> dict[str, Any]:
+    """Public keys, by their bytes in hex."""
+    files: list[Path] = []
+    for part in filter(None, setting.split(os.pathsep)):
+        path = Path(part).expanduser()
+        files += sorted(path.glob("*.pem")) if path.is_dir() else [path]
+    return _load_trusted(tuple((path, _stamp(path)) for path in files), setting)
+
+
+@functools.lru_cache(maxsize=8)
+def _load_trusted(files: tuple[tuple[Path, object], ...], setting: str) -> dict[str, Any]:
+    found = {}
+    for path, _ in files:
+        try:
+            key = _crypto("serialization").load_pem_public_key(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise ParameterError(f"ATTNGEN_TRUSTED_KEYS: {path}: required a public key in PEM; found: {error}") from None
+        if not isinstance(key, _crypto("ed25519").Ed25519PublicKey):
+            raise ParameterError(f"ATTNGEN_TRUSTED_KEYS: {path}: required an Ed25519 key; found {type(key).__name__}")
+        found[key.public_bytes_raw().hex()] = key
+    if not found:
+        raise ParameterError(f"ATTNGEN_TRUSTED_KEYS={setting}: required PEM files of public keys; found none")
+    return found

@@ -1,0 +1,440 @@
+"""What a cache survives, with real processes: kills at any moment, dead lock holders, folders that vanish, clocks that jump,
+two releases at once, many keys. Nothing is lost, nothing hangs, no wrong kernel is loaded."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import toy
+from test_cache import never, plain, wait_for
+from test_ship import SERVE, next_release  # noqa: F401
+
+import attngen as ag
+from attngen import cache, load, locks, run
+from attngen.cache import Cache
+from attngen.errors import CacheError
+from attngen.prune import in_use, prune, usage
+from attngen.variants import Causal
+from toolchain import needs_nvcc
+
+FORK = multiprocessing.get_context("fork")
+
+
+def key(i: int) -> str:
+    return f"{i:04x}" + "0" * 60
+
+
+def content(i: int) -> bytes:
+    return bytes([i % 256]) * (1000 + i)
+
+
+def slow(i: int):
+    """A build of several steps, each long enough to be killed in, that needs no compiler."""
+
+    def build(folder: Path) -> dict[str, object]:
+        with open(folder / "kernel.so", "wb") as out:
+            for start in range(0, 1000 + i, 200):
+                out.write(content(i)[start : start + 200])
+                out.flush()
+                time.sleep(0.0005)
+        (folder / "kernel.cpp").write_text(f"source {i}")
+        return {"kind": "cpu", "artifact": "kernel.so", "sources": ["kernel.cpp"]}
+
+    return build
+
+
+# ---- kills -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_hundred_kills_at_random_moments(tmp_path):
+    """Between the start of a build and twice its time, publishing included; each key is then asked for once more."""
+    root, chance, outcomes = tmp_path / "cache", random.Random(1), {True: 0, False: 0}
+
+    def start(i: int) -> multiprocessing.Process:
+        process = FORK.Process(target=lambda: Cache(root).get_or_build(key(i), slow(i)))
+        process.start()
+        return process
+
+    begun = time.monotonic()
+    start(999).join()
+    took = time.monotonic() - begun
+    for i in range(100):
+        process = start(i // 2)
+        time.sleep(chance.uniform(0, 2 * took))
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        found = Cache(root).lookup(key(i // 2))  # nothing, or all of it
+        outcomes[found is not None] += 1
+        assert found is None or found.artifact.read_bytes() == content(i // 2)
+    assert outcomes[True] > 5 and outcomes[False] > 5  # the kills fell before and after
+    for i in range(50):
+        entry, _ = Cache(root).get_or_build(key(i), slow(i))
+        assert entry.artifact.read_bytes() == content(i) and entry.sources() == {"kernel.cpp": f"source {i}"}
+    assert os.listdir(root / "v1" / "building") == []
+
+
+def test_kills_while_a_real_compiler_runs(tmp_path):
+    root, chance = tmp_path / "cache", random.Random(2)
+    for _ in range(8):
+        process = FORK.Process(target=lambda: Cache(root).get_or_build(toy.KEY, toy.builder()))
+        process.start()
+        time.sleep(chance.uniform(0, 0.35))
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+    entry, _ = Cache(root).get_or_build(toy.KEY, toy.builder())
+    x = torch.zeros(100)
+    load.load_kernel(entry).launch(toy.PARAMS.pack(x.data_ptr(), 100, 2))
+    assert torch.equal(x, torch.ones(100))
+
+
+# ---- locks -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_lock_that_outlives_its_dead_holder_is_taken_over(tmp_path, caplog):
+    """The builder was killed, but a child of its own inherited the lock."""
+    store = Cache(tmp_path / "cache")
+    store.get_or_build(key(1), plain())
+    lock_file = store.base / "locks" / f"{key(2)}.lock"
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    said = {"pid": dead.pid, "machine": locks.machine(), "host": "here", "beat": 0}
+    (store.base / "locks" / f"{key(2)}.holder").write_text(json.dumps(said))
+    with open(lock_file, "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with caplog.at_level(logging.INFO, logger="attngen.cache"):
+            _, hit = Cache(store.root).get_or_build(key(2), plain())
+    assert not hit and f"waiting for process {dead.pid} on here to build" in caplog.text
+    assert "no longer builds" in caplog.text and Cache(store.root).get_or_build(key(2), never)[1]
+
+
+def test_a_silent_holder_on_another_machine_is_taken_over(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(locks, "SILENT_S", 3.0)
+    store = Cache(tmp_path / "cache")
+    store.get_or_build(key(1), plain())
+    holder = store.base / "locks" / f"{key(2)}.holder"
+    stop = FORK.Event()
+
+    def beat() -> None:  # of a builder elsewhere, alive for 4 s
+        for i in range(20):
+            holder.write_text(json.dumps({"pid": 1, "machine": "other", "host": "elsewhere", "beat": i}))
+            if stop.wait(0.2):
+                return
+
+    process = FORK.Process(target=beat)
+    process.start()
+    wait_for(holder.exists, "no holder")
+    with open(store.base / "locks" / f"{key(2)}.lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        start = time.monotonic()
+        with caplog.at_level(logging.INFO, logger="attngen.cache"):
+            Cache(store.root).get_or_build(key(2), plain())
+    stop.set()
+    process.join()
+    assert time.monotonic() - start > 4 and "process 1 on elsewhere" in caplog.text  # not while it lived
+
+
+def test_a_waiter_is_served_by_a_holder_that_never_lets_go(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(locks, "TIMEOUT_S", 5.0)
+    caplog.set_level(logging.INFO, logger="attngen.cache")
+    store = Cache(tmp_path / "cache")
+    store.get_or_build(key(1), plain())
+    with open(store.base / "locks" / f"{key(1)}.lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        entry, built = Cache(store.root)._build_locked(key(1), never, "kernels")  # as if it had been asked before it was there
+    assert not built and entry.key == key(1) and "waiting for" in caplog.text
+    assert "building it here" not in caplog.text  # it saw that there is nothing left to wait for
+
+
+def test_thirty_two_processes_over_broken_locks(tmp_path):
+    """A file system whose locks keep nobody out: all are served, by whole entries; extra builds are allowed."""
+    log, go = tmp_path / "log", tmp_path / "go"
+    import filelock
+
+    def ask() -> None:
+        filelock.FileLock.acquire = lambda self, *args, **kwargs: None
+        filelock.FileLock.release = lambda self, *args, **kwargs: None
+        wait_for(go.exists, "never asked")
+
+        def build(folder: Path):
+            with log.open("a") as lines:
+                lines.write("build\n")
+            return slow(7)(folder)
+
+        entry, _ = Cache(tmp_path / "cache").get_or_build(key(7), build)
+        assert entry.read() == content(7)
+
+    processes = [FORK.Process(target=ask) for _ in range(32)]
+    for process in processes:
+        process.start()
+    go.touch()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0] * 32
+    assert 1 <= len(log.read_text().splitlines()) <= 32
+    assert os.listdir(tmp_path / "cache" / "v1" / "building") == []
+
+
+# ---- clocks ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("moment", [0, 2**33], ids=["1970", "2242"])
+def test_equal_and_absurd_times_change_nothing(tmp_path, moment, monkeypatch):
+    store = Cache(tmp_path / "cache")
+    for i in (1, 2):
+        store.get_or_build(key(i), plain(content(i)))
+    for path in store.root.rglob("*"):
+        os.utime(path, (moment, moment))
+    for i in (1, 2):
+        assert Cache(store.root).get_or_build(key(i), never)[0].read() == content(i)
+    assert [u.entry.key for u in usage(store)]
+    assert prune(store, max_age_s=86400 * 365, dry_run=True).removed == ([] if moment else [])  # the hits just now count
+
+
+def test_a_clock_that_jumps_abandons_no_build(tmp_path, monkeypatch):
+    store = Cache(tmp_path / "cache")
+    store.get_or_build(key(1), plain())
+    elsewhere, mine = store.base / "building" / ".build-00000000-1-2", store.base / "building" / f".build-{locks.machine()}-{os.getpid()}-1"
+    elsewhere.mkdir()
+    mine.mkdir()
+    os.utime(mine, (1, 1))
+    monkeypatch.setattr(time, "time", lambda: 4e9)  # of this process, not of the file system
+    store.get_or_build(key(2), plain())
+    assert elsewhere.is_dir() and mine.is_dir()
+
+
+# ---- folders that move or vanish -------------------------------------------------------------------------------------
+
+
+def test_a_cache_that_is_removed_under_a_running_process(tmp_path):
+    store = Cache(tmp_path / "cache")
+    entry, _ = store.get_or_build(toy.KEY, toy.builder())
+    kernel = load.load_kernel(entry)
+    shutil.rmtree(store.root)
+    x = torch.zeros(10)
+    kernel.launch(toy.PARAMS.pack(x.data_ptr(), 10, 1))
+    assert torch.equal(x, torch.ones(10))
+    again, hit = store.get_or_build(toy.KEY, plain())  # not served from a memory of what is gone
+    assert not hit and again.read() == b"artifact"
+    assert store.get_or_build(key(1), plain())[1] is False
+
+
+def test_a_cache_that_is_removed_during_a_build(tmp_path):
+    store, times = Cache(tmp_path / "cache"), []
+
+    def build(folder: Path):
+        times.append(folder)
+        if len(times) == 1:
+            shutil.rmtree(store.root)
+        return plain()(folder)
+
+    assert store.get_or_build(key(1), build)[1] is False
+    assert len(times) == 2 and Cache(store.root).lookup(key(1)) is not None
+
+
+@needs_nvcc
+def test_neither_a_moved_toolkit_nor_a_moved_checkout_rebuilds(tmp_path, monkeypatch):
+    monkeypatch.setenv("ATTNGEN_CACHE_DIR", str(tmp_path / "cache"))
+    before = ag.compile(Causal(), arch="sm_90a", head_dim=64, paged=True)
+    program = (
+        "import attngen as ag; from attngen.variants import Causal\n"
+        "found = ag.compile(Causal(), arch='sm_90a', head_dim=64, paged=True)\n"
+        "print(ag.stats()['builds'], ag.__file__, *(k.spec_hash for k in found))"
+    )
+    moved = tmp_path / "moved" / "checkout"
+    for name in ("attngen", "templates", "variants"):
+        shutil.copytree(Path(ag.__file__).parent.parent / name, moved / name, ignore=shutil.ignore_patterns("__pycache__"))
+    env = {"PYTHONPATH": str(moved), "PYTHONSAFEPATH": "1", "CUDA_HOME": "/opt/cuda-elsewhere", "PATH": "/nowhere"}
+    builds, where, *keys = toy.finish(toy.python(program, **env)).split()
+    assert builds == "0" and Path(where).is_relative_to(moved) and keys == [k.spec_hash for k in before]
+
+
+# ---- versions --------------------------------------------------------------------------------------------------------
+
+
+def test_two_releases_share_a_cache(tmp_path, next_release):  # noqa: F811
+    """Both at once, for one variant: each builds and finds its own."""
+    env = {"ATTNGEN_CACHE_DIR": str(tmp_path / "cache"), "PYTHONSAFEPATH": "1"}
+    paths = {"this": str(Path(ag.__file__).parent.parent), "next": str(next_release)}
+    found: dict[str, set[str]] = {name: set() for name in paths}
+    for builds in ("1", "0"):
+        started = {name: toy.python(SERVE, "-", **env, PYTHONPATH=path) for name, path in paths.items()}
+        for name, process in started.items():
+            answer = toy.finish(process).split()[-2:]
+            assert answer[1] == builds
+            found[name].add(answer[0])
+    assert all(len(keys) == 1 for keys in found.values()) and found["this"] != found["next"]
+
+
+def test_two_pythons_and_torches_share_kernels_and_not_the_extension(tmp_path, monkeypatch):
+    """Another Python's extension has another key; the kernels' keys know neither Python nor torch."""
+    problem = run.problem_for(torch.float32, 32, 32, {}, "avx2")
+    kernel_key, host_key = run.specialise(Causal(), problem)[-1], load._host_key("digest")
+    monkeypatch.setattr(load, "PYTHON_ABI", ".cpython-399-x86_64-linux-gnu.so")
+    monkeypatch.setattr(torch, "__version__", "9.9.9")
+    monkeypatch.setattr(sys, "version_info", (3, 99, 0, "final", 0))
+    assert run.specialise(Causal(), problem)[-1] == kernel_key and load._host_key("digest") != host_key
+
+
+# ---- many keys, pruning ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def thousand(tmp_path_factory) -> Cache:
+    store = Cache(tmp_path_factory.mktemp("many") / "cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache, "_fsync", lambda path: None)  # of a scratch folder: the disk's time is not the point
+        for i in range(1000):
+            store.get_or_build(key(i), plain(content(i)))
+    return store
+
+
+def test_a_thousand_keys(thousand):
+    fresh = Cache(thousand.root)
+    for i in range(0, 1000, 7):
+        assert fresh.get_or_build(key(i), never)[0].read() == content(i)
+    assert sum(1 for _ in fresh.entries()) == 1000
+    assert len(os.listdir("/proc/self/fd")) < 200  # a kernel keeps no file open
+
+
+def test_prune_removes_the_least_recently_used(thousand):
+    for i in range(0, 1000, 7):  # used after they were built
+        stamp = time.time() + 5
+        path = thousand.base / "hits" / key(i)
+        path.touch()
+        os.utime(path, (stamp, stamp))
+    each = usage(thousand)[0].bytes
+    planned = prune(thousand, max_bytes=500 * each, dry_run=True)
+    assert sum(1 for _ in thousand.entries()) == 1000 and planned.removed
+    done = prune(thousand, max_bytes=500 * each)
+    assert [u.entry.key for u in done.removed] == [u.entry.key for u in planned.removed]
+    left = {e.key for e in thousand.entries()}
+    assert {key(i) for i in range(0, 1000, 7)} <= left and sum(u.bytes for u in usage(thousand)) <= 500 * each
+    assert prune(thousand, max_age_s=1e9).removed == []
+    assert os.listdir(thousand.base / "building") == []
+
+
+HOLD = """
+import sys
+from pathlib import Path
+import toy
+from attngen import load
+from attngen.cache import Cache
+entry, hit = Cache(Path(sys.argv[1])).get_or_build(sys.argv[2], None)
+if sys.argv[3] == "cubin":
+    load._mark_in_use(entry.artifact)
+else:
+    load.load_kernel(entry)
+print("holds", flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cubin"])
+def test_prune_leaves_what_a_running_process_has_loaded(tmp_path, kind):
+    store = Cache(tmp_path / "cache")
+    store.get_or_build(toy.KEY, toy.builder())
+    store.get_or_build(key(1), plain())
+    path = os.pathsep.join(str(p) for p in (Path(ag.__file__).parent.parent, Path(__file__).parent))
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, store.root, toy.KEY, kind], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+    assert process.stdout.readline() == "holds\n"
+    assert in_use(store) == {toy.KEY}
+    done = prune(store, max_bytes=0)
+    assert [u.entry.key for u in done.removed] == [key(1)] and [u.entry.key for u in done.in_use] == [toy.KEY]
+    assert Cache(store.root).lookup(toy.KEY) is not None and Cache(store.root).lookup(key(1)) is None
+    process.communicate("go\n", timeout=60)
+    assert [u.entry.key for u in prune(store, max_bytes=0).removed] == [toy.KEY]
+
+
+# ---- a server --------------------------------------------------------------------------------------------------------
+
+STRICT = """
+import os, sys, torch, zipfile, encodings.cp437
+import attngen as ag, attngen.layers, attngen.start
+from attngen.variants import Causal
+if os.getuid() == 0:  # only now: this Python may lie where other users cannot read
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+bad = []
+def audit(event, args):
+    if event in ("subprocess.Popen", "os.exec", "os.posix_spawn", "os.system", "os.fork", "socket.connect"):
+        bad.append((event, args[:1]))
+    if event == "open" and isinstance(args[0], str) and (args[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+        bad.append((event, args[0]))
+    if event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.link", "os.symlink"):
+        bad.append((event, args[0]))
+sys.addaudithook(audit)
+loaded = ag.load_set(sys.argv[1], jit=False)
+q, k, v = (torch.randn(1, 5, 2, 32) for _ in range(3))
+out = ag.attention(q, k, v, Causal())
+assert (out - ag.reference(q, k, v, Causal())).abs().max() < 1e-5
+late = [m for m in ("attngen.units", "attngen.precompile", "jinja2", "ninja", "rich", "typer", "torch.utils.cpp_extension") if m in sys.modules]
+print(os.getuid(), len(loaded.kernels), bad, late, ag.stats()["builds"])
+"""
+
+
+def one_pack(folder: Path) -> Path:
+    """A pack of one CPU kernel, from the cache of the environment."""
+    from attngen.pack import write_pack
+    from attngen.precompile import Plan, build
+    from attngen.sets import VariantSet
+
+    (folder / "one.toml").write_text('[[kernels]]\nvariants = ["Causal"]\nhead_dims = [32]\narchs = ["cpu"]\n')
+    result = build(Plan.of(VariantSet(folder / "one.toml")), 2)
+    write_pack(folder / "one.attnpack", "one", result.entries.values(), result.lock())
+    return folder / "one.attnpack"
+
+
+def serve_strictly(python: str, pack: Path, **env: str) -> None:
+    """Serves from a pack as another user, with an empty PATH and a home that is not there: nothing is executed, written or
+    built."""
+    modes = {p: p.stat().st_mode for p in (pack, *pack.parents) if p.stat().st_uid == os.getuid() and p != Path("/")}
+    try:
+        for path, mode in modes.items():
+            path.chmod(mode | 0o055)
+        env = {"PATH": "", "HOME": "/nonexistent", "PYTHONSAFEPATH": "1", "PYTHONDONTWRITEBYTECODE": "1", **env}
+        done = subprocess.run([python, "-c", STRICT, pack], env=env, capture_output=True, text=True, cwd="/")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.split() == [str(os.getuid() or 65534), "1", "[]", "[]", "0"], done.stdout
+    finally:
+        for path, mode in modes.items():
+            path.chmod(mode)
+
+
+def test_a_server_without_path_home_or_rights(tmp_path):
+    serve_strictly(sys.executable, one_pack(tmp_path), PYTHONPATH=str(Path(ag.__file__).parent.parent))
+
+
+def test_a_full_disk_during_an_import(tmp_path):
+    from attngen.pack import Pack, write_pack
+
+    source = Cache(tmp_path / "source")
+    source.get_or_build(key(1), plain(b"x" * 200_000))
+    write_pack(tmp_path / "big.attnpack", "big", source.entries())
+    root = tmp_path / "cache"
+    root.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k,mode=700", "none", root], capture_output=True).returncode:
+        pytest.skip("no right to mount")
+    try:
+        pack = Pack(tmp_path / "big.attnpack")
+        with pytest.raises(CacheError, match="is full"):
+            Cache(root).adopt(pack.lookup(key(1), "pack"))
+        assert Cache(root).lookup(key(1)) is None
+    finally:
+        subprocess.run(["umount", root], check=True)

@@ -1,0 +1,802 @@
+"""Sets from their TOML file to a server: precompile, lock file, pack, wheel, layers, load_set, and what each refuses."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import toy
+from test_cache import never
+from test_cli import attngen, read_json  # noqa: F401
+
+import attngen as ag
+from attngen import cache, counters, debug, layers, logs, pins, run, sets
+from attngen.cache import Cache
+from attngen.errors import CacheError, LoadError, MissingKernelError, ParameterError
+from attngen.pack import Pack, write_pack
+from attngen.paths import PACKAGE, templates_dir
+from attngen.precompile import Plan, build
+from attngen.variants import Causal
+from toolchain import needs_nvcc
+
+SET = """
+[[kernels]]
+variants = ["Causal", {name = "mine.py:Mine", bind = {gain = 2}}]
+dtypes = ["float32"]
+head_dims = [32]
+archs = ["cpu"]
+"""
+MINE = """
+import attngen as ag
+
+class Mine(ag.Variant):
+    gain: ag.Const
+    bias: ag.Tensor("heads")
+
+    def logits(self, s, at):
+        return s * self.gain + self.bias[at.head]
+"""
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    """A folder with a set, its lock file, and a cache that holds its kernels. Tests copy what they change."""
+    folder = tmp_path_factory.mktemp("set")
+    (folder / "llama.toml").write_text(SET)
+    (folder / "mine.py").write_text(MINE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ATTNGEN_CACHE_DIR", str(folder / "cache"))
+        result = build(Plan.of(sets.VariantSet(folder / "llama.toml")), 2)
+        assert result.complete and not result.failed
+        (folder / "llama.lock").write_text(json.dumps(result.lock(), indent=1, sort_keys=True) + "\n")
+        entries = [cache.default().lookup(key) for key in result.lock()["kernels"]]
+        write_pack(folder / "llama.attnpack", "llama", entries, result.lock())
+    return folder
+
+
+@pytest.fixture
+def here(built, tmp_path, monkeypatch) -> Iterator[Path]:
+    """A copy of the set's folder without its cache, an empty cache in the environment, and a process that loaded nothing."""
+    for name in ("llama.toml", "llama.lock", "mine.py", "llama.attnpack"):
+        shutil.copy(built / name, tmp_path / name)
+    monkeypatch.setenv("ATTNGEN_CACHE_DIR", str(tmp_path / "cache"))
+    forget()
+    yield tmp_path
+    forget()
+
+
+def forget() -> None:
+    """As in a process that loaded nothing yet."""
+    pins.unpin_all()
+    run._kernels.clear()
+    layers._attached.clear()
+    layers.installed.cache_clear()
+    cache._cache_of.cache_clear()
+    counters.reset()
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
+    return {str(p): (p.lstat().st_size, p.lstat().st_mtime_ns) for p in sorted(folder.rglob("*"))}
+
+
+def keys_of(folder: Path) -> list[str]:
+    return keys_of_lock(json.loads((folder / "llama.lock").read_text()))
+
+
+def keys_of_lock(lock: dict[str, object]) -> list[str]:
+    return list(lock["kernels"])
+
+
+# ---- precompile ------------------------------------------------------------------------------------------------------
+
+
+def test_precompile_builds_what_is_missing_and_writes_the_lock(here, built, attngen):  # noqa: F811
+    (here / "llama.lock").unlink()
+    shutil.copytree(built / "cache", here / "cache")
+    one, two = keys_of(built)
+    shutil.rmtree(Cache(here / "cache").folder(two))  # as after an interruption
+    dry = read_json(attngen("precompile", here / "llama.toml", "--dry-run", "--json"))
+    assert (dry["kernels"], dry["there"], dry["missing"]) == (2, 1, 1) and dry["estimate_s"] > 0
+    assert {row["key"]: row["there"] for row in dry["rows"]} == {one: True, two: False}
+    assert not (here / "llama.lock").exists() and not Cache(here / "cache").folder(two).exists()
+    done = read_json(attngen("precompile", here / "llama.toml", "--json"))
+    assert {row["key"]: row["state"] for row in done["rows"]} == {one: "there", two: "built"}
+    assert next(row for row in done["rows"] if row["key"] == two)["peak_bytes"] > 1 << 20
+    assert (here / "llama.lock").read_bytes() == (built / "llama.lock").read_bytes()
+    status, out, err = attngen("precompile", here / "llama.toml")
+    assert status == 0 and "2 of 2 kernels are there, 0 built" in out and "2 there, 0 to build" in err
+
+
+def test_archs_on_the_command_line_take_the_place_of_their_kind(tmp_path, attngen):  # noqa: F811
+    table = '[[kernels]]\nvariants = ["Causal"]\nphases = ["decode"]\nlayouts = ["paged"]\nhead_dims = [64]\n'
+    (tmp_path / "two.toml").write_text(f'{table}archs = ["9.0a"]\n{table}archs = ["cpu"]\ndtypes = ["float32"]\n')
+
+    def archs(*options: str) -> set[str]:
+        return {row["arch"] for row in read_json(attngen("precompile", tmp_path / "two.toml", "--dry-run", "--json", *options))["rows"]}
+
+    assert archs() == {"90a", run.host_isa()}
+    assert archs("--arch", "8.0,8.6") == {"80", "86"} and archs("--arch", "avx2,generic") == {"avx2", "generic"}
+    status, _, err = attngen("precompile", tmp_path / "two.toml", "--arch", "3.0")
+    assert status == 2 and "archs has '3.0'" in err
+
+
+def test_a_kernel_that_fails_does_not_stop_the_others(here, attngen, monkeypatch):  # noqa: F811
+    real = run.build_cpu
+
+    def broken(variant, problem):
+        if variant.name == "Mine":
+            raise ag.BuildError("the compiler refused a kernel")
+        return real(variant, problem)
+
+    monkeypatch.setattr(run, "build_cpu", broken)
+    (here / "llama.lock").unlink()
+    done = read_json(attngen("precompile", here / "llama.toml", "--json", "-j", 1), status=1)
+    assert sorted(row["state"] for row in done["rows"]) == ["built", "failed"]
+    assert done["lock"] is None and not (here / "llama.lock").exists()
+    assert "FAILED Mine" in attngen("precompile", here / "llama.toml")[1]
+
+
+def test_an_interrupted_precompile_goes_on_where_it_stopped(here, monkeypatch):
+    monkeypatch.setenv("ATTNGEN_JIT", "off")  # of servers; who asks to build gets it
+    (here / "llama.lock").unlink()
+    command = [sys.executable, "-m", "attngen", "precompile", here / "llama.toml", "-j", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if line.startswith("[1/2]"):
+            process.send_signal(signal.SIGINT)
+            break
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 130 and "interrupted: the same command goes on from here" in out
+    assert not (here / "llama.lock").exists() and len(list(Cache(here / "cache").entries())) == 1
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True)
+    assert sorted(row["state"] for row in json.loads(done.stdout)["rows"]) == ["built", "there"], done.stderr
+    assert (here / "llama.lock").exists()
+
+
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ("[[kernels]]\nvariants = 'Causal'\n", "variants is 'Causal'; required a list"),
+        ("[[kernels]]\nvariant = ['Causal']\n", "unknown key 'variant'"),
+        ("[[kernels]]\nvariants = ['Causal']\nhead_dims = ['12y8']\n", "head_dims has '12y8'"),
+        ("[[kernels]]\nvariants = ['Causal']\ndtypes = ['fp8']\n", "dtypes has 'fp8'"),
+        ("[[kernels]]\nvariants = ['Causal']\narchs = ['pdp11']\n", "arch 'pdp11'"),
+        ("[[kernels]]\nvariants = ['Causla']\n", "no variant 'Causla' in the library. Did you mean Causal"),
+        ("[[kernels]]\nvariants = ['Causal']\nhead_dims = [12]\n", "head_dim 12"),
+        ("[kernels]\n", r"one \[\[kernels\]\] table or more"),
+        ("kernels = [", "is not TOML"),
+    ],
+)
+def test_a_set_that_is_wrong_says_where(tmp_path, text, message):
+    (tmp_path / "bad.toml").write_text(text)
+    with pytest.raises((ParameterError, ag.VariantError, ag.UnsupportedError), match=message) as caught:
+        Plan.of(sets.VariantSet(tmp_path / "bad.toml"))
+    assert "bad.toml" in str(caught.value)
+
+
+# ---- load_set --------------------------------------------------------------------------------------------------------
+
+
+def test_a_set_is_loaded_and_serves(here, built, monkeypatch):
+    monkeypatch.setenv("ATTNGEN_CACHE_DIR", str(built / "cache"))
+    before = snapshot(built)
+    loaded = ag.load_set(here / "llama.toml", jit=False)
+    assert [row.key for row in loaded.kernels] == [k for u in loaded.units for k in [u["roles"][0]["key"]]]
+    assert loaded.layers() == {"cache": 2} and loaded.built == 0
+    assert "2 kernels in" in loaded.report() and "Causal attention" in loaded.report()
+    monkeypatch.setenv("ATTNGEN_JIT", "off")
+    q, k, v = (torch.randn(1, 5, 2, 32) for _ in range(3))
+    torch.testing.assert_close(ag.attention(q, k, v, Causal()), ag.reference(q, k, v, Causal()).float(), rtol=1e-5, atol=1e-5)
+    assert ag.warmup(loaded) > 0
+    assert ag.stats()["builds"] == 0 and ag.stats()["loads"] >= 2
+    assert snapshot(built) == before  # nothing was written, not even a hit's byte
+
+
+def test_what_is_missing_is_said_at_once(here, built):
+    shutil.copytree(built / "cache", here / "cache")
+    gone, kept = keys_of(here)
+    shutil.rmtree(Cache(here / "cache").folder(gone))
+    with pytest.raises(MissingKernelError) as caught:
+        ag.load_set(here / "llama.toml", jit=False)
+    message = str(caught.value)
+    assert gone[:12] in message and kept[:12] not in message and f"do: attngen precompile {here / 'llama.toml'} --arch" in message
+    flip(Cache(here / "cache").folder(kept) / "kernel.so")
+    with pytest.raises(MissingKernelError, match=f"(?s)2 of the kernels.*{kept[:12]}: a damaged cache entry"):
+        ag.load_set(here / "llama.toml", jit=False)
+
+
+def test_jit_builds_what_is_missing(here):
+    (here / "llama.lock").unlink()
+    with pytest.raises(MissingKernelError, match="(?s)there is no lock file.*attngen precompile"):
+        ag.load_set(here / "llama.toml", jit=False)
+    loaded = ag.load_set(here / "llama.toml")
+    assert loaded.built == 2 and len(loaded.kernels) == 2
+    # A lock file of another release, whose kernels are nowhere: this one's are built instead.
+    text = json.dumps(loaded.lock)
+    for key in keys_of_lock(json.loads(text)):
+        text = text.replace(key, key[::-1])
+    (here / "llama.lock").write_text(text)
+    forget()
+    with pytest.raises(MissingKernelError, match="2 of the kernels"):
+        ag.load_set(here / "llama.toml", jit=False)
+    assert {row.key for row in ag.load_set(here / "llama.toml").kernels} == {row.key for row in loaded.kernels}
+
+
+def test_a_lock_file_that_no_longer_fits_is_refused(here):
+    (here / "mine.py").write_text(MINE.replace("s * self.gain", "s - self.gain"))
+    with pytest.raises(MissingKernelError, match="mine.py changed since llama.lock was written"):
+        ag.load_set(here / "llama.toml", jit=False)
+    shutil.copy(here / "llama.toml", here / "x.toml")
+    (here / "llama.toml").write_text(SET + "phases = ['decode']\n")
+    with pytest.raises(MissingKernelError, match="llama.toml changed since"):
+        ag.load_set(here / "llama.toml", jit=False)
+    (here / "llama.lock").write_text("{}")
+    with pytest.raises(ParameterError, match="is no lock file"):
+        ag.load_set(here / "llama.lock")
+
+
+def test_a_set_for_another_machine_is_refused(here, monkeypatch):
+    monkeypatch.setattr("attngen.start.host_isa", lambda: "avx9")
+    with pytest.raises(MissingKernelError, match="(?s)no kernels for avx9.*precompile .*--arch"):
+        ag.load_set(here / "llama.attnpack", jit=False)
+
+
+@pytest.mark.parametrize("source", ["nowhere.toml", "nobody", "some/folder"])
+def test_a_source_that_is_none(here, source):
+    with pytest.raises(ParameterError, match="required"):
+        ag.load_set(source)
+
+
+# ---- a later release, another place ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def next_release(tmp_path_factory) -> Path:
+    """attngen as a later release might be: another text of the compiler, so that every key differs."""
+    folder = tmp_path_factory.mktemp("next")
+    shutil.copytree(PACKAGE, folder / "attngen", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(templates_dir(), folder / "templates")
+    shutil.copytree(PACKAGE.parent / "variants", folder / "variants", ignore=shutil.ignore_patterns("__pycache__"))
+    with open(folder / "templates" / "cpu" / "functions.h", "a") as text:
+        text.write("// a later release\n")
+    return folder
+
+
+SERVE = """
+import sys, torch
+import attngen as ag
+from attngen.variants import Causal
+if sys.argv[1] != "-":
+    print(ag.load_set(sys.argv[1], jit=False).summary(), file=sys.stderr)
+q, k, v = (torch.randn(1, 5, 2, 32) for _ in range(3))
+out = ag.attention(q, k, v, Causal())
+assert (out - ag.reference(q, k, v, Causal())).abs().max() < 1e-5
+print(ag.build_log()[-1].key, ag.stats()["builds"])
+"""
+
+
+def test_a_later_release_serves_the_last_ones_pack(here, next_release):
+    env = {"PYTHONPATH": str(next_release), "PYTHONSAFEPATH": "1", "ATTNGEN_JIT": "off", "PATH": "/nowhere"}
+    key, builds = toy.finish(toy.python(SERVE, here / "llama.attnpack", **env)).split()[-2:]
+    assert key in keys_of(here) and builds == "0"
+    refused = toy.python(SERVE, "-", **{**env, "ATTNGEN_SYSTEM_CACHE": str(here / "llama.attnpack")})
+    output, _ = refused.communicate(timeout=120)  # by its own key there is nothing
+    assert refused.returncode and "MissingKernelError: Causal float32 head_dim 32 is not there, and ATTNGEN_JIT=off" in output
+
+
+def test_a_configuration_of_another_release_is_made_or_refused():
+    from attngen.choose_cuda import AppendConfig, PlanConfig, TileClass
+
+    for config in (AppendConfig("90a", "bfloat16", 128, 128, 64), PlanConfig("90a", (TileClass(16, 64, 2), TileClass(64, 64, 4)))):
+        told = json.loads(json.dumps(pins.config_record(config)))
+        assert pins.restore_config(told, "here") == config
+    older = pins.config_record(AppendConfig("90a", "bfloat16", 128, 128))
+    del older["fields"]["threads"]  # a field that came later, with a default
+    assert pins.restore_config(older, "here") == AppendConfig("90a", "bfloat16", 128, 128)
+    for change in (
+        {"module": "os", "type": "system"}, {"module": "choose_cuda", "type": "choose_decode"}, {"module": "choose_cuda.x"},
+        {"type": "NoSuchConfig"}, {"fields": {"arch": "90a", "later": 1}}, {"fields": None}, {"module": None},
+    ):  # fmt: skip
+        with pytest.raises(CacheError, match="(?s)another release, which this one cannot launch: here.*attngen precompile"):
+            pins.restore_config({**pins.config_record(AppendConfig("90a", "bfloat16", 128, 128)), **change}, "here")
+
+
+def test_an_identity_does_not_know_fields_at_their_default():
+    import dataclasses
+
+    @dataclasses.dataclass(frozen=True)
+    class Problem:  # as a later release might have it
+        backend: str
+        isa: str
+        q_dtype: str
+        kv_dtype: str
+        out_dtype: str
+        head_dim: int
+        head_dim_v: int
+        storage: tuple = ()
+        k_scale: bool = False
+
+    today = run.problem_for(torch.float32, 32, 32, {}, "avx2")
+    later = Problem(*dataclasses.astuple(today))
+    assert pins.cpu_identity("s", today) == pins.cpu_identity("s", later)
+    assert pins.cpu_identity("s", later) != pins.cpu_identity("s", dataclasses.replace(later, k_scale=True))
+
+
+def test_a_struct_of_another_release_is_refused(here, built, monkeypatch):
+    monkeypatch.setenv("ATTNGEN_CACHE_DIR", str(built / "cache"))
+    ag.load_set(here / "llama.toml", jit=False)
+    monkeypatch.setattr(run, "describe", lambda layout: [["float", "other", 0]])
+    q = torch.randn(1, 5, 2, 32)
+    with pytest.raises(CacheError, match="(?s)of another release.*required: the parameter struct of attngen-cpu"):
+        ag.attention(q, q, q, Causal())
+
+
+def test_a_refused_kernel_is_explained(here, built, next_release, attngen):  # noqa: F811
+    shutil.copytree(built / "cache", here / "cache")
+    env = {"PYTHONPATH": str(next_release), "PYTHONSAFEPATH": "1", "ATTNGEN_JIT": "off", "ATTNGEN_CACHE_DIR": str(here / "cache")}
+    refused = toy.python(SERVE, "-", **env)
+    output, _ = refused.communicate(timeout=120)
+    assert "nearest: Causal" in output and "differs in sources.functions.h" in output, output
+    key = next(line.split()[-1] for line in output.splitlines() if "required: key" in line)
+    found = read_json(attngen("explain-miss", key[:16], "--json"))
+    assert found["key"] == key and [d["name"] for d in found["differences"]] == ["sources.functions.h"]
+    assert "another version of attngen" in attngen("explain-miss", key[:16])[1]
+    status, _, err = attngen("explain-miss", "0123")
+    assert status == 2 and "nothing is known of this key" in err
+    known = read_json(attngen("explain-miss", keys_of(built)[0], "--lock", built / "llama.lock", "--json"))
+    assert known["nearest"] == keys_of(built)[1] and {d["name"] for d in known["differences"]} > {"structure"}
+
+
+# ---- packs -----------------------------------------------------------------------------------------------------------
+
+
+def flip(path: Path, at: int = 100) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.fixture
+def packed(tmp_path) -> Path:
+    """A pack of three entries that need no compiler, of 10 kB."""
+    store = Cache(tmp_path / "source")
+    for i in range(3):
+        store.get_or_build(f"{i}a" + "0" * 62, described(bytes([i]) * 3000))
+    write_pack(tmp_path / "toy.attnpack", "toy", store.entries())
+    return tmp_path / "toy.attnpack"
+
+
+def described(content: bytes = b"artifact", **more: object):
+    def make(folder: Path) -> dict[str, object]:
+        (folder / "kernel.so").write_bytes(content)
+        (folder / "kernel.cpp").write_text("source")
+        (folder / "build.log").write_text("log")
+        return {"kind": "cpu", "abi": "x", "artifact": "kernel.so", "sources": ["kernel.cpp"], "variant": "toy", **more}
+
+    return make
+
+
+def take(pack: Path, into: Path) -> int:
+    opened, store = Pack(pack), Cache(into)
+    return sum(not store.adopt(opened.lookup(key, "pack"))[1] for key in opened.keys)
+
+
+def test_equal_kernels_make_equal_packs(tmp_path):
+    """Two caches, two builds by a real compiler at two times, in another order."""
+    packs = []
+    for name, order in (("one", (0, 1)), ("two", (1, 0))):
+        store = Cache(tmp_path / name)
+        for i in order:
+            store.get_or_build(f"{i}b" + "0" * 62, toy.builder(toy.SOURCE + f"// {i}\n"))
+        write_pack(tmp_path / f"{name}.attnpack", "toy", store.entries(), {"format": "x"})
+        packs.append((tmp_path / f"{name}.attnpack").read_bytes())
+    assert packs[0] == packs[1]
+
+
+def test_export_and_import(here, built, attngen, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("ATTNGEN_CACHE_DIR", str(built / "cache"))
+    said = read_json(attngen("cache", "export", here / "llama.toml", "-o", here / "again.attnpack", "--json"))
+    assert (here / "again.attnpack").read_bytes() == (here / "llama.attnpack").read_bytes() and said["kernels"] == 2
+    monkeypatch.setenv("ATTNGEN_CACHE_DIR", str(here / "cache"))
+    wrong = attngen("cache", "import", here / "again.attnpack", "--sha256", "00")
+    assert wrong[0] == 2 and "is not the pack that was asked for" in wrong[2] and not (here / "cache").exists()
+    assert read_json(attngen("cache", "import", here / "again.attnpack", "--sha256", said["sha256"], "--json"))["there"] == 0
+    assert read_json(attngen("cache", "import", here / "again.attnpack", "--json"))["there"] == 2
+    rows = read_json(attngen("cache", "ls", "--json"))["kernels"]
+    assert {row["origin"] for row in rows} == {f"pack llama {said['sha256'][:12]}"}
+    assert len(ag.load_set("llama", jit=False).kernels) == 2  # by its name
+    assert read_json(attngen("cache", "verify", "--json")) == {"checked": 2, "damaged": []}
+    flip(Cache(here / "cache").folder(keys_of(here)[0]) / "attention.cpp")
+    damaged = read_json(attngen("cache", "verify", "--json"), status=1)["damaged"]
+    assert [row["key"] for row in damaged] == [keys_of(here)[0]] and "attention.cpp with sha256" in damaged[0]["error"]
+    assert attngen("cache", "import", here / "llama.attnpack", "--into", here / "system")[0] == 0
+    forget()
+    monkeypatch.setenv("ATTNGEN_SYSTEM_CACHE", str(here / "system"))
+    assert ag.load_set("llama", jit=False).layers() == {"system": 2}
+
+
+def test_a_truncated_or_flipped_pack_gives_nothing_or_the_truth(packed, tmp_path):
+    whole = packed.read_bytes()
+    refused = 0
+    for at in range(0, len(whole), 67):
+        for damage in (whole[:at], whole[:at] + bytes([whole[at] ^ 0x10]) + whole[at + 1 :]):
+            packed.write_bytes(damage)
+            try:
+                opened = Pack(packed)
+                for key in opened.keys:
+                    entry = opened.lookup(key, "pack")
+                    assert entry.read() == bytes([int(key[0])]) * 3000  # where the flip is in nothing that counts
+            except CacheError as error:
+                assert "cannot be used" in str(error) or "damaged" in str(error)
+                refused += 1
+    assert refused > len(whole) / 67  # of twice as many: every truncation, and most flips
+
+
+def rebuilt(pack: Path, change) -> None:
+    """The pack with its index changed, and otherwise in order."""
+    with zipfile.ZipFile(pack) as archive:
+        members = {info.filename: archive.read(info) for info in archive.infolist()}
+    index = json.loads(members["attnpack.json"])
+    change(index, members)
+    members["attnpack.json"] = json.dumps(index).encode()
+    with zipfile.ZipFile(pack, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+
+
+def first(index):
+    return index["entries"][min(index["entries"])]
+
+
+HOSTILE = {
+    "a path as a file name": (lambda i, m: first(i)["files"].update({"../../x": next(iter(first(i)["files"].values()))}), "plain file names"),
+    "an absolute artifact": (lambda i, m: first(i)["manifest"].update(artifact="/etc/passwd"), "damaged cache entry"),
+    "a manifest as a file": (lambda i, m: first(i)["files"].update({"manifest.json": next(iter(first(i)["files"].values()))}), "plain file names"),
+    "a key that is a path": (lambda i, m: i["entries"].update({"../x": first(i)}), "64 hex digits"),
+    "an entry under another key": (lambda i, m: i["entries"].update({"f" * 64: first(i)}), "key " + "f" * 64),
+    "a name that is a path": (lambda i, m: i.update(name="../up"), "required letters"),
+    "a member that is a path": (lambda i, m: m.update({"../../x": b""}), "blobs/<sha256> alone"),
+    "a blob of other content": (lambda i, m: m.update({n: b"x" * len(c) for n, c in m.items() if len(c) == 3000}), "with sha256"),
+    "a source of other content": (lambda i, m: m.update({n: b"SOURCE" for n, c in m.items() if c == b"source"}), "kernel.cpp .*with sha256"),
+    "a missing blob": (lambda i, m: m.pop(next(n for n, c in m.items() if len(c) == 3000)), "3000 bytes"),
+    "a newer format": (lambda i, m: i.update(format="attnpack-9"), "format attnpack-1"),
+    "no entries": (lambda i, m: i.pop("entries"), "an index of entries"),
+}
+
+
+@pytest.mark.parametrize("change,message", HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_pack_is_refused_whole(packed, tmp_path, change, message):
+    rebuilt(packed, change)
+    before = set(tmp_path.rglob("*"))
+    with pytest.raises((CacheError, ParameterError), match=message):
+        take(packed, tmp_path / "a" / "b" / "target")
+    new = {path.relative_to(tmp_path).as_posix() for path in set(tmp_path.rglob("*")) - before}
+    assert all(name in ("a", "a/b") or name.startswith("a/b/target") for name in new), new
+
+
+def test_links_and_bombs_are_refused(packed, tmp_path):
+    def write(*members: tuple[zipfile.ZipInfo | str, bytes], how: int = zipfile.ZIP_STORED) -> None:
+        with zipfile.ZipFile(packed, "w", how) as archive:
+            for name, content in members:
+                archive.writestr(name, content, how)
+
+    link = zipfile.ZipInfo("blobs/" + "0" * 64)
+    link.external_attr = 0o120777 << 16
+    write(("attnpack.json", b"{}"), (link, b"/etc/passwd"))
+    with pytest.raises(CacheError, match="is a link or a special file"):
+        Pack(packed)
+    write(("attnpack.json", b" " * 50_000_000), how=zipfile.ZIP_DEFLATED)  # 50 kB that would swell to 50 MB
+    with pytest.raises(CacheError, match="compressed or encrypted"):
+        Pack(packed)
+    with pytest.warns(UserWarning, match="Duplicate"):
+        write(("attnpack.json", b"{}"), ("attnpack.json", b"{}"))
+    with pytest.raises(CacheError, match="attnpack.json twice"):
+        Pack(packed)
+
+
+def test_forked_servers_read_one_pack_at_once(packed):
+    opened = Pack(packed)
+
+    def read() -> None:
+        for _ in range(300):
+            for key in opened.keys:
+                assert opened.lookup(key, "pack").read() == bytes([int(key[0])]) * 3000
+
+    processes = [multiprocessing.get_context("fork").Process(target=read) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0] * 4
+
+
+def test_a_blob_that_is_named_often_does_not_fill_the_disk(packed):
+    with pytest.raises(CacheError, match="at most 9000 bytes unpacked"):
+        Pack(packed, max_total=9000)
+
+
+# ---- signatures ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def signers(tmp_path) -> tuple[Path, Path]:
+    """Private keys of two signers; the public ones lie beside them, as .pub.pem."""
+    pytest.importorskip("cryptography")
+    from cryptography.hazmat.primitives import serialization as s
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    paths = []
+    for name in ("one", "two"):
+        key = Ed25519PrivateKey.generate()
+        path = tmp_path / f"{name}.key.pem"
+        path.write_bytes(key.private_bytes(s.Encoding.PEM, s.PrivateFormat.PKCS8, s.NoEncryption()))
+        public = key.public_key().public_bytes(s.Encoding.PEM, s.PublicFormat.SubjectPublicKeyInfo)
+        path.with_name(f"{name}.pub.pem").write_bytes(public)
+        paths.append(path)
+    return tuple(paths)
+
+
+def test_only_signed_packs_are_taken_where_keys_are_trusted(here, built, signers, attngen, monkeypatch):  # noqa: F811
+    one, two = signers
+    monkeypatch.setenv("ATTNGEN_CACHE_DIR", str(built / "cache"))
+    assert attngen("cache", "export", here / "llama.toml", "-o", here / "signed.attnpack", "--sign", one)[0] == 0
+    monkeypatch.setenv("ATTNGEN_CACHE_DIR", str(here / "cache"))
+    monkeypatch.setenv("ATTNGEN_TRUSTED_KEYS", str(one.with_name("one.pub.pem")))
+    status, _, err = attngen("cache", "import", here / "llama.attnpack")
+    assert status == 2 and "is not signed by a trusted key" in err and "found: no signature" in err
+    with pytest.raises(CacheError, match="no signature"):
+        ag.load_set(here / "llama.attnpack", jit=False)
+    assert attngen("cache", "import", here / "signed.attnpack")[0] == 0
+    assert len(ag.load_set("llama", jit=False).kernels) == 2
+    # What was imported is looked at again at each lookup: a manifest that was changed since is refused.
+    manifest = Cache(here / "cache").folder(keys_of(here)[0]) / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"variant": "', '"variant": "Not '))
+    with pytest.raises(CacheError, match="a signature that does not fit"):
+        Cache(here / "cache").lookup(keys_of(here)[0])
+    monkeypatch.setenv("ATTNGEN_TRUSTED_KEYS", str(two.with_name("two.pub.pem")))
+    with pytest.raises(CacheError, match="which is not among them"):
+        Pack(here / "signed.attnpack")
+    with zipfile.ZipFile(here / "signed.attnpack") as archive:
+        index = json.loads(archive.read("attnpack.json"))
+    monkeypatch.setenv("ATTNGEN_TRUSTED_KEYS", str(one.with_name("one.pub.pem")))
+    unit = index["lock"]["units"]
+    unit[0]["roles"], unit[1]["roles"] = unit[1]["roles"], unit[0]["roles"]  # another kernel for what is asked
+    rebuilt(here / "signed.attnpack", lambda i, m: i.update(index))
+    with pytest.raises(CacheError, match="a signature that does not fit"):
+        Pack(here / "signed.attnpack")
+    # A remote store's kernels are held to it too.
+    monkeypatch.setenv("ATTNGEN_CACHE_DIR", str(built / "cache"))
+    for name, sign in (("bare", ()), ("signed", ("--sign", one))):
+        forget()
+        monkeypatch.delenv("ATTNGEN_REMOTE_CACHE", raising=False)
+        monkeypatch.setenv("ATTNGEN_CACHE_DIR", str(built / "cache"))
+        assert attngen("cache", "push", f"file://{here}/{name}", here / "llama.toml", *sign)[0] == 0
+        monkeypatch.setenv("ATTNGEN_REMOTE_CACHE", f"file://{here}/{name}")
+        monkeypatch.setenv("ATTNGEN_CACHE_DIR", str(here / f"cache of {name}"))
+        assert (cache.default().find(keys_of(here)[0]) is not None) == (name == "signed")
+    monkeypatch.setenv("ATTNGEN_TRUSTED_KEYS", str(here / "llama.toml"))
+    with pytest.raises(ParameterError, match="required a public key in PEM"):
+        Pack(here / "signed.attnpack")
+
+
+# ---- layers ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_remote_store_fills_the_users_cache(here, built, attngen, monkeypatch):  # noqa: F811
+    pytest.importorskip("fsspec")
+    url = f"file://{here}/store"
+    monkeypatch.setenv("ATTNGEN_CACHE_DIR", str(built / "cache"))
+    assert read_json(attngen("cache", "push", url, here / "llama.toml", "--json"))["sent"] == 2
+    assert read_json(attngen("cache", "push", url, here / "llama.toml", "--json"))["sent"] == 0
+    forget()
+    monkeypatch.setenv("ATTNGEN_CACHE_DIR", str(here / "cache"))
+    monkeypatch.setenv("ATTNGEN_REMOTE_CACHE", url)
+    one, two = keys_of(here)
+    entry, hit = cache.default().get_or_build(one, never)
+    assert hit and entry.manifest["origin"] == {"remote": url}
+    assert Cache(here / "cache").lookup(one) is not None  # kept
+    shutil.rmtree(here / "cache")
+    monkeypatch.setenv("ATTNGEN_JIT", "off")
+    assert cache.default().get_or_build(one, never)[0].layer == "remote" and not (here / "cache").exists()
+    monkeypatch.delenv("ATTNGEN_JIT")
+    flip(here / "store" / "v1" / "kernels" / two[:2] / two / "kernel.so")
+    assert cache.default().find(two) is None and Cache(here / "cache").lookup(two) is None
+    monkeypatch.setenv("ATTNGEN_REMOTE_CACHE", f"file://{here}/nowhere")
+    assert cache.default().find(two) is None
+    monkeypatch.setenv("ATTNGEN_REMOTE_CACHE", "gopher://store")
+    with pytest.raises(ParameterError, match="gopher"):
+        cache.default().find(two)
+
+
+def test_a_wheel_of_kernels_is_found_and_not_executed(here, built, attngen, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("ATTNGEN_CACHE_DIR", str(built / "cache"))
+    made = [read_json(attngen("cache", "wheel", here / "llama.toml", "-o", here / f"dist{i}", "--json"))["wheel"] for i in (1, 2)]
+    assert Path(made[0]).read_bytes() == Path(made[1]).read_bytes()
+    site = here / "site"
+    install = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--no-index", "--no-deps", "--target", site, made[0]]
+    done = subprocess.run(install, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (site / "attngen_kernels_llama" / "__init__.py").write_text("raise SystemExit('executed')")
+    env = {"PYTHONPATH": str(site), "ATTNGEN_JIT": "off", "PATH": "/nowhere"}
+    key, builds = toy.finish(toy.python(SERVE, "llama", **env)).split()[-2:]
+    assert key in keys_of(here) and builds == "0"
+    key, builds = toy.finish(toy.python(SERVE, "-", **env)).split()[-2:]  # by its key alone
+    assert key in keys_of(here) and builds == "0"
+
+
+# ---- whom the cache believes -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o1777])
+def test_a_cache_that_others_can_write_is_refused(tmp_path, mode, monkeypatch):
+    store = Cache(tmp_path / "cache")
+    entry, _ = store.get_or_build(toy.KEY, described())
+    store.root.chmod(mode)
+    for act in (lambda s: s.lookup(toy.KEY), lambda s: s.get_or_build("cd" + "0" * 62, described())):
+        with pytest.raises(CacheError, match="(?s)can be written by others.*chmod go-w"):
+            act(Cache(store.root))
+    with pytest.raises(CacheError, match="can be written by others"):
+        layers.FolderLayer("system", store.root).lookup(toy.KEY, "kernels")
+    monkeypatch.setenv("ATTNGEN_ALLOW_SHARED_CACHE", "1")
+    assert Cache(store.root).lookup(toy.KEY) == entry
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
+def test_a_cache_of_another_user_is_refused(tmp_path):
+    store = Cache(tmp_path / "cache")
+    store.get_or_build(toy.KEY, described())
+    os.chown(store.root, 12345, 12345)
+    with pytest.raises(CacheError, match="owned by user 12345"):
+        Cache(store.root).lookup(toy.KEY)
+
+
+# ---- seeing ----------------------------------------------------------------------------------------------------------
+
+
+def test_jit_modes(tmp_path, monkeypatch):
+    store = Cache(tmp_path / "cache")
+    monkeypatch.setenv("ATTNGEN_JIT", "off")
+    with pytest.raises(MissingKernelError, match="(?s)toy is not there, and ATTNGEN_JIT=off.*attngen precompile"):
+        store.get_or_build(toy.KEY, described(), title="toy")
+    assert not (tmp_path / "cache").exists()
+    monkeypatch.setenv("ATTNGEN_JIT", "warn")
+    with pytest.warns(ag.JitWarning, match="compiling toy abababab|compiling toy ab0000000000 while the process runs"):
+        store.get_or_build(toy.KEY, described(), title="toy")
+    monkeypatch.setenv("ATTNGEN_JIT", "off")
+    assert Cache(tmp_path / "cache").get_or_build(toy.KEY, described())[1]
+    monkeypatch.setenv("ATTNGEN_JIT", "never")
+    with pytest.raises(ParameterError, match="ATTNGEN_JIT=never: required one of on, off, warn"):
+        Cache(tmp_path / "cache").get_or_build("cd" + "0" * 62, described())
+
+
+def test_a_pack_that_others_can_write_is_not_served_from(here):
+    (here / "llama.attnpack").chmod(0o666)
+    with pytest.raises(CacheError, match="(?s)llama.attnpack can be written by others.*chmod go-w"):
+        ag.load_set(here / "llama.attnpack", jit=False)
+
+
+def test_stats_count(tmp_path):
+    counters.reset()
+    store = Cache(tmp_path / "cache")
+    store.get_or_build(toy.KEY, described())
+    Cache(tmp_path / "cache").get_or_build(toy.KEY, described())
+    found = ag.stats()
+    assert (found["misses"], found["builds"], found["hits"], found["layers"]) == (1, 1, 1, {"cache": 1})
+    assert found["build_ms"] > 0
+    hits = tmp_path / "cache" / "v1" / "hits" / toy.KEY
+    assert hits.stat().st_size == 1
+    Cache(tmp_path / "cache").get_or_build(toy.KEY, described())
+    assert hits.stat().st_size == 2
+
+
+def test_logs_and_the_debug_ladder_speak_on_hits(here, built, monkeypatch, capsys):
+    env = {"ATTNGEN_CACHE_DIR": str(built / "cache"), "ATTNGEN_LOG": "debug,json", "ATTNGEN_DEBUG": "6", "ATTNGEN_JIT": "off"}
+    output = toy.finish(toy.python(SERVE, "-", **env))
+    records = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    hit = next(r for r in records if r.get("event") == "hit")
+    assert hit["title"] == "Causal float32 head_dim 32" and hit["layer"] == "cache" and hit["key"] in keys_of(built)
+    rungs = ("hit in cache", "attngen: config", "Candidate(", "mask = (at.kv <= at.q)", "attngen_attention(const Params* params)",
+             "-fopenmp", "machine code")  # fmt: skip
+    assert [rung for rung in rungs if rung not in output] == []
+    if shutil.which("objdump"):
+        assert "vfmadd" in output or "mulps" in output
+
+    entry = Cache(built / "cache").lookup(hit["key"])
+    monkeypatch.setenv("ATTNGEN_DEBUG", "1")
+    debug.show(entry, True, 0.0)
+    quiet = capsys.readouterr().err
+    assert "hit in cache" in quiet and "attngen: config" not in quiet
+    with pytest.raises(ParameterError, match="ATTNGEN_LOG=loud: required"):
+        logs.configure("loud")
+
+
+def test_doctor_has_a_verdict_and_a_remedy(here, attngen, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("ATTNGEN_SYSTEM_CACHE", str(here / "llama.attnpack"))
+    (here / "cache").mkdir(mode=0o700)
+    findings = {f["name"]: f for f in read_json(attngen("doctor", "--json"))["findings"]}
+    assert findings["layer system"]["found"].startswith("2 kernels") and findings["cache locks"]["ok"]
+    (here / "cache").chmod(0o777)
+    findings = {f["name"]: f for f in read_json(attngen("doctor", "--json"), status=1)["findings"]}
+    assert not findings["cache folder"]["ok"] and "chmod go-w" in findings["cache folder"]["remedy"]
+
+
+# ---- CUDA ------------------------------------------------------------------------------------------------------------
+
+
+@needs_nvcc
+def test_cubins_are_shipped_checked_and_launched(here, monkeypatch, attngen):  # noqa: F811
+    """All but the driver is real: what load_set hands to it is recorded."""
+    from attngen import cuda, engine, load
+    from attngen.choose_cuda import arch
+
+    (here / "gpu.toml").write_text(
+        '[[kernels]]\nvariants = ["Causal"]\nhead_dims = [64]\nlayouts = ["paged"]\nphases = ["decode", "merge"]\narchs = ["9.0a"]\n'
+    )
+    assert attngen("precompile", here / "gpu.toml")[0] == 0
+    lock = json.loads((here / "gpu.lock").read_text())
+    names = [k["name"] for k in lock["kernels"].values()]
+    assert set(names) == {"decode", "merge", "plan"} and names.count("merge") == 2 and names.count("plan") == 1
+    attention = next(u for u in lock["units"] if u["variant"] == "Causal")
+    built_or_not = ["key" in role for role in attention["roles"]]
+    assert built_or_not[0] and built_or_not[-1] and built_or_not.count(False) >= 2  # prefill is left out
+
+    loaded: list[tuple[str, int, int]] = []
+
+    class Driver:
+        @staticmethod
+        def driver_version() -> int:
+            return version
+
+        @staticmethod
+        def CudaKernel(content, symbol, *, device, threads, shared_bytes, dependent):  # noqa: N802
+            assert symbol.encode() in content  # the name that profilers show
+            loaded.append((symbol, threads, shared_bytes))
+            return object()
+
+    version = 13000
+    monkeypatch.setattr(load, "host", lambda: Driver)
+    monkeypatch.setattr("attngen.start.host", lambda: Driver)
+    monkeypatch.setattr(cuda, "host", lambda: Driver)
+    monkeypatch.setattr(cuda, "_loaded", {})
+    monkeypatch.setattr(cuda, "device_arch", lambda index: arch("90a"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    found = ag.load_set(here / "gpu.toml", jit=False, device="cuda:0")
+    assert {symbol.rpartition("_")[0] for symbol, _, _ in loaded} == {"attngen_Causal_decode", "attngen_Causal_plan", "attngen_merge_states_merge"}
+    assert all(key[:8] in {symbol[-8:] for symbol, _, _ in loaded} for key in lock["kernels"])
+    assert len(found.kernels) == len(names)
+
+    # The pinned kernels serve, configurations and structs as a fresh choice would make them; what was left out says so.
+    problem = engine.cuda_problem("90a", torch.bfloat16, 64, 64, ())
+    pinned = engine.kernels_of(Causal(), problem, page_size=64)
+    assert engine.kernels_of(Causal(), problem, page_size=1).classes[0].entry is None  # is another layout's
+    pins.unpin_all()
+    fresh = engine.kernels_of(Causal(), problem, page_size=16)
+    assert [k.config for k in (*pinned.classes, pinned.plan)] == [k.config for k in (*fresh.classes, fresh.plan)]
+    assert pinned.classes[0].layout.fields == fresh.classes[0].layout.fields and pinned.plan.key == fresh.plan.key
+    with pytest.raises(MissingKernelError, match='add "prefill" to its phases'):
+        engine.build(pinned.classes)
+
+    monkeypatch.setattr(cuda, "_loaded", {})
+    version = 12080
+    with pytest.raises(LoadError, match=r"(?s)too old.*a driver of CUDA 13.0 or newer.*found: CUDA 12.8"):
+        ag.load_set(here / "gpu.toml", jit=False, device="cuda:0")
+    version = 13000
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    with pytest.raises(LoadError, match="(?s)required: a cubin for compute capability 8.0.*found: one for sm_90a"):
+        ag.load_set(here / "gpu.toml", jit=False, device="cuda:0")
+    # A cubin that was damaged after it was found is not handed over.
+    entry = cache.default().lookup(attention["roles"][0]["key"])
+    flip(entry.artifact)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    with pytest.raises(CacheError, match="sha256"):
+        load.load_cubin(entry, entry.manifest["symbol"], 0, 128, 0, False)
