@@ -200,7 +200,7 @@ class Kernel:
         shim = on_host.SHIM.replace("thread_local ", "").replace("inline void __syncthreads() {}\n", "")
         shim = shim.replace("#define AG_DEVICE static inline\n", "")
         math = test_ops.SHIM.split("#define __forceinline__")[1].partition("\n")[2]
-        run = on_host_block.RUN.format(kernel=f"{special.symbol}(*launched)", threads=special.config.threads)
+        run = on_host_block.RUN.format(kernel=f"attngen_{special.phase}(*launched)", threads=special.config.threads)
         run = run.replace("memset(&of_block, 0, sizeof of_block)", "gridDim.x = blocks, barriers.clear(), memset(of_named, 0, sizeof of_named), "
                           "memset(shared_memory, 0xff, sizeof shared_memory), memset(&of_block, 0, sizeof of_block)")  # fmt: skip
         for name in ("mbarrier.cuh", "tma.cuh", "wgmma.cuh"):
