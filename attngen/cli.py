@@ -117,21 +117,31 @@ def _field_text(field: Any, default: Any = None) -> str:
 def show(
     variant: VariantArg,
     stage: Annotated[str, typer.Option(help="trace, config or source.")] = "trace",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; float32 unless --arch is given, then bfloat16.")] = None,
     head_dim: Annotated[int, typer.Option(help="A multiple of 8 up to 256.")] = 64,
     head_dim_v: Annotated[int | None, typer.Option(help="Defaults to head_dim.")] = None,
     isa: Annotated[str | None, typer.Option(help="CPU features; defaults to this host's best.")] = None,
+    arch: Annotated[str | None, typer.Option(help="A GPU, such as sm_90a: its kernels instead of the CPU's.")] = None,
+    page_size: Annotated[int, typer.Option(help="With --arch: slots of a page, 0 without pages.")] = 16,
+    kernel: Annotated[str | None, typer.Option(help="With --arch: decode, attention_sm80, attention_sm90 or plan alone.")] = None,
     bound: SetOption = [],  # noqa: B006
     as_json: JsonFlag = False,
 ) -> None:
     """What attngen makes of a variant: traced hooks, chosen config, or rendered source. Compiles nothing."""
+    dtype = dtype or ("bfloat16" if arch else "float32")
     _check_dtypes([dtype])
     found = load_variant(variant, bound)
-    if stage == "trace":
+    if arch and stage in ("config", "source"):
+        from .show import show_cuda
+
+        show_cuda(found, stage, arch, dtype, head_dim, head_dim_v or head_dim, page_size or None, kernel, as_json)
+    elif stage == "trace":
         _show_trace(found, as_json)
     elif stage in ("config", "source"):
         plan = _specialise(found, dtype, head_dim, head_dim_v, isa)
-        _show_config(plan, as_json) if stage == "config" else _show_source(plan, as_json)
+        from .show import show_cpu
+
+        show_cpu(plan, stage, as_json)
     else:
         raise ParameterError(f"--stage {stage}: required trace, config or source")
 
@@ -169,50 +179,10 @@ class _Plan:
 def _specialise(variant: Variant, dtype: str, head_dim: int, head_dim_v: int | None, isa: str | None) -> _Plan:
     from . import run
     from .check import DTYPES
-    from .spec import STORAGE
+    from .show import storage_of
 
-    storage = {}
-    for name, field in variant.trace.used().items():
-        if field.kind == "tensor":
-            value = variant.values.get(name)
-            storage[name] = str(STORAGE[field.dtype][0] if value is None else value.dtype).removeprefix("torch.")
-    problem = run.problem_for(DTYPES[dtype], head_dim, head_dim_v or head_dim, storage, isa)
+    problem = run.problem_for(DTYPES[dtype], head_dim, head_dim_v or head_dim, storage_of(variant), isa)
     return _Plan(variant, problem, *run.specialise(variant, problem))
-
-
-def _show_config(plan: _Plan, as_json: bool) -> None:
-    candidates = [record(c) for c in plan.choice.candidates]
-    if as_json:
-        return print_json({
-            "variant": plan.variant.name, "key": plan.key, "problem": record(plan.problem), "flags": plan.flags,
-            "config": record(plan.choice.config), "candidates": candidates,
-        })  # fmt: skip
-    out = stdout()
-    for title, facts in (("problem", record(plan.problem)), ("config", record(plan.choice.config))):
-        shown = table(title, "")
-        for name, value in facts.items():
-            shown.add_row(name, escape(str(value)))
-        out.print(shown)
-    shown = table(*[name for name in candidates[0] if name != "lost"], "verdict")
-    for row in candidates:
-        lost = row.pop("lost")
-        shown.add_row(*map(str, row.values()), escape(lost) if lost else "[green]chosen[/]")
-    out.print(shown)
-    out.print(f"key    {plan.key}\nflags  {' '.join(plan.flags)}", markup=False, soft_wrap=True, highlight=False)
-
-
-def _show_source(plan: _Plan, as_json: bool) -> None:
-    from .render import MAIN, render_cpu
-
-    files = render_cpu(plan.hooks, plan.choice.config, plan.layout, plan.problem, plan.variant.name)
-    if as_json:
-        return print_json({"variant": plan.variant.name, "key": plan.key, "main": MAIN, "files": files})
-    if sys.stdout.isatty():
-        from rich.syntax import Syntax
-
-        stdout().print(Syntax(files[MAIN], "cpp", theme="ansi_dark", word_wrap=False))
-    else:
-        sys.stdout.write(files[MAIN])
 
 
 # ---------------------------------------------------------------- check and run

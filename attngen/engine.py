@@ -25,7 +25,7 @@ from .boxes import Boxes
 from .cache import Entry
 from .choose_cuda import PlanConfig, arch, arch_named, choose_attention, choose_decode, most_blocks, tile_class
 from .choose_hopper import choose_hopper
-from .emit import emit
+from .emit import Hooks, emit
 from .errors import ParameterError, UnsupportedError
 from .ops import I32_MAX
 from .run import DTYPE_NAMES, stored_dtypes
@@ -96,35 +96,45 @@ class Kernels:
         return tuple(i for i in needed if i in (0, needed[-1]) or self.classes[i].name != "decode")
 
 
+def choices_of(
+    problem: Problem, hooks: Hooks, *, page_size: int | None, batch_invariant: bool = False, most_rows: int = 0
+) -> list[Any]:
+    """A choice a row-tile class, smallest tile first: a configuration, and the candidates it was chosen from. Arguments as
+    ``kernels_of``."""
+    paged, name, split = page_size is not None, problem.isa, _FIXED_SPLIT if batch_invariant else 0
+    choices: list[Any] = []
+    if not split or most_rows <= 16:
+        choices.append(choose_decode(problem, name, hooks, paged=paged, split=split))
+    if not split:
+        with contextlib.suppress(UnsupportedError):
+            choices.append(choose_decode(problem, name, hooks, 32, paged=paged))
+        choices.append(choose_attention(problem, name, hooks, 64, paged=paged))
+        try:
+            choices.append(choose_hopper(problem, name, hooks, page_size))
+        except UnsupportedError:
+            with contextlib.suppress(UnsupportedError):  # wide heads where shared memory is small do without
+                choices.append(choose_attention(problem, name, hooks, 128, paged=paged))
+    elif not choices:  # one kernel for all lengths: two would round differently, and a prompt may be cut anywhere
+        choices.append(choose_attention(problem, name, hooks, 64, paged=paged, split=split))
+    return choices
+
+
 def kernels_of(
     variant: Variant, problem: Problem, *, page_size: int | None, batch_invariant: bool = False, most_rows: int = 0
 ) -> Kernels:
     """The kernels of ``variant`` for ``problem``, in their chosen configurations. All callers share them: of ``page_size`` it
     counts whether there are pages, and on Hopper whether they are multiples of 8; ``most_rows``, of a request, decides only
     under batch_invariant."""
-    paged = page_size is not None
-    trace, name, split = variant.trace, problem.isa, _FIXED_SPLIT if batch_invariant else 0
+    trace, name = variant.trace, problem.isa
     pinned = pins.pinned_cuda(trace.key(problem.head_dim), problem, page_size, batch_invariant, most_rows <= 16)
     if pinned:
         *classes, plan = (cuda.from_entry(entry, problem) for entry in pinned)
         return Kernels(tuple(classes), plan)
     hooks = emit(trace, dict(problem.storage), problem.head_dim, dialect="cuda", device_scalars=True)
-    configs: list[Any] = []
-    if not split or most_rows <= 16:
-        configs.append(choose_decode(problem, name, hooks, paged=paged, split=split).config)
-    if not split:
-        with contextlib.suppress(UnsupportedError):
-            configs.append(choose_decode(problem, name, hooks, 32, paged=paged).config)
-        configs.append(choose_attention(problem, name, hooks, 64, paged=paged).config)
-        try:
-            configs.append(choose_hopper(problem, name, hooks, page_size).config)
-        except UnsupportedError:
-            with contextlib.suppress(UnsupportedError):  # wide heads where shared memory is small do without
-                configs.append(choose_attention(problem, name, hooks, 128, paged=paged).config)
-    elif not configs:  # one kernel for all lengths: two would round differently, and a prompt may be cut anywhere
-        configs.append(choose_attention(problem, name, hooks, 64, paged=paged, split=split).config)
-    plan = PlanConfig(name, tuple(tile_class(c, problem) for c in configs))
-    named = [*((c.template, c) for c in configs), ("plan", plan)]
+    choices = choices_of(problem, hooks, page_size=page_size, batch_invariant=batch_invariant, most_rows=most_rows)
+    configs = [choice.config for choice in choices]
+    planned = PlanConfig(name, tuple(tile_class(c, problem) for c in configs))
+    named = [*((c.template, c) for c in configs), ("plan", planned)]
     specials = [cuda.specialise(n, variant.name, trace, problem, c, name) for n, c in named]
     return Kernels(tuple(specials[:-1]), specials[-1])
 

@@ -62,6 +62,7 @@ STREET = (
     "wheel",
     "doctor",
     "printing",
+    "show",
     "ship",
     "cli",
     "__main__",
