@@ -73,8 +73,16 @@ inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
 inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 """
-# Launches `kernel`; 1 if all its threads wait for others.
+# Launches `kernel`; 1 if all its threads wait for others. A shim may say what happens between rounds, in which order threads take
+# their turns and which of them miss one, whether something is on its way that will wake them, and that all is lost (2).
 RUN = """
+#ifndef BEGIN_ROUND
+#define BEGIN_ROUND
+#define FIBER(turn) turn
+#define HELD_UP(fiber) false
+#define IN_FLIGHT false
+#define BROKEN false
+#endif
 static const Params* launched;
 static void thread_main() {{
   const int self = threadIdx.x;
@@ -95,13 +103,19 @@ extern "C" __attribute__((visibility("default"))) int run(const void* params, un
     }}
     for (size_t left = fibers.size(); left;) {{
       left = 0, moved = false;
-      for (threadIdx.x = 0; threadIdx.x < fibers.size(); ++threadIdx.x) {{
-        const unsigned self = threadIdx.x;
+      BEGIN_ROUND;
+      for (unsigned turn = 0; turn < fibers.size(); ++turn) {{
+        const unsigned self = threadIdx.x = FIBER(turn);
         if (fibers[self].done) continue;
+        if (HELD_UP(self)) {{
+          ++left;
+          continue;
+        }}
         swapcontext(&turns, &fibers[self].context);
         left += !fibers[self].done;
       }}
-      if (left && !moved) return 1;
+      if (BROKEN) return 2;
+      if (left && !moved && !IN_FLIGHT) return 1;
     }}
   }}
   return 0;

@@ -1,5 +1,7 @@
 """The Hopper kernel, compiled for this host: its threads are the fibers of on_host_block.py; mbarriers, the copy engine and
-wgmma are what PTX says they are, with swizzles and descriptors decoded. A deadlock is seen; what depends on time is not."""
+wgmma are what PTX says they are, with swizzles and descriptors decoded. Warps take their turns in random order and are held up
+now and then; copies land late and in any order, and until then their place holds NaN. A deadlock is seen, and so is an
+arrival that a barrier does not expect; what depends on fences or on the hardware's own order is not."""
 
 from __future__ import annotations
 
@@ -28,6 +30,7 @@ def tensor_map(address: int, bf16: bool, sizes: tuple, strides: tuple, box: tupl
 
 
 SHIM = """
+#include <functional>
 #include <map>
 struct Dim { unsigned x, y; };
 static Dim gridDim;
@@ -47,6 +50,36 @@ inline float ex2(float x) { return exp2f(x); }
 inline float lg2(float x) { return log2f(x); }
 inline void yield() { swapcontext(&fibers[threadIdx.x].context, &turns); }
 
+// ---- turns, and copies on their way
+static uint32_t chance = 1;
+inline uint32_t draw(uint32_t below) { return (chance = chance * 1664525u + 1013904223u) >> 8, (chance >> 8) % below; }
+struct Copy { uint32_t rounds; std::function<void()> land; };
+static std::vector<Copy> copies;
+static unsigned turn_of[32], held[32];
+inline void begin_round() {
+  const unsigned warps = fibers.size() / 32;
+  for (unsigned w = 0; w < warps; ++w) {
+    const unsigned other = draw(w + 1);
+    turn_of[w] = turn_of[other], turn_of[other] = w;
+    held[w] = held[w] ? held[w] - 1 : draw(20) ? 0 : draw(30);
+    if (held[w]) moved = true;
+  }
+  for (size_t i = 0; i < copies.size();)
+    if (copies[i].rounds-- == 0) {
+      const auto land = copies[i].land;
+      copies.erase(copies.begin() + i);
+      land();
+    } else {
+      ++i;
+    }
+}
+#define BEGIN_ROUND begin_round()
+#define FIBER(turn) (turn_of[turn / 32] * 32 + turn % 32)
+#define HELD_UP(fiber) held[fiber / 32]
+#define IN_FLIGHT !copies.empty()
+static bool broken;
+#define BROKEN broken
+
 // ---- mbarrier.cuh
 struct Barrier { int arrivals, pending; long bytes; unsigned phase; };
 static std::map<uint32_t, Barrier> barriers;
@@ -61,7 +94,7 @@ inline Barrier& barrier_at(uint32_t at) {
 }
 inline void mbarrier_arrive(uint32_t at) {
   Barrier& b = barrier_at(at);
-  if (b.pending <= 0) abort();  // more arrivals than the phase expects
+  if (b.pending <= 0) broken = true;  // more arrivals than the phase expects
   --b.pending, moved = true;
   settle(b);
 }
@@ -89,7 +122,7 @@ struct alignas(64) TensorMap { uint64_t address, sizes[4], strides[3]; uint32_t 
 static_assert(sizeof(TensorMap) == 128, "a CUtensorMap");
 inline void prefetch_map(const TensorMap*) {}
 inline uint32_t swizzled(uint32_t at, int panel) { return at ^ ((at >> 7 & (panel == 64 ? 7 : 3)) << 4); }
-inline void copy_box(uint32_t smem, const TensorMap* map, uint32_t barrier, int32_t x, int32_t row, int32_t head, int32_t page) {
+inline void land_box(uint32_t smem, const TensorMap* map, uint32_t barrier, int32_t x, int32_t row, int32_t head, int32_t page) {
   const int64_t at[4] = {x, row, head, page};
   const int panel = map->box[0];
   if (smem % 128) abort();
@@ -108,6 +141,11 @@ inline void copy_box(uint32_t smem, const TensorMap* map, uint32_t barrier, int3
   Barrier& b = barrier_at(barrier);
   b.bytes -= (long)r * 2 * panel, moved = true;
   settle(b);
+}
+inline void copy_box(uint32_t smem, const TensorMap* map, uint32_t barrier, int32_t x, int32_t row, int32_t head, int32_t page) {
+  memset(shared_memory + smem, 0xff, 2l * map->box[0] * map->box[1] * map->box[2] * map->box[3]);
+  copies.push_back({draw(4) ? draw(6) : draw(40), [=] { land_box(smem, map, barrier, x, row, head, page); }});
+  moved = true;
 }
 inline void fence_async_proxy() {}
 inline void cp_async_16(uint32_t smem, const void* global, int bytes = 16) {
@@ -201,7 +239,7 @@ class Kernel:
         shim = shim.replace("#define AG_DEVICE static inline\n", "")
         math = test_ops.SHIM.split("#define __forceinline__")[1].partition("\n")[2]
         run = on_host_block.RUN.format(kernel=f"attngen_{special.phase}(*launched)", threads=special.config.threads)
-        run = run.replace("memset(&of_block, 0, sizeof of_block)", "gridDim.x = blocks, barriers.clear(), memset(of_named, 0, sizeof of_named), "
+        run = run.replace("memset(&of_block, 0, sizeof of_block)", "gridDim.x = blocks, broken = false, copies.clear(), barriers.clear(), memset(held, 0, sizeof held), memset(of_named, 0, sizeof of_named), "
                           "memset(shared_memory, 0xff, sizeof shared_memory), memset(&of_block, 0, sizeof of_block)")  # fmt: skip
         for name in ("mbarrier.cuh", "tma.cuh", "wgmma.cuh"):
             files[name] = "#pragma once\n"
@@ -223,4 +261,5 @@ class Kernel:
         at = ctypes.addressof(raw)
         aligned = at + -at % 64
         ctypes.memmove(aligned, bytes(params), self.size)
-        assert self.library.run(ctypes.c_void_p(aligned), grid_x) == 0, "all threads wait for others"
+        status = self.library.run(ctypes.c_void_p(aligned), grid_x)
+        assert status == 0, {1: "all threads wait for others", 2: "a barrier has more arrivals than it expects"}[status]

@@ -86,6 +86,12 @@ def test_head_dims(d, dv, dtype):
     check(variants.Causal(), [70, 3, 129], [200, 90, 129], d=d, dv=dv, dtype=dtype)
 
 
+@pytest.mark.parametrize("d, dv", [(96, 64), (128, 96)])
+def test_panels_of_two_widths(d, dv):
+    """A warp's output then lies where other warps' queries are: several units, so that warps are apart."""
+    check(variants.Causal(), [2, 0, 1, 70, 0, 63, 65, 64, 130], [900, 128, 7, 0, 900, 0, 129, 127, 16], heads=6, ragged=True, d=d, dv=dv)
+
+
 @pytest.mark.parametrize("page_size, layout", [(8, "NHD"), (24, "HND"), (64, "NHD"), (256, "HND")])
 def test_pages(page_size, layout):
     check(variants.Causal(), [70, 3], [200, 90], page_size=page_size, layout=layout, d=64)
@@ -99,6 +105,7 @@ def test_groups(heads, kv_heads):
 
 @pytest.mark.parametrize("q_lens, kv_lens", [
     ([3, 2], [3000, 2100]), ([70, 20], [17, 0]), ([1, 63, 64, 65], [1, 63, 64, 65]), ([127, 128, 129], [129, 128, 127]), ([0, 0, 5], [5, 0, 1000]),
+    ([70] * 6, [7, 100, 30, 129, 5, 1]),
 ])  # fmt: skip
 def test_lengths(q_lens, kv_lens):
     """The first are cut into pieces, which the last of a tile merges."""
