@@ -204,6 +204,42 @@ def test_fewer_rows_than_planned_spoil_their_request_alone():
         attn.check()
 
 
+def test_a_mask_that_has_grown_since_the_plan():
+    """A window on the device: more pieces than were planned are nobody's, so the last planned takes them."""
+    variant = variants.Causal() & variants.SlidingWindow(1)
+    batch = Batch([3], [3000], d=64, heads=2, kv_heads=1, device="cpu")
+    window = torch.tensor(1500, dtype=torch.int32)
+    attn = make(variant, batch)
+    attn.plan(*batch.pages(), window=window)
+    for now in (1500, 2900, 700, 1500):
+        window.fill_(now)
+        out = attn.run(batch.q, (batch.k, batch.v))
+        ref, _ = batch.expected(variant, window=now)
+        compare(out, ref, like=ref.to(BF16) + 2e-3)
+
+
+@pytest.mark.parametrize("dtype, size", [(F16, 1e4), (BF16, 3e4), (F16, 3e4)])
+@pytest.mark.parametrize("constant", [True, False])
+def test_large_scores(dtype, size, constant):
+    """Base-2 scores whose rounding is larger than a weight can be."""
+    q, k = (torch.full((1, n, 2, 64), size) if constant else size * torch.randn(1, n, 2, 64) for n in (70, 200))
+    q, k = q.clamp(-6e4, 6e4).to(dtype), k.clamp(-6e4, 6e4).to(dtype)
+    v = torch.randn(1, 200, 2, 64).to(dtype)
+    out = ag.attention(q, k, v, variants.Causal())
+    assert out.isfinite().all()
+    if constant:
+        compare(out, ag.reference(q, k, v, variants.Causal()), like=ag.reference(q, k, v, variants.Causal()).to(dtype) + 2e-3)
+
+
+def test_a_cache_without_pages():
+    batch = Batch([70], [200], d=64, device="cpu")
+    attn = make(variants.Causal(), batch)
+    attn.plan(*batch.pages())
+    assert torch.isnan(attn.run(batch.q, (batch.k[:0].clone(), batch.v[:0].clone()))).all()
+    with pytest.raises(ag.AttngenError, match="request 0"):
+        attn.check()
+
+
 def test_the_same_bits_again():
     batch = Batch([200, 3, 1], [900, 2000, 700], d=64, device="cpu")
     attn = make(variants.Causal(), batch)

@@ -64,11 +64,16 @@ __device__ __forceinline__ QueuedUnit unit_of(const QueuedRequest& r, int32_t un
   return {r.tiles - 1 - (row - piece * r.tiles), r.piece0 + r.pieces - 1 - piece, head0 + i - row * heads};
 }
 
-// The pieces that cache slots [begin, end) meet.
+// The pieces that cache slots [begin, end) meet, of those that were planned: a mask that reads a scalar on the device may reach
+// further by now. The first and the last piece of a tile take what lies outside.
 struct PieceSpan { int32_t first, count; };
 __device__ __forceinline__ PieceSpan pieces_met(const QueuedRequest& r, int32_t begin, int32_t end) {
-  const int32_t first = begin / r.piece_slots;
-  return begin < end ? PieceSpan{first, (end - 1) / r.piece_slots + 1 - first} : PieceSpan{r.piece0, 0};
+  if (begin >= end) return {r.piece0, 0};
+  const int32_t most = r.piece0 + r.pieces - 1;
+  int32_t first = begin / r.piece_slots, last = (end - 1) / r.piece_slots;
+  first = first < r.piece0 ? r.piece0 : first > most ? most : first;
+  last = last < r.piece0 ? r.piece0 : last > most ? most : last;
+  return {first, last + 1 - first};
 }
 
 // Where a cut tile's piece leaves its result, and the first of the counters of its arrivals, one for each of GROUPS warpgroups.
