@@ -415,9 +415,12 @@ class QueuedRequest:
         return self.tiles - 1 - tile, self.piece0 + self.pieces - 1 - piece, head0 + head
 
     def pieces_met(self, begin: int, end: int) -> tuple[int, int]:
-        """The first of the pieces that cache slots [begin, end) meet, and their number: ``pieces_met`` in queue.cuh."""
-        first = begin // self.piece_slots
-        return (first, (end - 1) // self.piece_slots + 1 - first) if begin < end else (self.piece0, 0)
+        """The first of the planned pieces that cache slots [begin, end) meet, and their number: ``pieces_met`` in queue.cuh."""
+        if begin >= end:
+            return self.piece0, 0
+        most = self.piece0 + self.pieces - 1
+        first, last = (min(max(slot // self.piece_slots, self.piece0), most) for slot in (begin, end - 1))
+        return first, last + 1 - first
 
 
 @dataclass(frozen=True)
