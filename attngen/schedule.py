@@ -4,9 +4,10 @@ This is the planner of ``templates/cuda/plan.cu.jinja`` in plain Python, record 
 ``work.cuh`` over its result. It serves the CPU backend and the tests; ``pack`` writes what the device would have written.
 
 A row-tile class has ``bm`` packed rows (token * group + head in group) a tile. A unit is one tile and one KV head; its
-cost is its KV blocks, at least 1, plus ``unit_cost`` where there are more units than workers. The units of a class lie on a line, tile by tile or KV head by KV head, and worker w
-of n owns the cost interval [w * total / n, (w + 1) * total / n): only its first and its last unit can be partial, so that partial results have fixed
-slots, 2w and 2w + 1. With a fixed split, tiles are cut beforehand into pieces that are units of their own.
+cost is its KV blocks, at least 1, plus ``unit_cost`` where there are more units than workers. The units of a class lie on
+a line, tile by tile or KV head by KV head, and worker w of n owns the cost interval [w * total / n, (w + 1) * total / n):
+only its first and its last unit can be partial, so that partial results have fixed slots, 2w and 2w + 1. With a fixed
+split, tiles are cut beforehand into pieces that are units of their own.
 
 A class of kind "queue" (``queue.cuh``) has one record a request; workers draw its units from a counter. Only requests whose
 tiles are longer than the workers' average load are cut.

@@ -111,11 +111,11 @@ template <int SLOTS> struct Ring {
   void advance() { if (++slot == SLOTS) slot = 0, parity ^= 1; }
 };
 static Meeting of_named[16];
-inline void named_arrive(int id, int threads) {
+inline void barrier_arrive(int id, int threads) {
   Meeting& m = of_named[id];
   if (++m.arrived == threads) m.arrived = 0, ++m.round, moved = true;
 }
-inline void named_wait(int id, int threads) { meet(of_named[id], threads); }
+inline void barrier_sync(int id, int threads) { meet(of_named[id], threads); }
 
 // ---- tma.cuh
 struct alignas(64) TensorMap { uint64_t address, sizes[4], strides[3]; uint32_t box[4], bf16, nan_fill; uint64_t rest[5]; };

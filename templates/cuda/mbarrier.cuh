@@ -1,4 +1,4 @@
-// Barriers in shared memory (mbarrier, sm_90) and named barriers between warpgroups.
+// Barriers in shared memory (mbarrier, sm_90).
 #pragma once
 #include <stdint.h>
 
@@ -38,11 +38,3 @@ template <int SLOTS> struct Ring {
     if (++slot == SLOTS) slot = 0, parity ^= 1;
   }
 };
-
-// Named barrier `id` (1-15) of `threads` threads, those that wait and those that only arrive.
-__device__ __forceinline__ void named_wait(int id, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-__device__ __forceinline__ void named_arrive(int id, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}

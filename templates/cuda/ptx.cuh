@@ -95,8 +95,9 @@ __device__ __forceinline__ void mma_m16n8k16<F16>(float (&d)[4], const uint32_t 
 
 // ---- barriers -------------------------------------------------------------------------------------------------------
 
-// Waits at barrier `id` (1 ... 15; 0 is __syncthreads') for so many threads, whole warps.
+// Barrier `id` (1 ... 15; 0 is __syncthreads') of so many threads, whole warps: those that wait and those that only arrive.
 __device__ __forceinline__ void barrier_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+__device__ __forceinline__ void barrier_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
 // ---- order between blocks -------------------------------------------------------------------------------------------
 

@@ -4,13 +4,18 @@
 // The work list: what plan.cu writes and every attention kernel walks.
 //
 // A row-tile class has BM packed rows (token * group + head in group) a tile. A unit is one tile and one KV head; its cost
-// is its KV blocks, at least 1, plus unit_cost where there are more units than workers: else every worker has a piece or two. The units of a class lie on a line: tile by tile, the KV heads of a tile side by side, so that
-// workers share keys in L2; or, HEAD_MAJOR, all tiles of head 0, then of head 1 ..., so that workers a head apart walk the
-// same tokens in step and read neighbouring rows of a page together. Worker w of n owns the cost interval [w * total / n, (w + 1) * total / n). So a unit may be cut into pieces, but only the first and the
-// last piece of a worker can be partial: partial results have fixed slots, 2w for a unit that began in an earlier worker
-// and 2w + 1 for one that goes on in the next. The last worker to finish a piece merges them, in the workers' order.
-// A partial row is its state (largest score in base 2, sum of the weights relative to it) and its output relative to the same
-// score, not divided by the sum: exact for scores of any size, and the bits of a row alone are those beside empty pieces.
+// is its KV blocks, at least 1, plus unit_cost where there are more units than workers: else every worker has a piece or
+// two. The units of a class lie on a line: tile by tile, the KV heads of a tile side by side, so that workers share keys in
+// L2; or, HEAD_MAJOR, all tiles of head 0, then of head 1 ..., so that workers a head apart walk the same tokens in step and
+// read neighbouring rows of a page together.
+//
+// Worker w of n owns the cost interval [w * total / n, (w + 1) * total / n). So a unit may be cut into pieces, but only the
+// first and the last piece of a worker can be partial: partial results have fixed slots, 2w for a unit that began in an
+// earlier worker and 2w + 1 for one that goes on in the next. The last worker to finish a piece merges them, in the
+// workers' order. A partial row is its state (largest score in base 2, sum of the weights relative to it) and its output
+// relative to the same score, not divided by the sum: exact for scores of any size, and the bits of a row alone are those
+// beside empty pieces.
+//
 // With a fixed split (batch_invariant) a tile is cut beforehand into pieces that are units of their own, never cut again.
 #pragma once
 #include <stdint.h>
