@@ -35,7 +35,7 @@ from typing import Any
 
 from . import counters, trust
 from .build import keep_newest
-from .entry import FORMAT, Entry, cache_root, read_entry, sources_digest
+from .entry import FORMAT, Entry, cache_root, entry_folder, json_text, read_entry, sources_digest, written_whole
 from .errors import AttngenError, BuildError, CacheError, CacheWarning, JitWarning, MissingKernelError
 
 __all__ = ["FORMAT", "Cache", "Entry", "cache_root", "default", "sources_digest"]
@@ -83,7 +83,7 @@ class Cache:
 
     def folder(self, key: str, shelf: str = "kernels") -> Path:
         """Where the entry of `key` is or would be."""
-        return self.base / shelf / key[:2] / key
+        return self.root / entry_folder(key, shelf)
 
     def failed(self, key: str) -> Path:
         """Where a failed build of `key` is kept (`compile_kernel(keep_failed=...)`)."""
@@ -250,6 +250,10 @@ class Cache:
         """Serve `entry`, which was found elsewhere, from memory."""
         self._entries[shelf, entry.key] = entry
 
+    def forget(self, entry: Entry, shelf: str = "kernels") -> None:
+        """Look it up again when it is next asked for."""
+        self._entries.pop((shelf, entry.key), None)
+
     def adopt(self, entry: Entry, shelf: str = "kernels") -> tuple[Entry, bool]:
         """Publish a copy of an entry of another layer here. Returns it and whether it was there already."""
         from .pack import files_of
@@ -272,9 +276,8 @@ class Cache:
         folder = self.base / "sets"
         with self._writing(folder):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            private = folder / f".{name}.{os.getpid()}"
-            private.write_text(json.dumps(lock, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-            private.replace(folder / f"{name}.lock")
+            with written_whole(folder / f"{name}.lock") as private:
+                private.write_text(json_text(lock), encoding="utf-8")
 
     def _build_locked(self, key: str, build: Callable[[Path], Mapping[str, Any]], shelf: str) -> tuple[Entry, bool]:
         for attempt in range(_TRIES):
@@ -290,7 +293,7 @@ class Cache:
         raise AssertionError
 
     def _build_once(self, key: str, build: Callable[[Path], Mapping[str, Any]], shelf: str) -> tuple[Entry, bool]:
-        from .locks import key_lock, machine
+        from .locks import key_lock, private_name
 
         self.check_private()
         with self._writing(self.base):
@@ -310,7 +313,7 @@ class Cache:
             if damage is not None:
                 self._set_aside(key, shelf, damage)
             with self._writing(self.base / "building"):
-                folder = self.base / "building" / f".build-{machine()}-{os.getpid()}-{secrets.token_hex(4)}"
+                folder = self.base / "building" / private_name()
                 folder.mkdir()
             self._collect_abandoned(folder)
             try:
@@ -338,7 +341,7 @@ class Cache:
             "files": {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in others},
             "created": time.time(),
         }
-        (folder / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        (folder / "manifest.json").write_text(json_text(manifest), encoding="utf-8")
         # What a lookup checks must be on the disk before the name is; sources and log are for people to read.
         for path in (folder / artifact, folder / "manifest.json", folder):
             _fsync(path)
@@ -373,15 +376,14 @@ class Cache:
     def _collect_abandoned(self, mine: Path) -> None:
         """Removes private folders of builds that were killed: of this machine's dead processes, or a day older than `mine`,
         which was made just now by the same file system's clock."""
-        from .locks import alive, machine
+        from .locks import alive, machine, owner_of
 
         with contextlib.suppress(OSError):
             now = mine.stat().st_mtime
             for folder in (self.base / "building").glob(".build-*-*-*"):
-                owner, pid = folder.name.split("-")[1:3]
+                owner, pid = owner_of(folder.name)
                 try:
-                    here = owner == machine()
-                    if not alive(int(pid)) if here else now - folder.stat().st_mtime > STALE_S:
+                    if not alive(int(pid)) if owner == machine() else now - folder.stat().st_mtime > STALE_S:
                         shutil.rmtree(folder, ignore_errors=True)
                 except FileNotFoundError:  # its builder published it at this moment
                     continue

@@ -10,7 +10,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,27 @@ def check_files(entry: Entry) -> None:
             raise damaged(entry.folder, f"a readable {name}", str(error)) from None
         if found != digest:
             raise damaged(entry.folder, f"{name} with sha256 {digest}", found)
+
+
+def entry_folder(key: str, shelf: str = "kernels") -> str:
+    """Where an entry lies below a cache's root: in folders, remote stores and wheels alike."""
+    return f"v{FORMAT}/{shelf}/{key[:2]}/{key}"
+
+
+def json_text(record: Mapping[str, Any]) -> str:
+    """A record as its file holds it: equal records make equal bytes."""
+    return json.dumps(record, indent=1, sort_keys=True) + "\n"
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A private path beside ``path`` to write to: at the end it takes the place of ``path``, or on an error it goes."""
+    private = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield private
+        private.replace(path)
+    finally:
+        private.unlink(missing_ok=True)
 
 
 def damaged(place: Path, required: str, found: str) -> CacheError:

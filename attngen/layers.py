@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from . import trust
-from .entry import FORMAT, Entry, check_content, parse_manifest, read_entry
+from .entry import FORMAT, Entry, check_content, entry_folder, json_text, parse_manifest, read_entry
 from .errors import CacheError, ParameterError
 from .pack import MAX_FILE, MemoryEntry, Pack, bare_manifest, files_of
 
@@ -42,7 +42,7 @@ class FolderLayer:
 
     def lookup(self, key: str, shelf: str) -> Entry | None:
         self.check_private()
-        return read_entry(self.root / f"v{FORMAT}" / shelf / key[:2] / key, key, self.name)
+        return read_entry(self.root / entry_folder(key, shelf), key, self.name)
 
     def keys(self) -> list[str]:
         return sorted(path.parent.name for path in (self.root / f"v{FORMAT}" / "kernels").glob("*/*/manifest.json"))
@@ -102,7 +102,7 @@ class RemoteLayer:
             raise ParameterError(f"ATTNGEN_REMOTE_CACHE={url}: required a URL that fsspec knows; found: {error}") from None
 
     def folder(self, key: str) -> str:
-        return f"{self.root}/v{FORMAT}/kernels/{key[:2]}/{key}"
+        return f"{self.root}/{entry_folder(key)}"
 
     def lookup(self, key: str, shelf: str) -> MemoryEntry | None:
         """The entry of ``key``, all its files in memory. Raises CacheError where it is damaged, OSError."""
@@ -136,8 +136,7 @@ class RemoteLayer:
         self.fs.makedirs(folder, exist_ok=True)
         for name in files_of(entry):
             self.fs.pipe_file(f"{folder}/{name}", entry.file(name))
-        text = json.dumps(bare_manifest(entry, sign), indent=1, sort_keys=True) + "\n"
-        self.fs.pipe_file(f"{folder}/manifest.json", text.encode())
+        self.fs.pipe_file(f"{folder}/manifest.json", json_text(bare_manifest(entry, sign)).encode())
         return True
 
 

@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 import socket
 import threading
 import time
@@ -142,6 +143,17 @@ def machine() -> str:
     except OSError:  # not Linux: the host alone
         namespace = ""
     return hashlib.sha256(f"{socket.gethostname()} {namespace}".encode()).hexdigest()[:8]
+
+
+def private_name() -> str:
+    """A new name of a folder that this process alone uses, which says so (``owner_of``)."""
+    return f".build-{machine()}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def owner_of(name: str) -> tuple[str, str]:
+    """Machine and pid of the process that made a ``private_name``."""
+    owner, pid = name.split("-")[1:3]
+    return owner, pid
 
 
 def alive(pid: int) -> bool:

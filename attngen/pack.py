@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from . import trust
-from .entry import FILE_NAME, KEY, Entry, check_content, parse_manifest
+from .entry import FILE_NAME, KEY, Entry, check_content, json_text, parse_manifest, written_whole
 from .errors import CacheError, ParameterError
 
 PACK_FORMAT = "attnpack-1"
@@ -103,20 +103,16 @@ def write_pack(
     index: dict[str, Any] = {"format": PACK_FORMAT, "name": name, "entries": listed, "lock": lock}
     if sign:
         index = trust.sign(index, sign)
-    text = json.dumps(index, sort_keys=True, indent=1).encode() + b"\n"
-    private = path.with_name(f".{path.name}.{os.getpid()}")
+    text = json_text(index).encode()
     try:
-        with zipfile.ZipFile(private, "w", zipfile.ZIP_STORED) as archive:
+        with written_whole(path) as private, zipfile.ZipFile(private, "w", zipfile.ZIP_STORED) as archive:
             for member, content in [(INDEX, text), *((f"blobs/{d}", blobs[d]) for d in sorted(blobs))]:
                 archive.writestr(plain_member(member), content)
-        os.replace(private, path)
     except OSError as error:
         raise CacheError(
             f"the pack {path} cannot be written.\n  required: a folder with room, that you can write\n  found: {error}\n"
             f"  do: give -o another path"
         ) from error
-    finally:
-        private.unlink(missing_ok=True)
     return hashlib.sha256(text).hexdigest()
 
 

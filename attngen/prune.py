@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 import time
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from typing import Any
 from .cache import Cache
 from .entry import Entry, check_files, read_entry
 from .errors import CacheError
-from .locks import machine
+from .locks import private_name
 
 SHELVES = ("kernels", "host")
 
@@ -105,7 +104,7 @@ def prune(store: Cache, max_bytes: int | None = None, max_age_s: float | None = 
     aside: list[tuple[Usage, Path]] = []
     (store.base / "building").mkdir(exist_ok=True)
     for item in doomed:
-        target = store.base / "building" / f".build-{machine()}-{os.getpid()}-{secrets.token_hex(4)}"
+        target = store.base / "building" / private_name()
         with suppress(FileNotFoundError):  # another prune was here
             item.entry.folder.rename(target)
             aside.append((item, target))
@@ -121,7 +120,7 @@ def prune(store: Cache, max_bytes: int | None = None, max_age_s: float | None = 
         shutil.rmtree(target, ignore_errors=True)
         with suppress(OSError):
             (store.base / "hits" / item.entry.key).unlink()
-        store._entries.pop(("kernels", item.entry.key), None)
+        store.forget(item.entry)
         removed.append(item)
     return Pruned(removed, loaded)
 

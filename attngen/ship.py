@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,6 +74,7 @@ def precompile(
 
 def _write_lock(path: Path, lock: dict[str, Any], keep_others: bool) -> None:
     """``keep_others``: with --arch, the lock's kernels of other archs stay, as long as they belong to the same set."""
+    from .entry import json_text, written_whole
     from .sets import read_lock
 
     if keep_others and path.exists():
@@ -88,9 +88,8 @@ def _write_lock(path: Path, lock: dict[str, Any], keep_others: bool) -> None:
             keys = {role["key"] for unit in kept for role in unit["roles"] if "key" in role}
             lock = {**lock, "units": [*kept, *lock["units"]], "sources": {**before["sources"], **lock["sources"]}}
             lock["kernels"] = dict(sorted({**{k: before["kernels"][k] for k in keys}, **lock["kernels"]}.items()))
-    private = path.with_name(f".{path.name}.{os.getpid()}")
-    private.write_text(json.dumps(lock, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(private, path)
+    with written_whole(path) as private:
+        private.write_text(json_text(lock), encoding="utf-8")
 
 
 def _print_dry_run(plan: Plan, facts: dict[str, Any], as_json: bool) -> None:

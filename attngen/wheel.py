@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
-import os
 import platform
 import re
 import zipfile
@@ -20,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from . import trust
-from .entry import FORMAT, Entry
+from .entry import FORMAT, Entry, entry_folder, json_text, written_whole
 from .errors import ParameterError
 from .layers import GROUP
 from .pack import bare_manifest, check_name, files_of, plain_member
@@ -34,20 +32,18 @@ def write_wheel(
     if not re.fullmatch(r"\d+(\.\d+)*", version):
         raise ParameterError(f"--version {version}: required numbers joined by dots, such as 1 or 2026.11")
     package = "attngen_kernels_" + re.sub(r"\W", "_", name).lower()
-    inside = f"{package}/v{FORMAT}"
     files: dict[str, bytes] = {f"{package}/__init__.py": f'"""Kernels of the set {name}, built by attngen. Data only."""\n'.encode()}
     native = False
     for entry in entries:
         entry.read()
         native = native or entry.manifest.get("kind") != "cubin"
-        where = f"{inside}/kernels/{entry.key[:2]}/{entry.key}"
+        where = f"{package}/{entry_folder(entry.key)}"
         for file in files_of(entry):
             files[f"{where}/{file}"] = entry.file(file)
-        manifest = json.dumps(bare_manifest(entry, sign), indent=1, sort_keys=True) + "\n"
-        files[f"{where}/manifest.json"] = manifest.encode()
+        files[f"{where}/manifest.json"] = json_text(bare_manifest(entry, sign)).encode()
     if lock is not None:
         signed = trust.sign(lock, sign) if sign else lock
-        files[f"{inside}/sets/{name}.lock"] = (json.dumps(signed, indent=1, sort_keys=True) + "\n").encode()
+        files[f"{package}/v{FORMAT}/sets/{name}.lock"] = json_text(signed).encode()
     # Cubins are data; libraries are of one machine type.
     tag = f"py3-none-linux_{platform.machine()}" if native else "py3-none-any"
     info = f"{package}-{version}.dist-info"
@@ -63,15 +59,13 @@ def write_wheel(
 
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{package}-{version}-{tag}.whl"
-    private = target.with_name(f".{target.name}.{os.getpid()}")
     # The archive ends with its metadata, as wheels do.
     order = sorted(files, key=lambda path: (".dist-info/" in path, path))
-    with zipfile.ZipFile(private, "w", zipfile.ZIP_DEFLATED) as archive:
+    with written_whole(target) as private, zipfile.ZipFile(private, "w", zipfile.ZIP_DEFLATED) as archive:
         for path in order:
             member = plain_member(path)
             member.compress_type = zipfile.ZIP_DEFLATED
             archive.writestr(member, files[path])
-    os.replace(private, target)
     return target
 
 
