@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from .errors import UnsupportedError
 
@@ -78,6 +78,17 @@ class _Printed:
         return " ".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))
 
 
+Config, Candidate = TypeVar("Config"), TypeVar("Candidate")
+
+
+@dataclass(frozen=True)
+class CudaChoice(Generic[Config, Candidate]):
+    """The chosen configuration and every candidate, in the order of preference."""
+
+    config: Config
+    candidates: tuple[Candidate, ...]
+
+
 class _WarpConfig(_Printed):
     """What the records of kernels share that count their warps."""
 
@@ -125,14 +136,6 @@ class DecodeCandidate:
     lost: str
 
 
-@dataclass(frozen=True)
-class DecodeChoice:
-    """The chosen configuration and every candidate, in the order of preference."""
-
-    config: DecodeConfig
-    candidates: tuple[DecodeCandidate, ...]
-
-
 # Best first, as measured on an H100 at head_dim 128: two blocks an SM beat one with more stages and three with fewer. More than
 # 128 KB in flight an SM queue up in front of HBM: 1% slower. Wide heads go down the list until they fit.
 _IN_FLIGHT = 128 * _KB
@@ -144,7 +147,7 @@ _PAIRED_SHAPES = tuple((warps, stages, 1) for warps in (8, 4) for stages in (8, 
 
 def choose_decode(
     problem: Problem, arch_name: str, hooks: Hooks, block_m: int = 16, paged: bool = True, split: int = 0
-) -> DecodeChoice:
+) -> CudaChoice[DecodeConfig, DecodeCandidate]:
     """The decode kernel for ``problem`` on ``arch_name`` with tiles of ``block_m`` (16 or 32) rows. ``split``: keys of a fixed
     piece, 0 for none."""
     gpu = arch(arch_name)
@@ -175,7 +178,7 @@ def choose_decode(
             f"  do: launch tiles of 64 rows instead"
         )
     config = DecodeConfig(arch_name, paged, block_m, won.warps, won.stages, won.blocks_per_sm, won.q_in_smem, 2, split, won.smem_bytes)
-    return DecodeChoice(config, tuple(candidates))
+    return CudaChoice(config, tuple(candidates))
 
 
 def decode_smem_bytes(d: int, dv: int, block_m: int, warps: int, stages: int, staged_queries: int, softmax: bool) -> int:
@@ -237,14 +240,6 @@ class AttentionCandidate:
     lost: str
 
 
-@dataclass(frozen=True)
-class AttentionChoice:
-    """The chosen configuration and every candidate, in the order of preference."""
-
-    config: AttentionConfig
-    candidates: tuple[AttentionCandidate, ...]
-
-
 # (block_n, warps, stages, blocks an SM), best first, as measured on an H100. Four warps of 32 rows read keys and values
 # from shared memory half as often as eight of 16, but hold twice the output: up to head_dim_v 128 it fits in registers.
 _NARROW = ((96, 4, 2, 2), (64, 4, 2, 2), (64, 4, 1, 2), (64, 4, 1, 1))
@@ -273,7 +268,7 @@ def _attention_shapes(block_m: int, d: int, dv: int, hooks: Hooks) -> tuple[tupl
 
 def choose_attention(
     problem: Problem, arch_name: str, hooks: Hooks, block_m: int = 128, paged: bool = True, split: int = 0
-) -> AttentionChoice:
+) -> CudaChoice[AttentionConfig, AttentionCandidate]:
     """The attention kernel for ``problem`` on ``arch_name`` with tiles of ``block_m`` (64 or 128) rows. ``split``: keys of
     a fixed piece, 0 for none."""
     gpu = arch(arch_name)
@@ -305,7 +300,7 @@ def choose_attention(
     config = AttentionConfig(
         arch_name, paged, block_m, won.block_n, won.warps, won.stages, won.blocks_per_sm, 4, split, won.smem_bytes
     )
-    return AttentionChoice(config, tuple(candidates))
+    return CudaChoice(config, tuple(candidates))
 
 
 def attention_smem_bytes(d: int, dv: int, block_m: int, block_n: int, stages: int, hooks: Hooks, paged: bool) -> int:

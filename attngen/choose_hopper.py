@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .choose_cuda import _Printed, arch
+from .choose_cuda import CudaChoice, _Printed, arch
 from .errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -56,14 +56,6 @@ class HopperCandidate:
     lost: str
 
 
-@dataclass(frozen=True)
-class HopperChoice:
-    """The chosen configuration and every candidate, in the order of preference."""
-
-    config: HopperConfig
-    candidates: tuple[HopperCandidate, ...]
-
-
 # Registers of a thread, feeding and computing, by computing warpgroups: the sums over a block are 64 K or less.
 _REGISTERS = {1: (56, 256), 2: (48, 224), 3: (32, 160)}
 
@@ -74,7 +66,7 @@ _SHAPES = {64: ((3, 128),), 96: ((2, 128),), 128: ((2, 128),), 192: ((2, 112), (
 
 def choose_hopper(
     problem: Problem, arch_name: str, hooks: Hooks, page_size: int | None = None, split: int = 0
-) -> HopperChoice:
+) -> CudaChoice[HopperConfig, HopperCandidate]:
     """The Hopper kernel for ``problem``. ``page_size``: of the KV cache, None without pages; any that it serves gives the same
     kernel. ``split``: keys of a fixed piece, 0 for none.
 
@@ -114,7 +106,7 @@ def choose_hopper(
         arch_name, page_size is not None, won.groups, won.block_n, won.stages, won.q_buffers, won.ping_pong, *_REGISTERS[won.groups], 2, split,
         won.smem_bytes,
     )  # fmt: skip
-    return HopperChoice(config, tuple(candidates))
+    return CudaChoice(config, tuple(candidates))
 
 
 def unserved(problem: Problem, arch_name: str, hooks: Hooks, page_size: int | None = None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from .errors import ParameterError
 
 _lock = threading.Lock()
-_counts: Counter[str] = Counter()
+_counts: defaultdict[str, float] = defaultdict(int)
 _layers: Counter[str] = Counter()  # first hits, by the layer that had the kernel
 _here = threading.local()
 JIT_MODES = ("on", "off", "warn")
@@ -29,7 +29,7 @@ os.register_at_fork(after_in_child=_forget_lock)
 def count(name: str, amount: float = 1, layer: str = "") -> None:
     """Add to a counter."""
     with _lock:
-        _counts[name] += amount  # type: ignore[assignment]
+        _counts[name] += amount
         if layer:
             _layers[layer] += 1
 

@@ -122,9 +122,7 @@ def _cache() -> Finding:
         root = cache_root()
     except AttngenError as error:
         return _from_error("cache folder", True, error)
-    folder = root
-    while not folder.exists():
-        folder = folder.parent
+    folder = _existing(root)
     try:
         check_private(root)
     except AttngenError as error:
@@ -139,14 +137,19 @@ def _cache() -> Finding:
     return Finding("cache folder", True, True, f"{root} is writable")
 
 
+def _existing(folder: Path) -> Path:
+    """It, or its nearest parent that is there."""
+    while not folder.exists():
+        folder = folder.parent
+    return folder
+
+
 def _cache_space() -> Finding:
     from .cache import default
 
     try:
         store = default()
-        folder = store.root
-        while not folder.exists():
-            folder = folder.parent
+        folder = _existing(store.root)
         free, used = shutil.disk_usage(folder).free, store.size() if store.root.is_dir() else 0
     except (AttngenError, OSError) as error:
         return Finding("cache space", False, False, str(error).splitlines()[0], "set ATTNGEN_CACHE_DIR to a folder of yours")
@@ -163,10 +166,7 @@ def _cache_locks() -> Finding:
     try:
         from filelock import FileLock
 
-        folder = default().root
-        while not folder.exists():
-            folder = folder.parent
-        with tempfile.TemporaryDirectory(dir=folder) as probe:
+        with tempfile.TemporaryDirectory(dir=_existing(default().root)) as probe:
             path = os.path.join(probe, "lock")
             with FileLock(path):
                 done = subprocess.run([sys.executable, "-c", program, path], capture_output=True)
@@ -240,7 +240,7 @@ def _keys() -> Finding:
     if not trust.required():
         return Finding("trusted keys", True, False, "none required: unsigned packs are taken")
     try:
-        keys = trust._trusted(os.environ["ATTNGEN_TRUSTED_KEYS"])
+        keys = trust.trusted_keys(os.environ["ATTNGEN_TRUSTED_KEYS"])
     except AttngenError as error:
         return _from_error("trusted keys", True, error)
     return Finding("trusted keys", True, False, f"{len(keys)}: packs must be signed by one of them")
@@ -273,7 +273,7 @@ def _gpu() -> Finding:
 
 
 def _driver() -> Finding:
-    from .load import host, min_driver
+    from .load import cuda_version, host, min_driver
 
     try:
         version = host().driver_version()
@@ -284,6 +284,6 @@ def _driver() -> Finding:
 
     least = max((min_driver(entry.manifest) for entry in default().entries() if entry.manifest.get("kind") == "cubin"), default=0)
     ok = version >= least
-    found = f"CUDA {version // 1000}.{version % 1000 // 10}"
-    return Finding("NVIDIA driver", ok, False, found if ok else f"{found}; kernels in the cache need {least // 1000}.0",
+    found = f"CUDA {cuda_version(version)}"
+    return Finding("NVIDIA driver", ok, False, found if ok else f"{found}; kernels in the cache need {cuda_version(least)}",
                    "" if ok else "update the driver, or build the kernels with its toolkit")  # fmt: skip

@@ -129,7 +129,7 @@ def _check_device(entry: cache.Entry, device: int) -> None:
     if least and host().driver_version() < least:
         raise LoadError(
             f"a kernel that this machine's NVIDIA driver is too old for: {entry.folder}\n  required: a driver of CUDA "
-            f"{_cuda_version(least)} or newer (cuDriverGetVersion)\n  found: CUDA {_cuda_version(host().driver_version())}\n"
+            f"{cuda_version(least)} or newer (cuDriverGetVersion)\n  found: CUDA {cuda_version(host().driver_version())}\n"
             f"  do: update the driver, or build the kernels with a toolkit of CUDA {host().driver_version() // 1000}"
         )
 
@@ -141,7 +141,8 @@ def min_driver(manifest: Any) -> int:
     return 1000 * int(found[1]) if found else 0
 
 
-def _cuda_version(number: int) -> str:
+def cuda_version(number: int) -> str:
+    """A version as cuDriverGetVersion counts, as people write it."""
     return f"{number // 1000}.{number % 1000 // 10}"
 
 

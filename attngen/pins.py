@@ -36,8 +36,7 @@ def unpin_all() -> None:
 
 def pinned_cpu(structure: str, problem: Problem) -> Entry | None:
     """The CPU kernel that serves a variant's structure (``Trace.key``) and problem, if one is pinned."""
-    found = _pinned.get(cpu_identity(structure, problem)) if _pinned else None
-    return found[0] if found else None  # type: ignore[return-value]
+    return _first(cpu_identity(structure, problem)) if _pinned else None
 
 
 def pinned_cuda(
@@ -49,8 +48,13 @@ def pinned_cuda(
 
 def pinned_plain(name: str, config: Any) -> Entry | None:
     """The kernel without hooks that ``name`` and its configuration name, if one is pinned."""
-    found = _pinned.get(plain_identity(name, config)) if _pinned else None
-    return found[0] if found else None  # type: ignore[return-value]
+    return _first(plain_identity(name, config)) if _pinned else None
+
+
+def _first(identity: str) -> Entry | None:
+    """The kernel of an identity that one kernel serves: no set leaves that out."""
+    found = _pinned.get(identity, (None,))[0]
+    return found if isinstance(found, Entry) else None
 
 
 # ---- identities: equal in every release ------------------------------------------------------------------------------

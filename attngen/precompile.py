@@ -7,10 +7,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -122,7 +124,7 @@ def build(plan: Plan, workers: int, watch: Callable[[Result], None] = lambda res
     states = [State(job, "there" if job.key in plan.there else "waits") for job in plan.jobs]
     result = Result(plan, states, dict(plan.there), workers=workers)
     by_key, start = {s.job.key: s for s in states}, time.perf_counter()
-    gate, stop = _Gate(workers), threading.Event()
+    gate, stop = _Gate(), threading.Event()
 
     def work(job: Job) -> None:
         state = by_key[job.key]
@@ -198,24 +200,21 @@ def _cgroup_cores() -> float:
 class _Gate:
     """Admits a job when memory is free for it, and one in any case: a machine that is short builds one at a time."""
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self) -> None:
         self._changed, self._running = threading.Condition(), 0
-        self._workers = workers
 
-    def admit(self, needed: int, stop: threading.Event) -> _Gate:
+    @contextmanager
+    def admit(self, needed: int, stop: threading.Event) -> Iterator[None]:
         with self._changed:
             while self._running and not stop.is_set() and free_bytes() < needed + _KEPT_FREE:
                 self._changed.wait(1.0)  # others finish, or other programs do
             self._running += 1
-        return self
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *exc: object) -> None:
-        with self._changed:
-            self._running -= 1
-            self._changed.notify_all()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._running -= 1
+                self._changed.notify_all()
 
 
 class _Sampler:
@@ -261,9 +260,6 @@ class _Sampler:
 
 
 def _end_compilers() -> None:
-    import signal
-    from contextlib import suppress
-
     for pid in list(building.running.values()):
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(pid, signal.SIGTERM)  # ninja passes it on

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import bisect
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -504,11 +504,12 @@ class _Measured:
         return max(self.first, self.last)
 
 
-def _measure(shape: TileClass, index: int, r: Request, rows: int, reach: Reach) -> _Measured:
+def _measure(shape: TileClass, index: int, r: Request, reach: Reach) -> _Measured:
     def blocks(row0: int, row1: int) -> int:
         begin, end = reach.row_slots(index, r, row0, row1)
         return (end - 1) // shape.bn + 1 - begin // shape.bn if begin < end else 0
 
+    rows = r.q_len * reach.group
     tiles = -(-rows // shape.bm)
     first, last = blocks(0, min(rows, shape.bm)), blocks((tiles - 1) * shape.bm, rows)
     return _Measured(r, index, rows, tiles, first, last, *reach.row_slots(index, r, 0, rows))
@@ -571,12 +572,11 @@ def _cost(shape: TileClass, heads: int, m: _Measured) -> int:
 
 
 def _plan_queue(
-    shape: TileClass, requests: Sequence[tuple[int, Request]], rows: Callable[[Request], int], reach: Reach, workers: int,
-    max_slots: int,
-) -> tuple[QueuePlan, int]:  # fmt: skip
+    shape: TileClass, requests: Sequence[tuple[int, Request]], reach: Reach, workers: int, max_slots: int
+) -> tuple[QueuePlan, int]:
     """A queue of the requests, which are given with their numbers, and the status word."""
     heads, status = reach.num_kv_heads, 0
-    measured = [_measure(shape, index, r, rows(r), reach) for index, r in requests]
+    measured = [_measure(shape, index, r, reach) for index, r in requests]
     blocks = 0 if shape.split or not workers else _piece_blocks(shape, heads, workers, measured, max_slots)
     # Unique in each chunk; blocks are capped as they share a word with the number.
     ordered = sorted(measured, key=lambda m: (m.index // ORDERED, -min(m.longest, 2**22 - 1), m.index))
@@ -634,23 +634,22 @@ def plan(
         )
     requests, status = read_requests(batch)
     launched = [n > 0 for n in num_workers]
-    group = reach.group
     plans: list[ClassPlan | QueuePlan] = []
     for i, shape in enumerate(config.classes):
         mine = [
             (index, r) for index, r in enumerate(requests)
-            if launched[i] and r.q_len and class_of(config.classes, launched, r.q_len * group) == i
+            if launched[i] and r.q_len and class_of(config.classes, launched, r.q_len * reach.group) == i
         ]  # fmt: skip
         if shape.kind == "queue":
             slots = max_slots[i] if max_slots is not None else INT32_MAX if shape.split else SLOTS_PER_WORKER * num_workers[i]
-            made, over = _plan_queue(shape, mine, lambda r: r.q_len * group, reach, num_workers[i], slots)
+            made, over = _plan_queue(shape, mine, reach, num_workers[i], slots)
             status = status or over
             plans.append(made)
             continue
         tiles: list[WorkTile] = []
         line, limit = 0, max_tiles[i] if max_tiles is not None else INT32_MAX
         for index, r in mine:
-            for tile in _tiles(shape, index, r, r.q_len * group, reach):
+            for tile in _tiles(shape, index, r, reach):
                 if len(tiles) == limit:
                     status = status or OVER_CAPACITY | index // 1024 * 1024 << 8
                     break
@@ -660,8 +659,8 @@ def plan(
     return plans, status
 
 
-def _tiles(shape: TileClass, index: int, r: Request, rows: int, reach: Reach) -> Iterator[WorkTile]:
-    first, pieces = 0, 1
+def _tiles(shape: TileClass, index: int, r: Request, reach: Reach) -> Iterator[WorkTile]:
+    rows, first, pieces = r.q_len * reach.group, 0, 1
     if shape.split:
         begin, end = reach.row_slots(index, r, 0, rows)
         first = begin // shape.split

@@ -111,21 +111,14 @@ def load_set(source: str | os.PathLike[str], *, jit: bool = True, device: torch.
     allowed = jit and counters.jit_mode() != "off"
     with nullcontext() if allowed else counters.jit("off"), collector_paused():
         here, built = _here(device), 0
-        why = _unfit(path, lock, here, device)
-        if why and allowed and path.suffix == ".toml":
+        try:
+            units, found = _gather(path, lock, here, device)
+        except MissingKernelError:
+            if not allowed or path.suffix != ".toml":
+                raise
             lock, built = _build(path, list(here.values()))
-            why = _unfit(path, lock, here, device)
-        if why:
-            raise why
+            units, found = _gather(path, lock, here, device)
         assert lock is not None
-        units = _fitting(lock, here)
-        found, missing = _find_all(units, lock)
-        if missing and allowed and path.suffix == ".toml":
-            lock, built = _build(path, list(here.values()))
-            units = _fitting(lock, here)
-            found, missing = _find_all(units, lock)
-        if missing:
-            raise _missing(path, lock, missing)
         loaded = LoadedSet(lock["name"], lock, path.parent, units=units, built=built)
         begun = time.perf_counter()
         host()
@@ -190,36 +183,48 @@ def _here(device: Any) -> dict[str, str]:
     return found
 
 
+def _gather(
+    path: Path, lock: Mapping[str, Any] | None, here: Mapping[str, str], device: Any
+) -> tuple[list[Mapping[str, Any]], dict[str, tuple[Entry, float]]]:
+    """The units that this machine serves and their entries, as ``_find_all``. Raises MissingKernelError where that is not all."""
+    lock = _fit(path, lock, here, device)
+    units = _fitting(lock, here)
+    found, missing = _find_all(units)
+    if missing:
+        raise _missing(path, lock, missing)
+    return units, found
+
+
 def _fitting(lock: Mapping[str, Any], here: Mapping[str, str]) -> list[Mapping[str, Any]]:
     """The units that this machine serves."""
     return [unit for unit in lock["units"] if here.get(unit["backend"]) == unit["arch"]]
 
 
-def _unfit(path: Path, lock: Mapping[str, Any] | None, here: Mapping[str, str], device: Any) -> MissingKernelError | None:
-    """Why a lock file cannot serve here: it is not there, older than its set, or has nothing for a backend that is here and
-    that the set serves."""
+def _fit(path: Path, lock: Mapping[str, Any] | None, here: Mapping[str, str], device: Any) -> Mapping[str, Any]:
+    """The lock file, if it can serve here. Raises MissingKernelError where it is not there, is older than its set, or has nothing
+    for a backend that is here and that the set serves."""
     toml = sets_path(path, lock)
     why = "there is no lock file" if lock is None else sets.stale(path, lock) if path.suffix == ".toml" and path.exists() else ""
     if why or lock is None:
-        return MissingKernelError(
+        raise MissingKernelError(
             f"the set {path} cannot be loaded as it is: {why}.\n  required: {sets.lock_path(toml)}, written for this set\n"
             f"  found: {why}\n  do: {sets.missing_command(toml, ())}"
         )
     for backend, arch in here.items():
         archs = sorted({unit["arch"] for unit in lock["units"] if unit["backend"] == backend})
         if arch not in archs and (archs or device is not None):
-            return MissingKernelError(
+            raise MissingKernelError(
                 f"the set {lock['name']} has no kernels for {arch}, which this machine's {backend} runs.\n  required: {arch}\n"
                 f"  found: {', '.join(archs) or 'none'}\n  do: {sets.missing_command(toml, [arch])}"
             )
     if not _fitting(lock, here):
         archs = sorted({str(unit["arch"]) for unit in lock["units"]})
-        return MissingKernelError(
+        raise MissingKernelError(
             f"nothing of the set {lock['name']} runs here.\n  required: one of {', '.join(archs)}\n"
             f"  found: {', '.join(here.values())}{'' if torch.cuda.is_available() else ', no CUDA device'}\n"
             f"  do: {sets.missing_command(toml, list(here.values()))}"
         )
-    return None
+    return lock
 
 
 def sets_path(path: Path, lock: Mapping[str, Any] | None) -> Path:
@@ -229,7 +234,7 @@ def sets_path(path: Path, lock: Mapping[str, Any] | None) -> Path:
     return Path(f"{lock['name'] if lock else path.name}.toml")
 
 
-def _find_all(units: Sequence[Mapping[str, Any]], lock: Mapping[str, Any]) -> tuple[dict[str, tuple[Entry, float]], dict[str, str]]:
+def _find_all(units: Sequence[Mapping[str, Any]]) -> tuple[dict[str, tuple[Entry, float]], dict[str, str]]:
     """Entries by key with the milliseconds that finding took; and for each missing key, why."""
     store = cache.default()
     found: dict[str, tuple[Entry, float]] = {}

@@ -68,7 +68,7 @@ def check_signed(record: Mapping[str, Any], what: str) -> None:
     setting = os.environ.get("ATTNGEN_TRUSTED_KEYS")
     if not setting:
         return
-    trusted = _trusted(setting)
+    trusted = trusted_keys(setting)
     found = record.get("signature")
     if not isinstance(found, dict) or not isinstance(found.get("key"), str) or not isinstance(found.get("ed25519"), str):
         raise _untrusted(what, "no signature", setting)
@@ -118,8 +118,8 @@ def _private_key(path: Path, stamp: object) -> Any:
     return key
 
 
-def _trusted(setting: str) -> dict[str, Any]:
-    """Public keys, by their bytes in hex."""
+def trusted_keys(setting: str) -> dict[str, Any]:
+    """The public keys that $ATTNGEN_TRUSTED_KEYS names, by their bytes in hex. Raises ParameterError."""
     files: list[Path] = []
     for part in filter(None, setting.split(os.pathsep)):
         path = Path(part).expanduser()
