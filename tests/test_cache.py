@@ -75,6 +75,17 @@ def wait_for(condition, what: str, process: subprocess.Popen[str] | None = None)
         time.sleep(0.01)
 
 
+def ask_together(ask, go: Path, timeout: float = 300) -> None:
+    """``ask`` in 32 processes that wait for ``go``; all of them end well."""
+    processes = [multiprocessing.get_context("fork").Process(target=ask) for _ in range(32)]
+    for process in processes:
+        process.start()
+    go.touch()
+    for process in processes:
+        process.join(timeout)
+    assert [process.exitcode for process in processes] == [0] * 32
+
+
 # ---- where -----------------------------------------------------------------------------------------------------------
 
 
@@ -185,13 +196,7 @@ def test_thirty_two_forked_processes_build_once(tmp_path):
         entry, _ = Cache(tmp_path / "cache").get_or_build(toy.KEY, build)
         assert entry.sources() == {"kernel.cpp": toy.SOURCE}
 
-    processes = [multiprocessing.get_context("fork").Process(target=ask) for _ in range(32)]
-    for process in processes:
-        process.start()
-    go.touch()
-    for process in processes:
-        process.join(300)
-    assert [process.exitcode for process in processes] == [0] * 32
+    ask_together(ask, go)
     assert log.read_text() == "build\n"
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 import toy
-from test_cache import never, plain, wait_for
+from test_cache import ask_together, never, plain, wait_for
 from test_ship import SERVE, next_release  # noqa: F401
 
 import attngen as ag
@@ -178,13 +178,7 @@ def test_thirty_two_processes_over_broken_locks(tmp_path):
         entry, _ = Cache(tmp_path / "cache").get_or_build(key(7), build)
         assert entry.read() == content(7)
 
-    processes = [FORK.Process(target=ask) for _ in range(32)]
-    for process in processes:
-        process.start()
-    go.touch()
-    for process in processes:
-        process.join(120)
-    assert [process.exitcode for process in processes] == [0] * 32
+    ask_together(ask, go, 120)
     assert 1 <= len(log.read_text().splitlines()) <= 32
     assert os.listdir(tmp_path / "cache" / "v1" / "building") == []
 

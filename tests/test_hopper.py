@@ -14,6 +14,7 @@ import torch
 from batches import Batch, judge, make, split_params
 from compare import compare
 from grid import VARIANTS
+from test_attention_gpu import Sunk
 from toolchain import NVCC, needs_nvcc
 
 import attngen as ag
@@ -28,21 +29,6 @@ from attngen.variants import example_params
 
 BF16, F16 = torch.bfloat16, torch.float16
 STORED = {"f32": "float32", "i32": "int32", "bool": "bool"}
-
-
-class Finished(ag.Variant):
-    """What is applied once, at the end: a sink and an output hook; a negative scale of its own."""
-
-    sinks: ag.Tensor("heads")
-
-    def mask(self, at):
-        return at.kv <= at.q
-
-    def sink(self, at):
-        return self.sinks[at.head]
-
-    def output(self, o, at):
-        return 2.0 * o + ag.cast(at.dim, float) * 0.01
 
 
 @pytest.fixture(autouse=True)
@@ -113,7 +99,7 @@ def test_lengths(q_lens, kv_lens):
 
 
 def test_pieces_of_every_kind():
-    for variant in (Finished(), variants.Sigmoid()):
+    for variant in (Sunk(), variants.Sigmoid()):
         check(variant, [3, 2], [2000, 1100], d=64)
 
 
@@ -157,7 +143,7 @@ def test_dense_calls(layout, heads, kv_heads):
 
 def test_raw_states():
     batch = Batch([70, 3], [200, 900], d=64, device="cpu")
-    attn = make(Finished(), batch)
+    attn = make(Sunk(), batch)
     attn.plan(*batch.pages())
     sinks = torch.randn(8)
     out, lse = attn.run(batch.q, (batch.k, batch.v), partial=True, sinks=sinks)

@@ -9,10 +9,8 @@ import math
 import random
 import struct
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
-from types import SimpleNamespace
-from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -28,7 +26,7 @@ from attngen.schedule import Lengths, QueuePlan, Reach, plan
 from attngen.spec import Problem
 from attngen.variants import Causal, SlidingWindow
 from compare import compare
-from test_schedule import KEEPS, Full, PerHead, Windowed, indptr
+from test_schedule import KEEPS, Full, PerHead, Windowed, in_style, indptr
 
 KEEPS = {**KEEPS, Causal: lambda q, kv, window: kv <= q}
 QUEUE = TileClass(32, 16, 2, kind="queue", groups=2, row_bytes=512)
@@ -261,18 +259,9 @@ def random_lengths(rng: random.Random, trial: int) -> Lengths:
     longest = rng.choice((0, 300, 3000, 60_000 if n < 50 else 300))
     kv_lens = [rng.choice((0, 1, 64, 65, rng.randint(0, 300), rng.randint(0, longest))) for _ in range(n)]
     page, style = rng.choice((1, 16)), rng.randrange(4)
-    pages = [-(-x // page) for x in kv_lens]
-    batch: dict[str, Any] = {"num_requests": n, "q_indptr": indptr(q_lens), "max_q_tokens": 4000, "max_q_len": most}
-    if style == 0:
-        last = [x - (p - 1) * page if p else 0 for x, p in zip(kv_lens, pages)]
-        batch |= {"kv_indptr": indptr(pages), "kv_last_page_len": last, "page_size": page}
-    elif style == 1:
-        batch |= {"kv_lens": kv_lens, "block_table_stride": max(pages) + 1, "page_size": page}
-    elif style == 2:
-        batch |= {"kv_indptr": indptr(kv_lens)}
-    else:
-        batch |= {"kv_lens": kv_lens, "kv_len": max(kv_lens), "q_len": most, "q_lens": q_lens, "q_indptr": None}
-        batch["max_q_tokens"] = n * most
+    batch = in_style(style, q_lens, kv_lens, page) | {"max_q_tokens": 4000, "max_q_len": most}
+    if style == 3:
+        batch |= {"q_len": most, "q_lens": q_lens, "q_indptr": None, "max_q_tokens": n * most}
     if rng.random() < 0.4:
         batch["kv_starts"] = [16 * rng.randint(0, 99) for _ in range(n)]
     if rng.random() < 0.4:

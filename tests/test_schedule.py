@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from typing import Any
 
 import pytest
 
@@ -45,24 +46,24 @@ def indptr(lens):
     return total
 
 
+def in_style(style: int, q_lens: list[int], kv_lens: list[int], page: int) -> dict[str, Any]:
+    """The fields of Lengths that tell of these lengths: pages as FlashInfer or vLLM count them, ragged, or dense."""
+    pages, batch = [-(-x // page) for x in kv_lens], {"num_requests": len(q_lens), "q_indptr": indptr(q_lens)}
+    if style == 0:
+        last = [x - (p - 1) * page if p else 0 for x, p in zip(kv_lens, pages)]
+        return batch | {"kv_indptr": indptr(pages), "kv_last_page_len": last, "page_size": page}
+    if style == 1:
+        return batch | {"kv_lens": kv_lens, "block_table_stride": max(pages) + 1, "page_size": page}
+    return batch | ({"kv_indptr": indptr(kv_lens)} if style == 2 else {"kv_lens": kv_lens, "kv_len": max(kv_lens)})
+
+
 def random_batch(rng: random.Random) -> tuple[Lengths, list[int], list[int]]:
     """A batch in a random index style; its query and key lengths."""
     n = rng.randint(1, 7)
     q_lens = [rng.choice((0, 1, 1, 1, 2, 5, rng.randint(0, 70))) for _ in range(n)]
     kv_lens = [rng.choice((0, 1, 16, 63, 64, 65, rng.randint(0, 400))) for _ in range(n)]
-    batch = {"num_requests": n, "q_indptr": indptr(q_lens)}
     style, page = rng.randrange(4), rng.choice((1, 5, 16))
-    pages = [-(-x // page) for x in kv_lens]
-    if style == 0:
-        last = [x - (p - 1) * page if p else 0 for x, p in zip(kv_lens, pages)]
-        batch |= {"kv_indptr": indptr(pages), "kv_last_page_len": last, "page_size": page}
-    elif style == 1:
-        batch |= {"kv_lens": kv_lens, "block_table_stride": max(pages) + 1, "page_size": page}
-    elif style == 2:
-        batch |= {"kv_indptr": indptr(kv_lens)}
-    else:
-        batch |= {"kv_lens": kv_lens, "kv_len": max(kv_lens)}
-    return Lengths(**batch), q_lens, kv_lens
+    return Lengths(**in_style(style, q_lens, kv_lens, page)), q_lens, kv_lens
 
 
 def check_line(p: ClassPlan) -> None:
