@@ -26,6 +26,7 @@ from .expr import (
     maximum,
     minimum,
     substitute,
+    symbol,
     walk,
     where,
 )
@@ -117,6 +118,7 @@ class Hooks:
     output: ElementFn | None = None
     sink: str | None = None
     query_scale: str | None = None
+    dot_scale: str | None = None  # CUDA: what the first hook multiplies q.k * scale by
     softmax: bool = True
     rope: RopeHoles | None = None
     bounds: BoundsHoles = BoundsHoles("0", "t.kv_len", "true", True)
@@ -128,12 +130,39 @@ def emit(
     """Fill the holes for ``trace``. ``storage`` gives each tensor parameter's stored dtype; ``dialect`` is cpp or cuda;
     ``device_scalars`` as in ``abi.parameter_fields``."""
     logits, weight, output = (_reciprocals(getattr(trace, name)) for name in ("logits", "weight", "output"))
+    logits, weight = (_differences(root, trace.mask) for root in (logits, weight))
     where = dict(trace.where)
     for new, old in ((logits, trace.logits), (weight, trace.weight), (output, trace.output)):
         if old in where:
             where.setdefault(new, where[old])
     trace = replace(trace, logits=logits, weight=weight, output=output, where=where)
     return _Emitter(trace, storage, dialect, device_scalars).hooks(head_dim)
+
+
+def _differences(root: Node | None, mask: Node | None) -> Node | None:
+    """|q - kv| becomes q - kv where the mask keeps no later key: what it is of the others is never seen."""
+    if root is None or mask is None:
+        return root
+    causal = any(
+        (bound.cq, bound.ck) == (1, -1) and all(node.op == "const" for _, node in bound.terms)
+        and sum(sign * node.attr for sign, node in bound.terms) <= 0
+        for bound in analyse(mask).closed
+    )  # fmt: skip
+    q, kv = symbol("q"), symbol("kv")
+    return substitute(root, {abs(q - kv): q - kv, abs(kv - q): q - kv}) if causal else root
+
+
+def _dot_scale(root: Node) -> tuple[Node, Node | None]:
+    """``root`` as a function of s times a row's or call's value, and that value, where s has no other use."""
+    s = symbol("s")
+    users = {n for n in walk(root) if any(a is s for a in n.args)}
+    if len(users) != 1:
+        return root, None
+    (product,) = users
+    others = [a for a in product.args if a is not s]
+    if product.op != "mul" or len(others) != 1 or others[0].level > ROW or product is root:
+        return root, None
+    return substitute(root, {product: s}), others[0]
 
 
 def _reciprocals(root: Node | None) -> Node | None:
@@ -186,8 +215,13 @@ class _Emitter:
             if getattr(trace, name) is not None:
                 self.store(getattr(trace, name), ROW, name)
                 setattr(out, name, name)
+        first = trace.weight if trace.logits is None else trace.logits
         for name in ("logits", "mask", "weight", "output"):
             node = getattr(trace, name)
+            if self.dialect == "cuda" and node is not None and node is first:
+                node, factor = _dot_scale(node)
+                if factor is not None:
+                    out.dot_scale = self.leaf(factor, ROW) or self.expression(factor, ROW)
             if node is not None and not (name == "mask" and node.op == "const" and node.attr):
                 setattr(out, name, self.element(node))
         out.bounds = self.bounds()
