@@ -59,6 +59,9 @@ class HopperCandidate:
 # Registers of a thread, feeding and computing, by computing warpgroups: the sums over a block are 64 K or less.
 _REGISTERS = {1: (56, 256), 2: (48, 224), 3: (32, 160)}
 
+# (stages, q_buffers), best first: two of queries let a unit begin while the one before ends, more stages bring its keys by then.
+_BUFFERS = ((4, 2), (3, 2), (2, 2), (2, 1))
+
 # (groups, block_n), best first, by the larger of head_dim and head_dim_v up to a bound; measured on an H100, see
 # docs/perf-log.md. Blocks longer than these gain at 16k keys what they lose at 1k: a sequence's last block is emptier.
 _SHAPES = {64: ((3, 128),), 96: ((2, 128),), 128: ((2, 128),), 192: ((2, 112), (2, 96)), 256: ((2, 80), (2, 64))}
@@ -83,10 +86,9 @@ def choose_hopper(
     candidates: list[HopperCandidate] = []
     won: HopperCandidate | None = None
     for groups, block_n in shapes:
-        ping_pong, q_buffers = wide <= 128, 2
-        if hopper_smem_bytes(d, dv, groups, block_n, 2, 2, hooks) > gpu.smem_per_block:
-            q_buffers = 1
-        smem = hopper_smem_bytes(d, dv, groups, block_n, 2, q_buffers, hooks)
+        ping_pong = wide <= 128
+        sizes = [(*buffers, hopper_smem_bytes(d, dv, groups, block_n, *buffers, hooks)) for buffers in _BUFFERS]
+        stages, q_buffers, smem = next((s for s in sizes if s[2] <= gpu.smem_per_block), sizes[-1])
         lost = ""
         if split % block_n:
             lost = f"pieces of {split} keys are not made of blocks of {block_n}"
@@ -94,7 +96,7 @@ def choose_hopper(
             lost = f"needs {smem} bytes of shared memory, a block has {gpu.smem_per_block}"
         elif won is not None:
             lost = f"{64 * won.groups} rows, {won.block_n} keys come first"
-        candidate = HopperCandidate(groups, block_n, 2, q_buffers, ping_pong, smem, lost)
+        candidate = HopperCandidate(groups, block_n, stages, q_buffers, ping_pong, smem, lost)
         won = won if lost else candidate
         candidates.append(candidate)
     if won is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -296,9 +297,61 @@ def test_ptxas_keeps_products_in_flight(name, tmp_path: Path):
     done = subprocess.run([*command, "kernel.ptx", "-ptx"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     ptx = (tmp_path / "kernel.ptx").read_text()
-    scores, values = d // 16, config.block_n // 16
-    assert ptx.count("wgmma.mma_async.sync.aligned") == 2 * (scores + values)  # the first block and the loop, the loop and the last
-    assert ptx.count("wgmma.fence") == 4 and ptx.count("setmaxnreg") == 2
+    # Scores: a unit's first block, in a second place too where the unit before has it begin, and the loop. Values: the loop, the last.
+    scores, values, firsts = d // 16, config.block_n // 16, config.q_buffers
+    assert ptx.count("wgmma.mma_async.sync.aligned") == (firsts + 1) * scores + 2 * values
+    assert ptx.count("wgmma.fence") == firsts + 3 and ptx.count("setmaxnreg") == 2
+    sass = subprocess.run(["cuobjdump", "-sass", "kernel.cubin"], cwd=tmp_path, capture_output=True, text=True).stdout
+    assert writes_in_flight(sass) == []
+
+
+def writes_in_flight(sass: str) -> list[str]:
+    """Instructions that write registers which a product in flight reads as its left operand: ptxas does not always keep others out
+    of them. Follows all branches; a product is in flight until a wait for its group."""
+    code = [(int(a, 16), text) for a, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?)\s*;", sass)]
+    assert sum("HGMMA" in text for _, text in code) > 0
+    at = {address: i for i, (address, _) in enumerate(code)}
+    found: dict[str, None] = {}
+    before: dict[int, tuple[frozenset, ...]] = {}  # groups, newest first; the first is open
+    todo: list[tuple[int, tuple[frozenset, ...]]] = [(0, (frozenset(),))]
+    while todo:
+        i, groups = todo.pop()
+        while i < len(code):
+            known = before.get(i, ())
+            groups = tuple(a | b for a, b in zip_longest(groups, known, fillvalue=frozenset()))
+            if groups == known:
+                break
+            before[i] = groups
+            address, text = code[i]
+            bare = re.sub(r"^@!?U?P\d+ ", "", text)
+            if product := re.match(r"HGMMA\S* R\d+, R(\d+), gdesc", bare):
+                first = int(product[1])
+                groups = (groups[0] | set(range(first, first + 4)), *groups[1:])
+            if bare.startswith("HGMMA") and "gsb0" in bare:
+                groups = (frozenset(), *groups[:2], frozenset().union(*groups[2:]))
+            if wait := re.match(r"WARPGROUP.DEPBAR.LE gsb0, 0x(\d)", bare):
+                groups = groups[: 1 + int(wait[1])]
+            if not bare.startswith(("HGMMA", "ST", "RED", "SYNCS", "BAR")):
+                if target := re.match(r"(\S+)\s+(?:U?P\d, )?R(\d+)\b", bare):
+                    wide = 4 if ".128" in target[1] else 2 if re.search(r"\.64|WIDE|CS2R(?!\.32)", target[1]) else 1
+                    if set(range(int(target[2]), int(target[2]) + wide)) & frozenset().union(*groups):
+                        found[f"{address:05x} {text}"] = None
+            if branch := re.search(r"\bBRA\S*(?: \S+,)? 0x([0-9a-f]+)", bare):
+                todo.append((at[int(branch[1], 16)], groups))
+                if bare == text and not bare.startswith("BRA.DIV"):
+                    break
+            if bare.startswith(("EXIT", "RET")) and bare == text:
+                break
+            i += 1
+    return list(found)
+
+
+def test_writes_in_flight_are_seen():
+    product, wait = "HGMMA.64x64x16.F32.BF16 R24, R8, gdesc[UR4].tnspB, R24, gsb0", "WARPGROUP.DEPBAR.LE gsb0, 0x0"
+    code = ["MOV R9, R1", product, "MOV R12, R1", "@P0 BRA 0x0060", wait, "MOV R9, R1", "@P1 BRA 0x0000", "EXIT"]
+    text = "".join(f"        /*{16 * i:04x}*/  {line} ;  /* 0x0 */\n" for i, line in enumerate(code))
+    assert writes_in_flight(text) == ["00000 MOV R9, R1"]  # by way of the branches past the wait
+    assert writes_in_flight(text.replace("@P0 BRA 0x0060", "NOP")) == []
 
 
 def rendered(variant: ag.Variant, d: int, dv: int, page_size: int | None) -> tuple[Any, dict[str, str]]:
