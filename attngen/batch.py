@@ -89,6 +89,11 @@ class BatchAttention:
         self.device = _device(device)
         on_cuda = self.device.type == "cuda"
         trace = self.variant.trace
+        if self.variant._made_for is not None:
+            raise UnsupportedError(
+                f"{self.variant.name} has a block mask, which is of one q_len and kv_len, and a batch has many: give from_flex its "
+                "mask_mod alone"
+            )
         if on_cuda and dtype not in _DTYPES:
             raise UnsupportedError(f"dtype {dtype}: the CUDA kernels take torch.bfloat16 or torch.float16")
         if kv_layout not in ("NHD", "HND"):
@@ -136,6 +141,10 @@ class BatchAttention:
         )  # fmt: skip
         self.problem = self.engine.problem
         self._stored = dict(self.problem.storage)
+        first = self.variant.q_offset
+        if isinstance(first, int):
+            first = torch.full((max_requests,), first, dtype=torch.int32, device=self.device)
+        self._first_position: torch.Tensor | None = first
         self._planned: tuple[Plan | CpuPlan, int, int] | None = None  # the plan, its requests, the rows that q must have
         self._plan_params: Mapping[str, Any] = {}
         self._sites: dict[Any, Site] = {}
@@ -172,7 +181,7 @@ class BatchAttention:
             kv_indptr, kv_indices, kv_last_page_len: pages as FlashInfer gives them; or
             block_table, kv_lens: ``[requests, pages]`` and ``[requests]``, as vLLM does; or
             kv_indptr alone: ragged k and v.
-            q_positions: ``[requests]``, position of the first query token; default kv_len - q_len.
+            q_positions: ``[requests]``, position of the first query token; default the variant's q_offset, else kv_len - q_len.
             kv_start: ``[requests]``, position of the first cached key, where older pages were dropped; default 0.
             max_q_len: the most query tokens of a request in this batch, a host-side bound that is verified on the device
                 and saves launches; default the object's.
@@ -217,6 +226,10 @@ class BatchAttention:
             values["kv_capacity"], values["page_size"] = page_table.shape[0], self.page_size
         if requests < 0 or requests > self.max_requests:
             raise ParameterError(f"{requests} requests: required 0 to max_requests={self.max_requests}")
+        if q_positions is None and self._first_position is not None:
+            q_positions = self._first_position.to(torch.int32)
+            if isinstance(self.variant.q_offset, int):  # held once for each request
+                q_positions = q_positions[:requests]
         if q_positions is not None:
             give("q_positions", q_positions, requests)
         if kv_start is not None:
