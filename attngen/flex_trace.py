@@ -534,6 +534,12 @@ class Tracer(TorchFunctionMode):
             if isinstance(result, torch.Tensor):
                 self._made[id(result)] = result
             return result
+        if name == "__getitem__" and self._whole_index(args[0], args[1]):
+            return self.index(args[0], args[1])
+        if name == "unbind" and len(args) + len(keywords) <= 2:  # iteration too
+            tensor, axis = args[0], (args[1] if len(args) > 1 else keywords.get("dim", 0))
+            with self:
+                return tuple(tensor.select(axis, i) if tensor.dim() > 1 else tensor[i] for i in range(tensor.shape[axis]))
         if name in _READS_DATA:
             raise fail(
                 f"`.{name}` reads the captured tensor {self.name_of(captured[0])} while the hook is traced: its value would be frozen",
@@ -548,6 +554,12 @@ class Tracer(TorchFunctionMode):
         if all(x.dim() == 0 for x in tensors):  # numbers that are read at each call
             return _call(name, func, *args, **keywords)
         return self._view(func, args, keywords, captured, func(*args, **keywords))
+
+    @staticmethod
+    def _whole_index(tensor: torch.Tensor, index: Any) -> bool:
+        """Whether Python ints index every axis: an element, which one parameter of the whole tensor serves."""
+        items = index if isinstance(index, tuple) else (index,)
+        return len(items) == tensor.dim() > 0 and all(isinstance(i, int) and not isinstance(i, bool) for i in items)
 
     def _view(self, func: Callable[..., Any], args: Any, keywords: Any, captured: list[torch.Tensor], result: Any) -> torch.Tensor:
         """A view of a captured tensor is a parameter like it; anything computed would be frozen."""
