@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import numbers
+import re
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
@@ -28,6 +29,7 @@ from .spec import AXES, RESERVED, Field
 SCORE_MOD = ("score", "b", "h", "q_idx", "kv_idx")
 MASK_MOD = SCORE_MOD[1:]
 _SYMBOLS = {"score": "s", "b": "request", "h": "head", "q_idx": "q", "kv_idx": "kv"}
+_NAMES = {ours: name for name, ours in _SYMBOLS.items()}
 # What a tensor holds is what a hook sees of it.
 _SEEN = {torch.float32: F32, torch.bfloat16: F32, torch.float16: F32, torch.int32: I32, torch.int64: I32, torch.uint8: I32,
          torch.bool: BOOL}  # fmt: skip
@@ -167,10 +169,8 @@ class Rows:
 
 def flex_text(node: Node) -> str:
     """The expression with the names that Flex's hooks have for their arguments."""
-    found = text(node).replace("self.", "")
-    for name, ours in _SYMBOLS.items():
-        found = found.replace(f"at.{ours}", name) if ours != "s" else found
-    return found
+    found = re.sub(r"(?<!\w)s(?!\w)", "score", text(node).replace("self.", ""))
+    return re.sub(r"at\.(\w+)", lambda m: _NAMES.get(m[1], m[0]), found)
 
 
 def _current() -> Tracer:
@@ -191,7 +191,7 @@ def _whole(x: torch.Tensor | Rows) -> Exception:
     name = repr(x) if isinstance(x, Rows) else f"{_current().name_of(x)}, a captured tensor"
     index = ", ".join(("b", "h", "q_idx", "kv_idx")[: len(shape)]) or "..."
     return fail(
-        f"{name} of shape {shape}, is used whole",
+        f"{name} of shape {shape} is used whole",
         f"A hook computes one element: index every axis, e.g. t[{index}]; compute with whole tensors outside of the hook and "
         "capture the result",
     )
