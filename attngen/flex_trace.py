@@ -267,6 +267,8 @@ def _fmod(input: Any, other: Any) -> Node:
 
 def _power(input: Any, exponent: Any) -> Node:
     a, b = _common(input, least=I32)[0], _lift(exponent)
+    if a.op == "const" and a.dtype == b.dtype == I32 and a.attr > 1 and a.attr & (a.attr - 1) == 0:  # an int, as in torch
+        return expr.apply("shl", const(1), b * (a.attr.bit_length() - 1))
     return a ** cast(b, I32) if b.dtype == BOOL else a**b
 
 

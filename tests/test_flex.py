@@ -156,6 +156,7 @@ def batch_bias(score, b, h, q_idx, kv_idx, table=BATCH_HEAD_TABLE):
 
 def bits(b, h, q_idx, kv_idx):
     nearest = torch.minimum(q_idx >> 3, torch.tensor(9)) ^ (kv_idx >> 3)
+    nearest = nearest + (2 ** (h & 1) - 1)
     return (nearest.bitwise_and(5) == 0).logical_or(kv_idx.eq(q_idx)) | ((torch.div(q_idx - 40, 7, rounding_mode="trunc")) == kv_idx // 7)
 
 
@@ -301,7 +302,7 @@ CALLS: dict[str, tuple[Callable[[Any, Any, Any], Any], type[Exception], list[str
     "grad": (lambda q, k, v: ag.flex_attention(q.requires_grad_(), q, q), ag.UnsupportedError, ["requires grad"]),
     "float64": (lambda q, k, v: ag.flex_attention(*[q.double()] * 3), ag.UnsupportedError, ["float64"]),
     "an offset that is none": (lambda q, k, v: ag.from_flex(None, causal, q_offset="start"), ag.VariantError, ["'start'", '"end"']),
-    "an offset of the wrong type": (lambda q, k, v: ag.from_flex(None, causal, q_offset=torch.zeros(2)), ag.VariantError, ["float32", "int tensor [batch]"]),
+    "an offset of the wrong type": (lambda q, k, v: ag.from_flex(None, causal, q_offset=torch.zeros(2)), ag.VariantError, ["float32", "int64 tensor [batch]"]),
     "a block mask in a batch": (
         lambda q, k, v: ag.BatchAttention(
             ag.from_flex(block_mask=create_block_mask(causal, 1, 1, N, N, device="cpu")), num_heads=H, num_kv_heads=H, head_dim=D, max_requests=2,
@@ -467,6 +468,29 @@ def test_a_batch_counts_as_the_variant_does() -> None:
                                   max_kv_tokens=2 * N, device="cpu")  # fmt: skip
         batch.plan([0, 20, 40], [0, N, 2 * N], q_positions=given)
         expected = ag.reference(q, k, v, variant, layout="bhsd", q_offset=given)
+        compare(batch.run(rows[0], (rows[1], rows[2])), expected.transpose(1, 2).reshape(-1, H, D))
+
+
+def test_a_batch_reads_captured_tensors() -> None:
+    doc, window, slopes = DOC.int()[None].repeat(2, 1), torch.tensor(30), torch.rand(H)
+    doc[1] += torch.arange(N) // 50
+
+    def mask_mod(b, h, q_idx, kv_idx):
+        return (q_idx >= kv_idx) & (q_idx - kv_idx < window) & (doc[b, q_idx] == doc[b, kv_idx])
+
+    def score_mod(score, b, h, q_idx, kv_idx):
+        return score - slopes[h] * (q_idx - kv_idx)
+
+    q, k, v = inputs(20, N)
+    rows = [x.transpose(1, 2).reshape(-1, x.shape[1], D) for x in (q, k, v)]
+    variant = ag.from_flex(score_mod, mask_mod, q_offset="end")
+    batch = ag.BatchAttention(variant, num_heads=H, num_kv_heads=KV_HEADS, head_dim=D, dtype=torch.float32, max_requests=2, max_q_tokens=64,
+                              max_kv_tokens=2 * N, device="cpu")  # fmt: skip
+    for size in (30, 7):
+        window.fill_(size)
+        slopes.mul_(2)
+        batch.plan([0, 20, 40], [0, N, 2 * N])
+        expected = ag.reference(q, k, v, variant, layout="bhsd")
         compare(batch.run(rows[0], (rows[1], rows[2])), expected.transpose(1, 2).reshape(-1, H, D))
 
 
