@@ -418,7 +418,7 @@ class BatchAttention:
             if f.kind == "tensor":
                 self._check_tensor(name, f, value, requests)
                 value = value.resolve_neg()
-            elif isinstance(value, torch.Tensor) and value.device == self.device:
+            elif isinstance(value, torch.Tensor) and value.device == self.device and not self._is_host_number(f, value):
                 wanted = torch.float32 if f.dtype == F32 else torch.int32
                 if value.dim() or value.dtype != wanted:
                     raise ParameterError(f"{name} is {value.dtype} {tuple(value.shape)}: required a number or a 0-dim {wanted}")
@@ -428,6 +428,10 @@ class BatchAttention:
         if self._free:
             check_free_axes(self._fields, values if where == "plan" else {**self._plan_params, **values}, self._free)
         return values
+
+    def _is_host_number(self, f: Any, value: torch.Tensor) -> bool:
+        """Whether a 0-dim tensor on the CPU is read there, since its dtype is not the kernel's."""
+        return self.device.type == "cpu" and not value.dim() and value.dtype != (torch.float32 if f.dtype == F32 else torch.int32)
 
     def _check_tensor(self, name: str, f: Any, value: Any, requests: int) -> None:
         stored = self._stored[name]
