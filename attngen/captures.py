@@ -18,6 +18,9 @@ import torch
 
 _STEADY = frozenset("torch math numpy attngen builtins functools operator typing collections".split())  # whose functions never change
 _NUMBERS = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis), torch.dtype, torch.device, torch.Size)
+_DESCRIPTORS = (
+    types.WrapperDescriptorType, types.MethodDescriptorType, types.GetSetDescriptorType, types.MemberDescriptorType,
+)  # fmt: skip
 _MAX_ITEMS = 4096
 # Methods that leave an object a plain record: what it says lies in its attributes.
 _PLAIN = frozenset(
@@ -117,7 +120,7 @@ class _Walk:
             self._known(x)
             if not isinstance(x.__self__, (types.ModuleType, type, type(None))):
                 self.visit(x.__self__, name)
-        elif isinstance(x, (types.WrapperDescriptorType, types.MethodDescriptorType, types.GetSetDescriptorType, types.MemberDescriptorType)):
+        elif isinstance(x, _DESCRIPTORS):
             self._known(x)
         elif isinstance(x, (tuple, list)):
             self._items(kind, x, name)

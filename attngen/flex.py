@@ -39,7 +39,8 @@ class FlexVariant(Variant):
     ) -> None:  # fmt: skip
         _outside_dynamo("from_flex")
         tracer = Tracer({id(t): name for name, t in reversed(found.tensors)})
-        self._label = f"flex({', '.join(_label(f) for f in (score_mod, mask_mod) if f is not None) or 'blocks' * (blocks is not None)})"
+        names = [_label(f) for f in (score_mod, mask_mod) if f is not None] + ["blocks"] * (blocks is not None)
+        self._label = f"flex({', '.join(names)})"
         logits = tracer.trace("score_mod", score_mod, SCORE_MOD, F32) if score_mod is not None else None
         mask = tracer.trace("mask_mod", mask_mod, MASK_MOD, BOOL) if mask_mod is not None else None
         if blocks is not None:
@@ -155,15 +156,17 @@ def _mask_of(block_mask: Any) -> tuple[Callable[..., Any] | None, _Blocks | None
     return None, None if _unblocked(block_mask) else _Blocks(_dense(block_mask), tuple(block_mask.BLOCK_SIZE))
 
 
-_dense_blocks: weakref.WeakKeyDictionary[Any, tuple[Any, torch.Tensor]] = weakref.WeakKeyDictionary()
+_dense_blocks: weakref.WeakKeyDictionary[Any, tuple[list[Any], torch.Tensor]] = weakref.WeakKeyDictionary()
 
 
 def _dense(block_mask: Any) -> torch.Tensor:
     """The blocks as bools, made once for each state of the block mask's tensors."""
     tensors = [getattr(block_mask, n) for n in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")]
-    state = [(id(t), None if t.is_inference() else t._version) for t in tensors if t is not None]
+    if any(t is not None and t.is_inference() for t in tensors):  # these have no version
+        return block_mask.to_dense() != 0
+    state = [(t, None if t is None else t._version) for t in tensors]
     kept = _dense_blocks.get(block_mask)
-    if kept is None or kept[0] != state or any(version is None for _, version in state):
+    if kept is None or any(t is not u or n != m for (t, n), (u, m) in zip(kept[0], state)):
         kept = _dense_blocks[block_mask] = state, block_mask.to_dense() != 0
     return kept[1]
 
@@ -214,7 +217,7 @@ def from_flex(
         if function is not None and not callable(function):
             raise ParameterError(f"{what} is {function!r:.80}: required a function")
     found = captures(score_mod, mask_mod)
-    variant = FlexVariant(score_mod, mask_mod, blocks, None if q_offset == "end" and isinstance(q_offset, str) else q_offset, found, made_for)
+    variant = FlexVariant(score_mod, mask_mod, blocks, None if isinstance(q_offset, str) else q_offset, found, made_for)
     _check_unwritten(found, score_mod, mask_mod)
     return variant
 
@@ -350,7 +353,9 @@ def _check_block_mask(block_mask: Any, query: torch.Tensor, key: torch.Tensor) -
             "or pass its mask_mod itself as block_mask, which fits any"
         )
     if block_mask.kv_num_blocks.device != query.device:
-        raise ParameterError(f"block_mask is on {block_mask.kv_num_blocks.device} and query on {query.device}: block_mask.to(device) moves it")
+        raise ParameterError(
+            f"block_mask is on {block_mask.kv_num_blocks.device} and query on {query.device}: block_mask.to(device) moves it"
+        )
 
 
 @functools.lru_cache(maxsize=1)

@@ -449,10 +449,23 @@ _ALIASES = {
     "bitwise_or": "or", "bitwise_xor": "xor", "bitwise_not": "invert", "bitwise_left_shift": "lshift",
     "bitwise_right_shift": "rshift", "fix": "trunc", "expit": "sigmoid", "sgn": "sign", "float_power": "pow",
 }  # fmt: skip
-_SWAPPED = {f"r{name}": name for name in ("add", "sub", "mul", "truediv", "div", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")}
-_READS_DATA = frozenset("item tolist numpy __int__ __float__ __bool__ __index__ __iter__ __contains__ __array__ equal allclose nonzero".split())
+_OPERATORS = ("add", "sub", "mul", "truediv", "div", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
+_SWAPPED = {f"r{name}": name for name in _OPERATORS}
+_READS_DATA = frozenset(
+    "item tolist numpy __int__ __float__ __bool__ __index__ __iter__ __contains__ __array__ equal allclose nonzero".split()
+)
+_METADATA = frozenset("size dim numel stride len nelement ndimension is_floating_point storage_offset".split())
 _RANDOM = ("rand", "bernoulli", "dropout", "multinomial", "normal")
-KNOWN = "torch.where/minimum/maximum/clamp/abs/exp/exp2/log/log2/tanh/sigmoid/sqrt/rsqrt/floor/logical_*/bitwise_*, operators and .to(dtype)"
+KNOWN = (
+    "torch.where/minimum/maximum/clamp/abs/exp/exp2/log/log2/tanh/sigmoid/sqrt/rsqrt/floor/logical_*/bitwise_*, operators and "
+    ".to(dtype)"
+)
+
+
+def _changes(name: str, keywords: Mapping[str, Any]) -> bool:
+    """Whether a torch function writes: add_, __iadd__, __setitem__, out=."""
+    in_place = name.endswith("_") and not name.endswith("__") or name.startswith("__i") and name[3:-2] in _HANDLERS
+    return in_place or name == "__setitem__" or keywords.get("out") is not None
 
 
 def _call(name: str, func: Callable[..., Any] | None, *args: Any, **keywords: Any) -> Any:
@@ -468,7 +481,7 @@ def _call(name: str, func: Callable[..., Any] | None, *args: Any, **keywords: An
             f"`.{plain}` reads a value while the hook is traced, where `{args[0]!r}` has none",
             "Compute with the tensor itself; a captured 0-dim tensor is read at each call",
         )
-    if keywords.get("out") is not None or (plain.endswith("_") and plain == name) or (plain != name and plain[:1] == "i" and plain[1:] in _HANDLERS):
+    if _changes(name, keywords):
         raise _writes(f"torch's `{name}`" + (" with out=" if "out" in keywords else " changes its argument"))
     if plain in _SWAPPED and (plain != name or plain == "rsub") and len(args) == 2:
         plain, args = _SWAPPED[plain], args[::-1]
@@ -517,7 +530,7 @@ class Tracer(TorchFunctionMode):
         self._made: dict[int, torch.Tensor] = {}  # by the hook itself: constants
         self._views: dict[int, tuple[torch.Tensor, torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]] = {}
 
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         keywords = kwargs or {}
         name = getattr(func, "__name__", str(func))
         flat = [*args, *keywords.values()]
@@ -547,11 +560,9 @@ class Tracer(TorchFunctionMode):
                 f"`.{name}` reads the captured tensor {self.name_of(captured[0])} while the hook is traced: its value would be frozen",
                 "Compute with the tensor itself: a 0-dim tensor is read at each call, others are indexed",
             )
-        if name.strip("_") in ("size", "dim", "numel", "stride", "len", "nelement", "ndimension", "is_floating_point", "storage_offset"):
+        if name.strip("_") in _METADATA:
             return func(*args, **keywords)
-        if name == "__setitem__" or keywords.get("out") is not None or (name.endswith("_") and not name.endswith("__")) or (
-            name.startswith("__i") and name[3:-2] in _HANDLERS
-        ):
+        if _changes(name, keywords):
             raise _writes(f"torch's `{name}` changes the captured tensor {self.name_of(captured[0])}")
         if all(x.dim() == 0 for x in tensors):  # numbers that are read at each call
             return _call(name, func, *args, **keywords)
@@ -568,7 +579,8 @@ class Tracer(TorchFunctionMode):
         if any(result is x for x in captured):
             return result
         base = captured[0] if captured else None
-        shares = isinstance(result, torch.Tensor) and base is not None and result.untyped_storage()._cdata == base.untyped_storage()._cdata
+        shares = isinstance(result, torch.Tensor) and base is not None
+        shares = shares and result.untyped_storage()._cdata == base.untyped_storage()._cdata
         if not shares or len(captured) > 1 or args[0] is not base or result.dtype != base.dtype:
             raise fail(
                 f"torch's `{getattr(func, '__name__', func)}` computes with the whole captured tensor {self.name_of(captured[0])}",
@@ -606,7 +618,8 @@ class Tracer(TorchFunctionMode):
             )
         if tensor.requires_grad and torch.is_grad_enabled():
             raise fail(
-                f"the captured tensor {name} of shape {shape} requires grad", "There is no backward yet: capture it detached, or call under torch.no_grad()"
+                f"the captured tensor {name} of shape {shape} requires grad",
+                "There is no backward yet: capture it detached, or call under torch.no_grad()",
             )
         if tensor.layout != torch.strided:
             raise fail(f"the captured tensor {name} is {tensor.layout}", "Capture a dense tensor: .to_dense()")
@@ -632,7 +645,8 @@ class Tracer(TorchFunctionMode):
             return source[index]
         if isinstance(source, torch.Tensor):
             if id(source) in self._made:
-                raise fail(f"a tensor of shape {tuple(source.shape)} that the hook makes is indexed", "Make it outside of the hook and capture it")
+                found = f"a tensor of shape {tuple(source.shape)} that the hook makes is indexed"
+                raise fail(found, "Make it outside of the hook and capture it")
             if source.dim() == 0:
                 raise fail(f"the captured tensor {self.name_of(source)} has no axes and is indexed", "Use it as it is: a number")
             self._check(source)
@@ -680,7 +694,7 @@ class Tracer(TorchFunctionMode):
         except (TypeError, ValueError):
             given = _signature(hook)
             other = MASK_MOD if returns == F32 else SCORE_MOD
-            hint = " (is it a mask_mod?)" if returns == F32 and _binds(hook, other) else " (is it a score_mod?)" if _binds(hook, other) else ""
+            hint = f" (is it a {'mask_mod' if returns == F32 else 'score_mod'}?)" if _binds(hook, other) else ""
             raise fail(f"{what} {_label(hook)} takes {given}{hint}", f"{what} takes ({', '.join(arguments)})", place) from None
         token = _tracer.set(self)
         try:
@@ -692,7 +706,8 @@ class Tracer(TorchFunctionMode):
                 except AttngenError:
                     raise
                 except Exception as error:
-                    raise fail(f"{what} {_label(hook)} raised {type(error).__name__}: {error}", f"A hook may use {KNOWN}", _raised(error) or place) from error
+                    found = f"{what} {_label(hook)} raised {type(error).__name__}: {error}"
+                    raise fail(found, f"A hook may use {KNOWN}", _raised(error) or place) from error
                 return self._typed(what, result, returns, place)
         finally:
             _tracer.reset(token)
