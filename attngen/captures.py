@@ -22,6 +22,8 @@ _DESCRIPTORS = (
     types.WrapperDescriptorType, types.MethodDescriptorType, types.GetSetDescriptorType, types.MemberDescriptorType,
 )  # fmt: skip
 _MAX_ITEMS = 4096
+# What a function finds through these has names that its code does not hold.
+_DYNAMIC = frozenset("getattr hasattr vars globals locals eval exec __dict__ __getattribute__ attrgetter import_module __import__".split())
 # Methods that leave an object a plain record: what it says lies in its attributes.
 _PLAIN = frozenset(
     f"__{name}__" for name in "init new repr str eq ne hash module doc dict weakref annotations call slots qualname post_init "
@@ -169,8 +171,10 @@ class _Walk:
             self.visit(f.__wrapped__, f.__name__)
         if (f.__module__ or "").partition(".")[0] in _STEADY:
             return
-        scope = f.__globals__
-        for name in _names(code):
+        scope, read = f.__globals__, _names(code)
+        if not _DYNAMIC.isdisjoint(read):
+            raise NoKey
+        for name in read:
             self._read[name] = None
             if name in scope:
                 self.key.append(name)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import numbers
+import operator
 import re
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +22,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from . import expr
-from .errors import AttngenError
+from .errors import AttngenError, VariantError
 from .expr import Node, Where, as_node, cast, const, fail, recording, symbol, text, to_f32
 from .ops import BOOL, F32, I32, TORCH_DTYPE
 from .spec import AXES, RESERVED, Field
@@ -95,6 +96,13 @@ class Symbol:
 
     __int__ = __float__ = __index__ = __complex__ = __len__ = __iter__ = __round__ = __trunc__ = __floor__ = __ceil__ = _no_number
     __array__ = __contains__ = _no_number
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **keywords: Any) -> Any:
+        """``np.float64(2) * score``, as a tensor takes it; other numpy functions want numbers."""
+        if len(inputs) != 2 or keywords:
+            raise self._no_number()
+        return _call({"power": "pow"}.get(ufunc.__name__, ufunc.__name__), None, *inputs)
+
 
     def __getitem__(self, index: Any) -> Any:
         raise fail(f"`{self!r}` is indexed, and is one element", "Index captured tensors: table[h], table[b, q_idx]")
@@ -173,6 +181,16 @@ def flex_text(node: Node) -> str:
     return re.sub(r"at\.(\w+)", lambda m: _NAMES.get(m[1], m[0]), found)
 
 
+def _flex_words(message: str) -> str:
+    """A node's error in the words of Flex's hooks."""
+    place = expr.user_location()
+    prefix = f"{place[0]}:{place[1]}: " if place else ""
+    found = message.removeprefix(prefix).replace("ag.cast(x, float|int|bool)", ".to(torch.float32), .to(torch.int32) or .to(torch.bool)")
+    found = re.sub(r"(?<![\w'])s(?![\w'])", "score", found.replace("self.", ""))
+    found = re.sub(r"\bat\.(\w+)", lambda m: _NAMES.get(m[1], m[0]), found)
+    return (prefix if message.startswith(prefix) else "") + re.sub(r"\bag\.(\w+)", r"torch.\1", found)
+
+
 def _current() -> Tracer:
     tracer = _tracer.get()
     if tracer is None:
@@ -188,7 +206,10 @@ def _writes(what: str) -> Exception:
 
 def _whole(x: torch.Tensor | Rows) -> Exception:
     shape = tuple(x.shape)
-    name = repr(x) if isinstance(x, Rows) else f"{_current().name_of(x)}, a captured tensor"
+    if isinstance(x, Rows):
+        name = repr(x)
+    else:
+        name = "a tensor that the hook makes," if _current().made(x) else f"{_current().name_of(x)}, a captured tensor"
     index = ", ".join(("b", "h", "q_idx", "kv_idx")[: len(shape)]) or "..."
     return fail(
         f"{name} of shape {shape} is used whole",
@@ -267,9 +288,31 @@ def _fmod(input: Any, other: Any) -> Node:
 
 def _power(input: Any, exponent: Any) -> Node:
     a, b = _common(input, least=I32)[0], _lift(exponent)
-    if a.op == "const" and a.dtype == b.dtype == I32 and a.attr > 1 and a.attr & (a.attr - 1) == 0:  # an int, as in torch
-        return expr.apply("shl", const(1), b * (a.attr.bit_length() - 1))
-    return a ** cast(b, I32) if b.dtype == BOOL else a**b
+    b = cast(b, I32) if b.dtype == BOOL else b
+    if b.op == "const" and b.attr == 0:
+        return const(1 if a.dtype == b.dtype == I32 else 1.0)
+    if a.op == "const" and a.dtype == b.dtype == I32 and b.op != "const":
+        return _int_power(a.attr, b)
+    return a**b
+
+
+def _float_power(input: Any, exponent: Any) -> Node:
+    return _power(Symbol(to_f32(_lift(input))), exponent)
+
+
+def _int_power(base: int, exponent: Node) -> Node:
+    """``base ** exponent`` as an int, as in torch: 0 for a negative exponent, and wrapped to 32 bits."""
+    if base > 1 and base & (base - 1) == 0:
+        power = expr.apply("shl", const(1), exponent * (base.bit_length() - 1))
+    else:  # a factor for each bit of the exponent
+        power = const(1)
+        for bit in range(5):
+            factor = pow(base, 1 << bit, 1 << 32)
+            factor -= (factor >= 1 << 31) << 32
+            power = power * expr.where((exponent >> bit) & 1 == 1, const(factor), const(1))
+    if abs(base) < 2 or _never_negative(exponent):
+        return power
+    return expr.where(exponent < 0, const(0), power)
 
 
 def _trunc(input: Any) -> Node:
@@ -288,9 +331,10 @@ def _ceil(input: Any) -> Node:
 
 
 def _compare(name: str) -> Callable[..., Node]:
+    compare = getattr(operator, name)
+
     def run(input: Any, other: Any) -> Node:
-        a, b = _common(input, other, least=BOOL if name in ("eq", "ne") else I32)
-        return {"lt": a < b, "le": a <= b, "gt": a > b, "ge": a >= b, "eq": a == b, "ne": a != b}[name]
+        return compare(*_common(input, other, least=BOOL if name in ("eq", "ne") else I32))
 
     return run
 
@@ -389,6 +433,12 @@ def _to(input: Any, *args: Any, **keywords: Any) -> Node:
     return x
 
 
+def _type(input: Any, dtype: Any = None, **keywords: Any) -> Node:
+    if not isinstance(dtype, torch.dtype):
+        raise fail(f"`.type({'' if dtype is None else repr(dtype)})`", "Write .to(torch.int32) or another dtype")
+    return _to(input, dtype)
+
+
 def _to_dtype(dtype: torch.dtype) -> Callable[..., Node]:
     return lambda input, *args, **keywords: _to(input, dtype)
 
@@ -424,7 +474,7 @@ def _masked_fill(input: Any, mask: Any, value: Any) -> Node:
 
 _HANDLERS: dict[str, Callable[..., Node]] = {
     **{name: _arithmetic(name) for name in ("add", "sub", "mul")}, "div": _divide, "floordiv": _floordiv, "mod": _modulo, "fmod": _fmod,
-    "pow": _power, "trunc": _trunc, "floor": _floor, "ceil": _ceil, "neg": _negative, "abs": _absolute, "sign": _sign, "relu": _relu,
+    "pow": _power, "float_power": _float_power, "trunc": _trunc, "floor": _floor, "ceil": _ceil, "neg": _negative, "abs": _absolute, "sign": _sign, "relu": _relu,
     **{name: _compare(name) for name in ("lt", "le", "gt", "ge", "eq", "ne")},
     **{name: _bits(name) for name in ("and", "or", "xor")}, "invert": lambda input: ~_lift(input),
     "lshift": _shift("shl"), "rshift": _shift("shr"),
@@ -435,7 +485,7 @@ _HANDLERS: dict[str, Callable[..., Node]] = {
     "where": _where, "masked_fill": _masked_fill, "square": lambda input: _arithmetic("mul")(input, input),
     "reciprocal": lambda input: _divide(1.0, input), "log10": _log10,
     **{name: _float_function(name) for name in ("exp", "exp2", "log", "log2", "tanh", "sigmoid", "sqrt", "rsqrt")},
-    "to": _to, "type_as": _to, "type": _to, "float": _to_dtype(torch.float32), "half": _to_dtype(torch.float16),
+    "to": _to, "type_as": _to, "type": _type, "float": _to_dtype(torch.float32), "half": _to_dtype(torch.float16),
     "bfloat16": _to_dtype(torch.bfloat16), "double": _to_dtype(torch.float64), "int": _to_dtype(torch.int32),
     "long": _to_dtype(torch.int64), "bool": _to_dtype(torch.bool),
     **dict.fromkeys(("clone", "contiguous", "detach", "pos", "cpu", "cuda"), _same_value),
@@ -447,7 +497,7 @@ _ALIASES = {
     "remainder": "mod", "absolute": "abs", "negative": "neg", "positive": "pos", "less": "lt", "less_equal": "le", "greater": "gt",
     "greater_equal": "ge", "not_equal": "ne", "minimum": "min", "maximum": "max", "clip": "clamp", "bitwise_and": "and",
     "bitwise_or": "or", "bitwise_xor": "xor", "bitwise_not": "invert", "bitwise_left_shift": "lshift",
-    "bitwise_right_shift": "rshift", "fix": "trunc", "expit": "sigmoid", "sgn": "sign", "float_power": "pow",
+    "bitwise_right_shift": "rshift", "fix": "trunc", "expit": "sigmoid", "sgn": "sign",
 }  # fmt: skip
 _OPERATORS = ("add", "sub", "mul", "truediv", "div", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
 _SWAPPED = {f"r{name}": name for name in _OPERATORS}
@@ -455,6 +505,12 @@ _READS_DATA = frozenset(
     "item tolist numpy __int__ __float__ __bool__ __index__ __iter__ __contains__ __array__ equal allclose nonzero".split()
 )
 _METADATA = frozenset("size dim numel stride len nelement ndimension is_floating_point storage_offset".split())
+# What may be run on a captured tensor: a view of it, or itself. Whatever else there is may compute, or write.
+_VIEWS = frozenset(
+    "__getitem__ select narrow view view_as reshape reshape_as flatten unflatten ravel transpose swapaxes swapdims t permute movedim "
+    "moveaxis squeeze unsqueeze expand expand_as broadcast_to diagonal unfold detach alias contiguous to type type_as float half bfloat16 "
+    "double int long bool cpu cuda".split()
+)
 _RANDOM = ("rand", "bernoulli", "dropout", "multinomial", "normal")
 KNOWN = (
     "torch.where/minimum/maximum/clamp/abs/exp/exp2/log/log2/tanh/sigmoid/sqrt/rsqrt/floor/logical_*/bitwise_*, operators and "
@@ -465,7 +521,7 @@ KNOWN = (
 def _changes(name: str, keywords: Mapping[str, Any]) -> bool:
     """Whether a torch function writes: add_, __iadd__, __setitem__, out=."""
     in_place = name.endswith("_") and not name.endswith("__") or name.startswith("__i") and name[3:-2] in _HANDLERS
-    return in_place or name == "__setitem__" or keywords.get("out") is not None
+    return in_place or name in ("__setitem__", "__set__", "__delete__") or keywords.get("out") is not None or keywords.get("inplace") is True
 
 
 def _call(name: str, func: Callable[..., Any] | None, *args: Any, **keywords: Any) -> Any:
@@ -486,7 +542,7 @@ def _call(name: str, func: Callable[..., Any] | None, *args: Any, **keywords: An
     if plain in _SWAPPED and (plain != name or plain == "rsub") and len(args) == 2:
         plain, args = _SWAPPED[plain], args[::-1]
     if plain == "where" and (func is None or func is torch.Tensor.where):  # as a method: x.where(condition, other)
-        args = (args[1], args[0], *args[2:])
+        args = (args[1], args[0], *args[2:]) if len(args) > 1 else (keywords.pop("condition", None), *args)
     handler = _HANDLERS.get(_ALIASES.get(plain, plain))
     for x in (*args, *keywords.values()):
         if isinstance(x, Rows) or (isinstance(x, torch.Tensor) and x.dim() and plain not in ("to", "type_as")):
@@ -496,6 +552,8 @@ def _call(name: str, func: Callable[..., Any] | None, *args: Any, **keywords: An
     with torch._C.DisableTorchFunction():
         try:
             return Symbol(handler(*args, **keywords))
+        except VariantError as error:  # of a node, in our own names
+            raise VariantError(_flex_words(str(error))) from error
         except TypeError as error:
             raise fail(f"torch's `{name}` with these arguments ({error})", f"A hook may use {KNOWN}") from error
 
@@ -566,12 +624,22 @@ class Tracer(TorchFunctionMode):
             raise _writes(f"torch's `{name}` changes the captured tensor {self.name_of(captured[0])}")
         if all(x.dim() == 0 for x in tensors):  # numbers that are read at each call
             return _call(name, func, *args, **keywords)
+        if name not in _VIEWS:
+            raise self._computes(name, captured[0])
         return self._view(func, args, keywords, captured, func(*args, **keywords))
+
+    def _computes(self, name: str, tensor: torch.Tensor) -> Exception:
+        return fail(
+            f"torch's `{name}` computes with the whole captured tensor {self.name_of(tensor)}",
+            "It would run once and be frozen: compute it outside of the hook and capture the result, or index it first",
+        )
 
     @staticmethod
     def _whole_index(tensor: torch.Tensor, index: Any) -> bool:
-        """Whether Python ints index every axis: an element, which one parameter of the whole tensor serves."""
+        """Whether Python ints index every axis, or a number that is read at each call some: one parameter of the whole tensor serves."""
         items = index if isinstance(index, tuple) else (index,)
+        if any(isinstance(i, torch.Tensor) and i.dim() == 0 and i.dtype != torch.bool for i in items):
+            return True
         return len(items) == tensor.dim() > 0 and all(isinstance(i, int) and not isinstance(i, bool) for i in items)
 
     def _view(self, func: Callable[..., Any], args: Any, keywords: Any, captured: list[torch.Tensor], result: Any) -> torch.Tensor:
@@ -582,16 +650,16 @@ class Tracer(TorchFunctionMode):
         shares = isinstance(result, torch.Tensor) and base is not None
         shares = shares and result.untyped_storage()._cdata == base.untyped_storage()._cdata
         if not shares or len(captured) > 1 or args[0] is not base or result.dtype != base.dtype:
-            raise fail(
-                f"torch's `{getattr(func, '__name__', func)}` computes with the whole captured tensor {self.name_of(captured[0])}",
-                "It would run once and be frozen: compute it outside of the hook and capture the result, or index it first",
-            )
+            raise self._computes(getattr(func, "__name__", str(func)), captured[0])
         root, _, read = self._views.get(id(base), (base, base, same))
         rest = args[1:]  # without the tensor, which a kept variant must not hold
         self._views[id(result)] = root, result, lambda t: func(read(t), *rest, **keywords)
         return result
 
     # ---- captured tensors
+    def made(self, tensor: torch.Tensor) -> bool:
+        return id(tensor) in self._made
+
     def name_of(self, tensor: torch.Tensor) -> str:
         root = self._views[id(tensor)][0] if id(tensor) in self._views else tensor
         return self._names.get(id(root), "tensor")
