@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +20,10 @@ from torch.compiler import is_compiling
 
 from .captures import Captures, captures
 from .errors import ParameterError, UnsupportedError, VariantError
-from .expr import Node, const, load, symbol
-from .flex_trace import MASK_MOD, SCORE_MOD, Parameter, Tracer, captured_name
-from .ops import BOOL, F32
+from .expr import Node, const, discrete_inputs, load, symbol
+from .flex_trace import MASK_MOD, SCORE_MOD, Parameter, Tracer, captured_name, same
+from .interp import evaluate
+from .ops import BOOL, F32, I32
 from .run import attention
 from .spec import Field, Trace, Variant, _check_trace, _outside_dynamo
 
@@ -44,7 +45,7 @@ class FlexVariant(Variant):
         logits = tracer.trace("score_mod", score_mod, SCORE_MOD, F32) if score_mod is not None else None
         mask = tracer.trace("mask_mod", mask_mod, MASK_MOD, BOOL) if mask_mod is not None else None
         if blocks is not None:
-            mask = blocks.mask(tracer)
+            mask = blocks.mask(tracer, mask)
         logits, hidden = _masked_scores(logits)
         for condition in hidden:
             mask = condition if mask is None else mask & condition
@@ -107,18 +108,28 @@ def _is_minus_inf(node: Node) -> bool:
 
 @dataclass(frozen=True)
 class _Blocks:
-    """A BlockMask without a mask_mod: which blocks are attended to, ``dense [batch | 1, heads | 1, q_blocks, kv_blocks]``."""
+    """What a BlockMask's blocks say: ``state``, uint8 ``[batch | 1, heads | 1, q_blocks, kv_blocks]``, is 0 where no key of a block is
+    attended to, 1 where the mask_mod decides and 2 where all are; ``full``: whether there may be a 2."""
 
-    dense: torch.Tensor
+    state: torch.Tensor
     size: tuple[int, int]
+    full: bool
 
-    def mask(self, tracer: Tracer) -> Node:
+    @property
+    def kind(self) -> Hashable:
+        """What a trace depends on."""
+        return self.size, self.full, self.state.shape[0] > 1, self.state.shape[1] > 1
+
+    def mask(self, tracer: Tracer, mask_mod: Node | None) -> Node:
         name = captured_name("blocks", tracer.parameters)
         axes = tuple(f"{name}.{n}" for n in range(4))
-        tracer.parameters[name] = Parameter(Field("tensor", BOOL, axes), self.dense, lambda t: t)
+        tracer.parameters[name] = Parameter(Field("tensor", I32, axes), self.state, same)
         zero = const(0)
-        batch, heads = (symbol(s) if n > 1 else zero for s, n in zip(("request", "head"), self.dense.shape))
-        return load(name, BOOL, axes, (batch, heads, symbol("q") // self.size[0], symbol("kv") // self.size[1]))
+        batch, heads = (symbol(s) if n > 1 else zero for s, n in zip(("request", "head"), self.state.shape))
+        state = load(name, I32, axes, (batch, heads, symbol("q") // self.size[0], symbol("kv") // self.size[1]))
+        if mask_mod is None:
+            return state != 0
+        return (state == 2) | ((state == 1) & mask_mod) if self.full else (state != 0) & mask_mod
 
 
 def _is_block_mask(x: Any) -> bool:
@@ -142,7 +153,7 @@ def _sizes(block_mask: Any) -> tuple[int | None, int | None, int, int] | None:
 
 
 def _mask_of(block_mask: Any) -> tuple[Callable[..., Any] | None, _Blocks | None]:
-    """A BlockMask's meaning: its mask_mod, or its blocks where it has none."""
+    """A BlockMask's meaning, as compiled FlexAttention's: its mask_mod, and its blocks where they say something else."""
     from torch.nn.attention import flex_attention as torch_flex
 
     mask_mod = block_mask.mask_mod
@@ -151,24 +162,78 @@ def _mask_of(block_mask: Any) -> tuple[Callable[..., Any] | None, _Blocks | None
             "block_mask is a slice of a BlockMask, which has no mask_mod: give the mask_mod of the whole, with positions of the slice "
             "(q_idx + offset), or set the slice's mask_mod to that"
         )
-    if mask_mod is not None and mask_mod is not torch_flex.noop_mask:
+    mask_mod = None if mask_mod is torch_flex.noop_mask else mask_mod
+    if _unblocked(block_mask):
         return mask_mod, None
-    return None, None if _unblocked(block_mask) else _Blocks(_dense(block_mask), tuple(block_mask.BLOCK_SIZE))
+    state = _state_of(block_mask)
+    if mask_mod is not None and state.implied is None:
+        state.implied = _implied(state.blocks, mask_mod, block_mask.seq_lengths)
+    return mask_mod, None if state.implied else state.blocks
 
 
-_dense_blocks: weakref.WeakKeyDictionary[Any, tuple[list[Any], torch.Tensor]] = weakref.WeakKeyDictionary()
+@dataclass
+class _State:
+    """What was found out about a BlockMask, as long as its tensors and its mask_mod are what they were."""
+
+    seen: list[Any]
+    blocks: _Blocks
+    implied: bool | None = None  # whether the mask_mod says what the blocks do
 
 
-def _dense(block_mask: Any) -> torch.Tensor:
-    """The blocks as bools, made once for each state of the block mask's tensors."""
+_states: weakref.WeakKeyDictionary[Any, _State] = weakref.WeakKeyDictionary()
+
+
+def _state_of(block_mask: Any) -> _State:
     tensors = [getattr(block_mask, n) for n in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")]
-    if any(t is not None and t.is_inference() for t in tensors):  # these have no version
-        return block_mask.to_dense() != 0
-    state = [(t, None if t is None else t._version) for t in tensors]
-    kept = _dense_blocks.get(block_mask)
-    if kept is None or any(t is not u or n != m for (t, n), (u, m) in zip(kept[0], state)):
-        kept = _dense_blocks[block_mask] = state, block_mask.to_dense() != 0
-    return kept[1]
+    # Inference tensors have no version: a copy tells whether one has changed.
+    seen = [block_mask.mask_mod, *((t, None if t is None else t.clone() if t.is_inference() else t._version) for t in tensors)]
+    kept = _states.get(block_mask)
+    if kept is None or kept.seen[0] is not seen[0] or not all(map(_unchanged, kept.seen[1:], seen[1:])):
+        full = tensors[2] is not None
+        state = (block_mask.to_dense() != 0).to(torch.uint8)
+        if full:
+            whole = type(block_mask).from_kv_blocks(tensors[2], tensors[3], BLOCK_SIZE=block_mask.BLOCK_SIZE).to_dense()
+            state = torch.where(whole != 0, 2, state).to(torch.uint8)
+        kept = _states[block_mask] = _State(seen, _Blocks(state, tuple(block_mask.BLOCK_SIZE), full))
+    return kept
+
+
+def _unchanged(before: Any, now: Any) -> bool:
+    (a, then), (b, version) = before, now
+    return a is b and (torch.equal(then, version) if isinstance(then, torch.Tensor) else then == version)
+
+
+_CHUNK = 1 << 24  # elements of a mask that are evaluated at once
+
+
+def _implied(blocks: _Blocks, mask_mod: Callable[..., Any], lengths: tuple[int, int]) -> bool:
+    """Whether ``mask_mod`` alone means the same: it attends nowhere in a block that is left out, and everywhere in a full one. Blocks
+    of ``create_block_mask`` are such; what ``from_kv_blocks`` was given need not be. As dear as making the block mask, once for each."""
+    variant, values = _variant_of(None, mask_mod, None)
+    mask = variant.trace.mask
+    if mask is None:
+        return bool((blocks.state == 2).all())
+    (q_len, kv_len), (q_block, kv_block), (batch, heads, _, kv_blocks) = lengths, blocks.size, blocks.state.shape
+    exact = discrete_inputs([mask])
+    step = max(1, _CHUNK // (q_block * kv_blocks * kv_block * heads))
+    with torch.device(blocks.state.device), torch.no_grad():
+        kv = torch.arange(kv_len, dtype=torch.int32)
+        head = torch.arange(heads, dtype=torch.int32).view(-1, 1, 1)
+        for request in range(batch):
+            for start in range(0, blocks.state.shape[2], step):
+                state = blocks.state[request, :, start : start + step]
+                first, last = start * q_block, min(q_len, (start + step) * q_block)
+                at = {"q": torch.arange(first, last, dtype=torch.int32).view(-1, 1), "kv": kv, "head": head,
+                      "request": torch.tensor(request, dtype=torch.int32)}  # fmt: skip
+                attended = evaluate(mask, at, values, exact).expand(heads, last - first, kv_len)
+                padding = (0, kv_blocks * kv_block - kv_len, 0, state.shape[1] * q_block - (last - first))
+                some, not_all = (
+                    torch.nn.functional.pad(x, padding).view(heads, state.shape[1], q_block, kv_blocks, kv_block).any(4).any(2)
+                    for x in (attended, ~attended)
+                )
+                if ((some & (state == 0)) | (not_all & (state == 2))).any():
+                    return False
+    return True
 
 
 # ---------------------------------------------------------------- from_flex
@@ -186,8 +251,8 @@ def from_flex(
     Args:
         score_mod: ``(score, b, h, q_idx, kv_idx) -> score``.
         mask_mod: ``(b, h, q_idx, kv_idx) -> bool``, True attends.
-        block_mask: a ``BlockMask``, in place of mask_mod: its mask_mod, or its blocks where it has none. Calls must have its
-            q_len and kv_len.
+        block_mask: a ``BlockMask``, in place of mask_mod: its mask_mod, and its blocks where they leave out, or attend to, more
+            (as compiled FlexAttention reads them). Calls must have its q_len and kv_len.
         q_offset: the position of the first query, what ``q_idx`` counts from: 0 as in FlexAttention; "end", so that the last query
             stands at the last key (decoding against a cache); another int, or an int32 or int64 tensor [batch], read at each call.
             ``attention(q_offset=)`` and ``BatchAttention.plan(q_positions=)`` override it.
@@ -224,7 +289,10 @@ def from_flex(
 
 def _check_unwritten(before: Captures, *hooks: Any) -> None:
     """A hook that changed what it captures would do so once, and not for each element."""
-    if before.key is not None and captures(*hooks).key != before.key:
+    if before.key is None:
+        return
+    now = captures(*hooks)
+    if now.key != before.key or any(a is not b for (_, a), (_, b) in zip(now.tensors, before.tensors)):
         raise VariantError(
             f"{' or '.join(_label(h) for h in hooks if h is not None)} writes to what it captures (a global, a nonlocal variable, a list or "
             "an attribute) while it is traced. Hooks only read: they are called once, not for each element"
@@ -247,23 +315,25 @@ _kept: dict[Any, _Kept] = {}
 _MAX_KEPT = 256
 
 
-def _variant_of(score_mod: Any, mask_mod: Any) -> tuple[FlexVariant, dict[str, Any]]:
-    """The variant of two hooks, traced unless their like has been, and its parameters."""
+def _variant_of(score_mod: Any, mask_mod: Any, blocks: _Blocks | None) -> tuple[FlexVariant, dict[str, Any]]:
+    """The variant of two hooks and blocks, traced unless their like has been, and its parameters."""
     found = captures(score_mod, mask_mod)
-    key = None if found.key is None else (found.key, torch.is_grad_enabled() and any(t.requires_grad for _, t in found.tensors))
+    tensors = [t for _, t in found.tensors] + ([] if blocks is None else [blocks.state])
+    grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    key = None if found.key is None else (found.key, grad, blocks and blocks.kind)
     kept = None if key is None else _kept.get(key)
     if kept is None:
-        variant = FlexVariant(score_mod, mask_mod, None, 0, found, bound=False)
+        variant = FlexVariant(score_mod, mask_mod, blocks, 0, found, bound=False)
         _check_unwritten(found, score_mod, mask_mod)
         parameters = variant.__dict__.pop("_parameters")
-        at = {id(t): i for i, (_, t) in enumerate(found.tensors)}
+        at = {id(t): i for i, t in enumerate(tensors)}
         if key is None or any(id(p.base) not in at for p in parameters.values()):  # captured in a way that the walk does not see
             return variant, {name: p.read(p.base) for name, p in parameters.items()}
         if len(_kept) >= _MAX_KEPT:
             _kept.clear()
         values = tuple((name, at[id(p.base)], p.read) for name, p in parameters.items())
         kept = _kept[key] = _Kept(variant, values, found.keep)
-    return kept.variant, {name: read(found.tensors[i][1]) for name, i, read in kept.values}
+    return kept.variant, {name: read(tensors[i]) for name, i, read in kept.values}
 
 
 def flex_attention(
@@ -286,7 +356,8 @@ def flex_attention(
         key, value: ``[batch, kv_heads, kv_len, head_dim | head_dim_v]``, of one dtype with query. kv_heads other than heads needs
             enable_gqa; a batch of 1 is shared by all queries where there is a block mask.
         score_mod: ``(score, b, h, q_idx, kv_idx) -> score``; ``score`` is float32 whatever query is.
-        block_mask: a ``BlockMask`` of these lengths; or a mask_mod itself, for which nothing need be built.
+        block_mask: a ``BlockMask`` of these lengths, whose blocks are compared with its mask_mod once, at its first call; or a
+            mask_mod itself, for which nothing need be built.
         scale: of the scores; default head_dim ** -0.5.
         return_lse, return_aux: also return the natural-log LSE, float32 ``[batch, heads, q_len]``: ``(out, lse)``, or with
             ``AuxRequest(lse=True)`` ``(out, AuxOutput(lse))``.
@@ -327,13 +398,13 @@ def flex_attention(
     if key.shape[0] != batch:
         if block_mask is None or key.shape[0] != 1:
             raise ParameterError(f"query has batch {batch} and key {key.shape[0]}: required equal, or 1 and a block_mask")
+        if value.shape[0] != 1:
+            raise ParameterError(f"key has batch 1 and value {value.shape[0]}: required equal")
         key, value = (t.expand(batch, *t.shape[1:]) if t.device.type == "cpu" else t.repeat(batch, 1, 1, 1) for t in (key, value))
-    if blocks is not None:
-        variant, params = from_flex(score_mod, block_mask=block_mask), {}
-    elif score_mod is None and mask_mod is None:
+    if score_mod is None and mask_mod is None and blocks is None:
         variant, params = None, {}
     else:
-        variant, params = _variant_of(score_mod, mask_mod)
+        variant, params = _variant_of(score_mod, mask_mod, blocks)
     want_lse = return_lse or bool(getattr(return_aux, "lse", False))
     found = attention(query, key, value, variant, layout="bhsd", scale=scale, return_lse=want_lse, **params)
     if return_aux is None:
