@@ -315,6 +315,9 @@ class Variant(metaclass=_VariantMeta):
         """What attngen understood: each hook as an expression, what is computed at which level, the mask's bounds."""
         trace = self.trace
         lines = [f"{self!r}", f"structure {self.structure_hash}"]
+        if self.q_offset is not None:
+            given = f"the tensor q_offset {list(self.q_offset.shape)}" if isinstance(self.q_offset, torch.Tensor) else self.q_offset
+            lines.append(f"queries count from {given}")
         for name, f in trace.fields.items():
             axes = f"[{', '.join(map(str, f.axes))}]" if f.kind == "tensor" else ""
             unused = "" if name in trace.used() else ", read by no hook"
