@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import attngen as ag
+import numpy as np
 import pytest
 import torch
 from attngen import flex
@@ -105,6 +106,10 @@ def soft_cap(cap: float) -> Callable[..., Any]:
 def dilated(b, h, q_idx, kv_idx, stride=3):
     distance = torch.abs(q_idx - kv_idx)
     return (distance <= WINDOW) & (distance % stride == 0)
+
+
+def causal_mask_of_head(b, h, q_idx, kv_idx):
+    return q_idx - kv_idx >= 8 * h
 
 
 def natten(width: int, kernel: int) -> Callable[..., Any]:
@@ -217,6 +222,48 @@ def test_block_masks() -> None:
     assert torch.equal(after[1], before[1]) and not torch.equal(after, before)
 
 
+@pytest.mark.parametrize("full", (False, True))
+@pytest.mark.parametrize("heads", (1, H))
+def test_blocks_that_say_more_than_the_mask_mod(full: bool, heads: int) -> None:
+    """As in compiled FlexAttention: a block that is left out is masked, a full one is not."""
+    state = torch.randint(0, 3 if full else 2, (B, heads, 3, 3), generator=torch.Generator().manual_seed(3))
+
+    def rows(kind: int) -> tuple[torch.Tensor, torch.Tensor]:
+        chosen = (state == kind).int()
+        return chosen.sum(-1).int(), chosen.argsort(dim=-1, descending=True, stable=True).int()
+
+    blocks = BlockMask.from_kv_blocks(*rows(1), *(rows(2) if full else ()), BLOCK_SIZE=32, mask_mod=causal)
+
+    def meaning(b, h, q_idx, kv_idx):
+        there = state[b, h % heads, q_idx // 32, kv_idx // 32]
+        return (there == 2) | ((there == 1) & causal(b, h, q_idx, kv_idx))
+
+    q, k, v = inputs()
+    ref, ref_lse = torchs(q, k, v, None, meaning)
+    for _ in range(2):
+        out, lse = ag.flex_attention(q, k, v, None, blocks, enable_gqa=True, return_lse=True)
+        compare(out, ref)
+        compare(lse, ref_lse)
+    compare(ag.reference(q, k, v, ag.from_flex(block_mask=blocks), layout="bhsd"), ref, torch.float32)
+
+
+def test_blocks_that_the_mask_mod_implies_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flex, "_CHUNK", 1)  # block by block
+    for mask in (causal, sliding_window, prefix_lm, document, causal_mask_of_head):
+        for block in (16, 40, (48, 16)):
+            blocks = create_block_mask(mask, B, H, N, N - 7, device="cpu", BLOCK_SIZE=block)
+            assert ag.from_flex(block_mask=blocks).structure_hash == ag.from_flex(mask_mod=mask).structure_hash
+    blocks = create_block_mask(causal, B, H, N, N, device="cpu", BLOCK_SIZE=32)
+    assert flex._mask_of(blocks)[1] is None
+    blocks.kv_num_blocks[0, 0, 1] = 0  # seen: it leaves out more now
+    assert flex._mask_of(blocks)[1] is not None
+    with torch.inference_mode():  # tensors without a version
+        blocks = create_block_mask(causal, B, H, N, N, device="cpu", BLOCK_SIZE=32)
+        assert flex._mask_of(blocks)[1] is None and flex._state_of(blocks) is flex._state_of(blocks)
+        blocks.kv_num_blocks[0, 0, 1] = 0
+        assert flex._mask_of(blocks)[1] is not None
+
+
 def test_a_batch_of_one_key_is_shared_under_a_block_mask() -> None:
     q, k, v = inputs()
     mask = create_block_mask(causal, B, None, N, N, device="cpu")
@@ -272,6 +319,9 @@ CALLS: dict[str, tuple[Callable[[Any, Any, Any], Any], type[Exception], list[str
     "three dimensions": (lambda q, k, v: ag.flex_attention(q[0], k, v), ag.ParameterError, ["query is of shape", "[batch, heads, seq, head_dim]"]),
     "another head_dim": (lambda q, k, v: ag.flex_attention(q[..., :4], k, v, enable_gqa=True), ag.ParameterError, ["head_dim of q is 4"]),
     "another batch": (lambda q, k, v: ag.flex_attention(q, k[:1], v[:1], enable_gqa=True), ag.ParameterError, ["batch 2 and key 1", "block_mask"]),
+    "another batch of values": (
+        lambda q, k, v: ag.flex_attention(q, k[:1], v, block_mask=causal, enable_gqa=True), ag.ParameterError, ["key has batch 1 and value 2"],
+    ),
     "no tensor": (lambda q, k, v: ag.flex_attention(q, k, None), ag.ParameterError, ["value is NoneType"]),
     "a block mask of another length": (
         lambda q, k, v: ag.flex_attention(q, k, v, block_mask=create_block_mask(causal, None, None, N, N - 1, device="cpu"), enable_gqa=True),
@@ -355,6 +405,15 @@ BODIES: dict[str, tuple[str, list[str]]] = {
     "an in-place method": ("T.add_(1); return score", ["the hook writes", "add_", "T"]),
     "an in-place operator": ("global T; T += 1; return score", ["the hook writes", "T"]),
     "an in-place method of a symbol": ("score.mul_(2); return score", ["the hook writes", "mul_"]),
+    "an in-place division": ("global T; T /= 2; return score", ["the hook writes", "div_", "T"]),
+    "inplace=True": ("return score + torch.nn.functional.relu(T - 0, inplace=True)[h]", ["torch's `sub`", "captured tensor T"]),
+    "inplace=True, of the tensor": ("return score + torch.nn.functional.threshold(T, 3.0, 0.0, inplace=True)[h]", ["the hook writes", "T"]),
+    "a write that torch does not name so": ("return score + torch.nn.functional.dropout(T, 0.5, True, True)[h]", ["torch's `dropout`", "tensor T"]),
+    "an attribute of a tensor": ("T.data = torch.zeros(4); return score + T[h]", ["the hook writes", "T"]),
+    "a type by its name": ("return score + score.type('torch.IntTensor')", ["`.type('torch.IntTensor')`", ".to(torch.int32)"]),
+    "an unknown power": ("return score ** h", ["`score ** h`", "torch.exp2(y * torch.log2(x))"]),
+    "bits of a score": ("return score & 1", ["`and` got (f32,", ".to(torch.int32)"]),
+    "a made tensor": ("return score + torch.ones(1)", ["a tensor that the hook makes", "(1,)"]),
     "out=": ("return torch.exp(score, out=N)", ["the hook writes", "out="]),
     "an unknown function": ("return torch.erf(score)", ["torch's `erf` on `score`", "torch.where"]),
     "an unknown method": ("return score.cumsum(0)", ["torch's `cumsum`"]),
@@ -431,7 +490,14 @@ def test_a_hook_that_writes_python_values_is_refused() -> None:
         count += 1
         return score * count
 
-    for hook in (appends, counts):
+    table, other = torch.rand(H), torch.rand(H)
+
+    def exchanges(score, b, h, q_idx, kv_idx):
+        nonlocal table
+        table = other
+        return score + table[h]
+
+    for hook in (appends, counts, exchanges):
         with pytest.raises(ag.VariantError, match="writes to what it captures"):
             ag.from_flex(hook)
 
@@ -636,6 +702,7 @@ def test_what_a_hook_captures_is_told_apart() -> None:
         assert key(same()) == key(same()) is not None
         assert key(same()) != key(other)
     assert key(of(torch.rand(2))) == key(of(torch.rand(2)))
+    assert key(lambda score, b, h, q_idx, kv_idx: score * getattr(math, "p" + "i")) is None
     assert key(of(Vector(1))) is None and key(of(iter([1]))) is None  # may say anything: traced at each call
 
 
@@ -683,6 +750,24 @@ def test_views_and_numbers_of_captured_tensors() -> None:
         flag.fill_(flip)
         packed.mul_(1.5)
         compare(ag.flex_attention(q, k, v, score_mod, enable_gqa=True, return_lse=True)[1], torchs(q, k, v, score_mod)[1])
+
+
+def test_numbers_of_numpy_and_tensors_as_indices() -> None:
+    table, row = torch.rand(3, H), torch.tensor(1)
+
+    def score_mod(score, b, h, q_idx, kv_idx):
+        shift = np.float64(0.5) * score + np.sqrt(2.0) * h - np.int64(3) + score * np.float32(2)
+        powers = 3**h + (q_idx - kv_idx) ** 2 % 5 + 3 ** (q_idx - kv_idx - N) + h**0 + torch.float_power(h, 2) // 3
+        same = ((q_idx > 3) == (kv_idx > 3)).float() + score.where(condition=q_idx > kv_idx, other=score * 2)
+        return shift + powers * 0.1 + same + table[row, h] + table[row][h] + table[torch.tensor(2)][h]
+
+    q, k, v = inputs()
+    variant = ag.from_flex(score_mod)
+    for n in (1, 0):
+        row.fill_(n)
+        ref, ref_lse = torchs(q, k, v, score_mod)
+        compare(ag.flex_attention(q, k, v, score_mod, enable_gqa=True, return_lse=True)[1], ref_lse)
+        compare(ag.reference(q, k, v, variant, layout="bhsd"), ref, torch.float32)
 
 
 def test_names_of_captured_tensors_are_fields() -> None:
