@@ -213,14 +213,18 @@ def _implied(blocks: _Blocks, mask_mod: Callable[..., Any], lengths: tuple[int, 
     mask = variant.trace.mask
     if mask is None:
         return bool((blocks.state == 2).all())
-    (q_len, kv_len), (q_block, kv_block), (batch, heads, _, kv_blocks) = lengths, blocks.size, blocks.state.shape
+    if any(isinstance(x, torch.Tensor) and x.dim() and x.device != blocks.state.device for x in values.values()):
+        return False  # the call says which
+    (q_len, kv_len), (batch, heads, q_blocks, kv_blocks) = lengths, blocks.state.shape
+    # one block may be far larger than what it covers
+    q_block, kv_block = (size if n > 1 else max(1, length) for size, n, length in zip(blocks.size, (q_blocks, kv_blocks), lengths))
     exact = discrete_inputs([mask])
     step = max(1, _CHUNK // (q_block * kv_blocks * kv_block * heads))
     with torch.device(blocks.state.device), torch.no_grad():
         kv = torch.arange(kv_len, dtype=torch.int32)
         head = torch.arange(heads, dtype=torch.int32).view(-1, 1, 1)
         for request in range(batch):
-            for start in range(0, blocks.state.shape[2], step):
+            for start in range(0, min(q_blocks, -(-q_len // q_block)), step):
                 state = blocks.state[request, :, start : start + step]
                 first, last = start * q_block, min(q_len, (start + step) * q_block)
                 at = {"q": torch.arange(first, last, dtype=torch.int32).view(-1, 1), "kv": kv, "head": head,

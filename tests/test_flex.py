@@ -253,6 +253,10 @@ def test_blocks_that_the_mask_mod_implies_are_not_read(monkeypatch: pytest.Monke
         for block in (16, 40, (48, 16)):
             blocks = create_block_mask(mask, B, H, N, N - 7, device="cpu", BLOCK_SIZE=block)
             assert ag.from_flex(block_mask=blocks).structure_hash == ag.from_flex(mask_mod=mask).structure_hash
+    one = torch.ones(1, 1, 3, dtype=torch.int32)
+    for size in (1 << 20, (1 << 20, 30), (40, 1 << 20)):  # blocks far larger than the lengths, and more of them than queries
+        blocks = BlockMask.from_kv_blocks(one, one[..., None] - 1, BLOCK_SIZE=size, mask_mod=causal, seq_lengths=(30, 30))
+        assert flex._mask_of(blocks)[1] is None
     blocks = create_block_mask(causal, B, H, N, N, device="cpu", BLOCK_SIZE=32)
     assert flex._mask_of(blocks)[1] is None
     blocks.kv_num_blocks[0, 0, 1] = 0  # seen: it leaves out more now
