@@ -89,6 +89,11 @@ class BatchAttention:
         self.device = _device(device)
         on_cuda = self.device.type == "cuda"
         trace = self.variant.trace
+        if self.variant._made_for is not None:
+            raise UnsupportedError(
+                f"{self.variant.name} has a block mask, which is of one q_len and kv_len, and a batch has many: give from_flex its "
+                "mask_mod alone"
+            )
         if on_cuda and dtype not in _DTYPES:
             raise UnsupportedError(f"dtype {dtype}: the CUDA kernels take torch.bfloat16 or torch.float16")
         if kv_layout not in ("NHD", "HND"):
@@ -136,6 +141,10 @@ class BatchAttention:
         )  # fmt: skip
         self.problem = self.engine.problem
         self._stored = dict(self.problem.storage)
+        first = self.variant.q_offset
+        if isinstance(first, int):
+            first = torch.full((max_requests,), first, dtype=torch.int32, device=self.device)
+        self._first_position: torch.Tensor | None = first
         self._planned: tuple[Plan | CpuPlan, int, int] | None = None  # the plan, its requests, the rows that q must have
         self._plan_params: Mapping[str, Any] = {}
         self._sites: dict[Any, Site] = {}
@@ -172,7 +181,7 @@ class BatchAttention:
             kv_indptr, kv_indices, kv_last_page_len: pages as FlashInfer gives them; or
             block_table, kv_lens: ``[requests, pages]`` and ``[requests]``, as vLLM does; or
             kv_indptr alone: ragged k and v.
-            q_positions: ``[requests]``, position of the first query token; default kv_len - q_len.
+            q_positions: ``[requests]``, position of the first query token; default the variant's q_offset, else kv_len - q_len.
             kv_start: ``[requests]``, position of the first cached key, where older pages were dropped; default 0.
             max_q_len: the most query tokens of a request in this batch, a host-side bound that is verified on the device
                 and saves launches; default the object's.
@@ -217,6 +226,10 @@ class BatchAttention:
             values["kv_capacity"], values["page_size"] = page_table.shape[0], self.page_size
         if requests < 0 or requests > self.max_requests:
             raise ParameterError(f"{requests} requests: required 0 to max_requests={self.max_requests}")
+        if q_positions is None and self._first_position is not None:
+            q_positions = self._first_position.to(torch.int32)
+            if isinstance(self.variant.q_offset, int):  # held once for each request
+                q_positions = q_positions[:requests]
         if q_positions is not None:
             give("q_positions", q_positions, requests)
         if kv_start is not None:
@@ -405,7 +418,7 @@ class BatchAttention:
             if f.kind == "tensor":
                 self._check_tensor(name, f, value, requests)
                 value = value.resolve_neg()
-            elif isinstance(value, torch.Tensor) and value.device == self.device:
+            elif isinstance(value, torch.Tensor) and value.device == self.device and not self._is_host_number(f, value):
                 wanted = torch.float32 if f.dtype == F32 else torch.int32
                 if value.dim() or value.dtype != wanted:
                     raise ParameterError(f"{name} is {value.dtype} {tuple(value.shape)}: required a number or a 0-dim {wanted}")
@@ -415,6 +428,10 @@ class BatchAttention:
         if self._free:
             check_free_axes(self._fields, values if where == "plan" else {**self._plan_params, **values}, self._free)
         return values
+
+    def _is_host_number(self, f: Any, value: torch.Tensor) -> bool:
+        """Whether a 0-dim tensor on the CPU is read there, since its dtype is not the kernel's."""
+        return self.device.type == "cpu" and not value.dim() and value.dtype != (torch.float32 if f.dtype == F32 else torch.int32)
 
     def _check_tensor(self, name: str, f: Any, value: Any, requests: int) -> None:
         stored = self._stored[name]

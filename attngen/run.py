@@ -369,8 +369,8 @@ def attention(
         variant: an ``attngen.Variant`` or its class; None attends everywhere.
         q_lens, kv_lens: ``[batch]`` ints: how many leading rows of q, and of k and v, each request uses. Unused k and v
             slots may hold anything; unused rows of the output are 0 (LSE -inf).
-        q_offset: position of a request's first query, an int or ``[batch]`` ints; by default kv_len - q_len, so that
-            the last query lines up with the last key.
+        q_offset: position of a request's first query, an int or ``[batch]`` ints; by default the variant's, else
+            kv_len - q_len, so that the last query lines up with the last key.
         scale: of the logits; default the variant's, else head_dim ** -0.5.
         return_lse: also return the natural-log sum of exponentials (sink included), float32 ``[batch, num_heads, q_len]``.
         out: written and returned, if given.
@@ -398,6 +398,8 @@ def attention(
         raise UnsupportedError(f"return_lse with {variant.name}: its weight hook replaces softmax, so there is no LSE")
     q, k, v = _plain(q), _plain(k), _plain(v)
     site = _site(variant, q, k, v, layout, params)
+    if q_offset is None and variant.q_offset is not None:
+        q_offset = _own_offset(variant, site, q_lens is None and kv_lens is None)
     if site.call is not None:
         return site.call(q, k, v, q_lens, kv_lens, q_offset, scale, return_lse, out, params)
     result = site.output(q) if out is None else site.check_out(q, k, v, out)
@@ -423,6 +425,12 @@ def attention(
     return result if lse is None else (result, lse)
 
 
+def _own_offset(variant: Variant, shape: _Shape, whole: bool) -> Any:
+    """The variant's q_offset; None where that says the same and costs less."""
+    given = variant.q_offset
+    return None if whole and isinstance(given, int) and given == shape.kv_len - shape.q_len else given
+
+
 # ---------------------------------------------------------------- under torch.compile
 
 
@@ -433,6 +441,10 @@ def _traced_attention(
     """What Dynamo traces of ``attention``."""
     variant = _FULL if variant is None else traced_variant(variant)
     bare = variant._bare
+    q_offset = variant.q_offset if q_offset is None else q_offset
+    if variant._made_for is not None:
+        seq, head = (1, 2) if layout == "bshd" else (2, 1)
+        check_made_for(variant, q.shape[0], q.shape[head], q.shape[seq], k.shape[seq])
     lengths = [_traced_ints(name, x, q) for name, x in (("q_lens", q_lens), ("kv_lens", kv_lens), ("q_offset", q_offset))]
     inputs = (q, k, v, *lengths, *operands(variant, bare.reads, params), bare.handle, layout, scale, return_lse)
     if out is None:
@@ -520,7 +532,7 @@ def reference(
     float64."""
     variant = _FULL if variant is None else as_variant(variant)
     shape = _Shape(variant, q, k, v, layout)
-    lens_q, lens_kv, offsets = shape.lengths(q_lens, kv_lens, q_offset)
+    lens_q, lens_kv, offsets = shape.lengths(q_lens, kv_lens, variant.q_offset if q_offset is None else q_offset)
     values = {}
     for name, f in variant.trace.used().items():
         value = _value(variant, name, params)
@@ -562,6 +574,18 @@ _THREADS = struct.Struct("=if")  # threads and scale are neighbours
 _THREADS_OFFSET = _BASE.fields[_BASE.index["threads"]].offset
 assert _BASE.fields[_BASE.index["scale"]].offset == _THREADS_OFFSET + 4
 _ZERO = torch.zeros(8, dtype=torch.int64, device="cpu")  # what an empty tensor parameter points to: element 0 must be readable
+
+
+def check_made_for(variant: Variant, *found: int) -> None:
+    """Raises ParameterError where a call has other sizes than the block mask that the variant came from."""
+    wanted = variant._made_for
+    if any(w is not None and w != f for w, f in zip(wanted, found)):
+        names = ("batch", "heads", "q_len", "kv_len")
+        required, is_ = (", ".join(f"{n} {x}" for n, x, w in zip(names, xs, wanted) if w is not None) for xs in (wanted, found))
+        raise ParameterError(
+            f"{variant.name} has a block mask made for {required}, and the call has {is_}: create a block mask of the call's sizes, "
+            "or give from_flex its mask_mod, which fits any"
+        )
 
 
 class _Shape:
@@ -611,6 +635,8 @@ class _Shape:
             )
         if max(self.q_len, self.kv_len) >= MAX_LENGTH:
             raise UnsupportedError(f"q_len {self.q_len}, kv_len {self.kv_len}: lengths must stay below 2**30")
+        if variant._made_for is not None:
+            check_made_for(variant, self.batch, self.num_heads, self.q_len, self.kv_len)
         if self.batch * self.q_len > I32_MAX:
             raise UnsupportedError(f"q has {self.batch} x {self.q_len} rows: the batch must stay below 2**31")
 

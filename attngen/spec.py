@@ -176,6 +176,7 @@ class _VariantMeta(type):
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         instance = super().__call__(*args, **kwargs)
         instance.__dict__["trace"] = instance._trace()
+        _check_q_offset(instance.name, instance.q_offset)
         instance.__dict__["_bare"] = _bare(instance.name, instance.trace)
         return instance
 
@@ -215,6 +216,8 @@ class Variant(metaclass=_VariantMeta):
 
     fields: ClassVar[dict[str, Field]] = {}
     trace: Trace
+    q_offset: ClassVar[Any] = None  # where a call gives none: an int, an int tensor [batch]; None: kv_len - q_len
+    _made_for: ClassVar[tuple[int | None, int | None, int, int] | None] = None  # batch, heads, q_len, kv_len that a call must have
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -312,6 +315,9 @@ class Variant(metaclass=_VariantMeta):
         """What attngen understood: each hook as an expression, what is computed at which level, the mask's bounds."""
         trace = self.trace
         lines = [f"{self!r}", f"structure {self.structure_hash}"]
+        if self.q_offset is not None:
+            given = f"the tensor q_offset {list(self.q_offset.shape)}" if isinstance(self.q_offset, torch.Tensor) else self.q_offset
+            lines.append(f"queries count from {given}")
         for name, f in trace.fields.items():
             axes = f"[{', '.join(map(str, f.axes))}]" if f.kind == "tensor" else ""
             unused = "" if name in trace.used() else ", read by no hook"
@@ -393,6 +399,20 @@ def _check_trace(owner: str, trace: Trace) -> None:
         raise fail(f"{owner} has both `weight` and `sink`", "weight replaces softmax, so there is no denominator to add to")
 
 
+def _check_q_offset(owner: str, value: Any) -> None:
+    if isinstance(value, torch.Tensor):
+        good = value.dim() == 1 and value.dtype in (torch.int32, torch.int64)
+        found = f"{value.dtype} {tuple(value.shape)}"
+    else:
+        good = value is None or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**30)
+        found = repr(value)
+    if not good:
+        raise fail(
+            f"`q_offset` of {owner} is {found}",
+            "Give the position of the first query: an int below 2**30, an int32 or int64 tensor [batch], or None for kv_len - q_len",
+        )
+
+
 # What other systems call our hooks.
 _OTHER_NAMES = {"score_mod": ["logits"], "mask_mod": ["mask"], "logits_transform": ["logits"], "logits_mask": ["mask"],
                 "bias": ["logits"], "output_transform": ["output"], "score": ["logits"], "mask_fn": ["mask"],
@@ -402,8 +422,7 @@ _OTHER_NAMES = {"score_mod": ["logits"], "mask_mod": ["mask"], "logits_transform
 def _check_name(cls: type, name: str, declared: Mapping[str, Field]) -> None:
     """A public method whose name nearly is a hook's is a typo, not a helper: it would be dropped silently."""
     known = [*HOOKS, "scale", "rope"]
-    reserved = {"trace", *dir(Variant), *_CALL_ARGUMENTS}
-    if name in declared and (name in known or name in reserved or not name.isascii() or name.startswith("_")):
+    if name in declared and (name in RESERVED or not name.isascii() or name.startswith("_")):
         raise fail(
             f"field `{name}` of {cls.__name__} is no ASCII name, begins with an underscore or is that of a hook, of an attribute of Variant or of an "
             "argument of ag.attention", "Rename it"
@@ -532,6 +551,10 @@ def _bare(name: str, trace: Trace) -> Bare:
     return found
 
 
+# Names that no field can have.
+RESERVED = frozenset(("trace", *HOOKS, "scale", "rope", *dir(Variant), *_CALL_ARGUMENTS))
+
+
 # ---------------------------------------------------------------- composition
 
 
@@ -562,6 +585,30 @@ class Composed(Variant):
             for name in part.trace.fields:
                 if name in part.trace.used() or name not in seen:
                     self.__dict__[name] = part.__dict__.get(name)
+        for name, value in (("q_offset", self._shared_offset()), ("_made_for", self._shared_sizes())):
+            if value is not None:
+                self.__dict__[name] = value
+
+    def _shared_offset(self) -> Any:
+        """The parts' q_offset: one that reads no position goes with any."""
+        parts = [p for p in self._parts if p.q_offset is not None or any("q" in n.symbols for n in p.trace.roots().values())]
+        first = parts[0] if parts else None
+        for part in parts[1:]:
+            a, b = first.q_offset, part.q_offset
+            if a is not b and (isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor) or a != b):
+                words = ["from the end" if x is None else "from a tensor" if isinstance(x, torch.Tensor) else f"from {x}" for x in (a, b)]
+                raise fail(
+                    f"{first.name} counts queries {words[0]} and {part.name} {words[1]}",
+                    'Give both one q_offset: ag.from_flex(..., q_offset="end"), or the attribute q_offset of a class',
+                )
+        return first.q_offset if first else None
+
+    def _shared_sizes(self) -> Any:
+        found = [p._made_for for p in self._parts if p._made_for]
+        for sizes in found[1:]:
+            if sizes != found[0]:
+                raise fail(f"block masks of {found[0]} and {sizes} are combined", "Give block masks of one batch, heads, q_len and kv_len")
+        return found[0] if found else None
 
     @property
     def name(self) -> str:
