@@ -793,3 +793,34 @@ def test_inside_torch_compile() -> None:
     assert torch.equal(compiled(q, k, v), call(q, k, v))
     with pytest.raises(Exception, match="make the variant outside"):
         torch.compile(lambda q, k, v: ag.flex_attention(q, k, v, block_mask=causal), fullgraph=True, backend="eager")(q, q, q)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["window", "documents", "soft cap", "bias", "block mask"])
+def test_on_a_gpu(name: str, dtype: torch.dtype) -> None:
+    """Hooks over tensors on the device, 128 rows and more a request."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    n = 300
+    documents = torch.arange(n, device=device) // 70
+    bias = torch.randn(H, 2 * n, device=device)
+
+    def in_documents(b, h, q_idx, kv_idx):
+        return (documents[q_idx] == documents[kv_idx]) & (q_idx >= kv_idx)
+
+    def biased(score, b, h, q_idx, kv_idx):
+        return score + bias[h, q_idx - kv_idx + n]
+
+    score_mod, mask_mod = {
+        "window": (None, sliding_window), "documents": (None, in_documents), "soft cap": (soft_cap(20.0), causal),
+        "bias": (biased, None), "block mask": (None, create_block_mask(in_documents, 2, H, n, n, device=device)),
+    }[name]  # fmt: skip
+    q, k, v = (torch.randn(2, h, n, 64, device=device).to(dtype) for h in (H, KV_HEADS, KV_HEADS))
+    out, lse = ag.flex_attention(q, k, v, score_mod, mask_mod, enable_gqa=True, return_lse=True)
+    if mask_mod is not None and not isinstance(mask_mod, BlockMask):
+        mask_mod = create_block_mask(mask_mod, 2, H, n, n, device=device)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*without torch.compile.*")
+        ref = torch_flex.flex_attention(q.double(), k.double(), v.double(), score_mod, mask_mod, enable_gqa=True)
+    compare(out, ref)
+    assert lse.isfinite().all()
