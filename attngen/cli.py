@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -116,7 +117,7 @@ def _field_text(field: Any, default: Any = None) -> str:
 @app.command()
 def show(
     variant: VariantArg,
-    stage: Annotated[str, typer.Option(help="trace, config or source.")] = "trace",
+    stage: Annotated[str, typer.Option(help="trace, config, source or bounds.")] = "trace",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; float32 unless --arch is given, then bfloat16.")] = None,
     head_dim: Annotated[int, typer.Option(help="A multiple of 8 up to 256.")] = 64,
     head_dim_v: Annotated[int | None, typer.Option(help="Defaults to head_dim.")] = None,
@@ -124,10 +125,15 @@ def show(
     arch: Annotated[str | None, typer.Option(help="A GPU, such as sm_90a: its kernels instead of the CPU's.")] = None,
     page_size: Annotated[int, typer.Option(help="With --arch: slots of a page, 0 without pages.")] = 16,
     kernel: Annotated[str | None, typer.Option(help="With --arch: decode, attention_sm80, attention_sm90 or plan alone.")] = None,
+    q_len: Annotated[int, typer.Option(help="With --stage bounds: queries, the last at the last key.")] = 1024,
+    kv_len: Annotated[int, typer.Option(help="With --stage bounds: keys.")] = 1024,
+    block_q: Annotated[int, typer.Option(help="With --stage bounds: queries of a tile.")] = 128,
+    block_kv: Annotated[int, typer.Option(help="With --stage bounds: keys of a tile.")] = 128,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="With --stage bounds: draw the mask and its tiles.")] = None,
     bound: SetOption = [],  # noqa: B006
     as_json: JsonFlag = False,
 ) -> None:
-    """What attngen makes of a variant: traced hooks, chosen config, or rendered source. Compiles nothing."""
+    """What attngen makes of a variant: traced hooks, bounds of its mask, chosen config, or rendered source. Compiles nothing."""
     dtype = dtype or ("bfloat16" if arch else "float32")
     _check_dtypes([dtype])
     found = load_variant(variant, bound)
@@ -137,13 +143,17 @@ def show(
         show_cuda(found, stage, arch, dtype, head_dim, head_dim_v or head_dim, page_size or None, kernel, as_json)
     elif stage == "trace":
         _show_trace(found, as_json)
+    elif stage == "bounds":
+        from .show import show_bounds
+
+        show_bounds(found, q_len, kv_len, block_q, block_kv, plot, as_json)
     elif stage in ("config", "source"):
         plan = _specialise(found, dtype, head_dim, head_dim_v, isa)
         from .show import show_cpu
 
         show_cpu(plan, stage, as_json)
     else:
-        raise ParameterError(f"--stage {stage}: required trace, config or source")
+        raise ParameterError(f"--stage {stage}: required trace, config, source or bounds")
 
 
 def _show_trace(variant: Variant, as_json: bool) -> None:

@@ -1,8 +1,10 @@
-"""``attngen show --stage config | source``: what was chosen and why, and the text that is compiled. Compiles nothing."""
+"""``attngen show --stage config | source | bounds``: what was chosen and why, the text that is compiled, and what the analysis of a
+mask finds. Compiles nothing."""
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
@@ -112,3 +114,94 @@ def _show_source(facts: dict[str, Any], main: str, files: dict[str, str], as_jso
     else:
         sys.stdout.write(files[main])
     return None
+
+
+# ---------------------------------------------------------------- bounds
+
+
+def show_bounds(variant: Variant, q_len: int, kv_len: int, block_q: int, block_kv: int, plot: Path | None, as_json: bool) -> None:
+    """What is known of the mask before it is evaluated: closed bounds in symbols, and how many tiles keep none, all or some pairs, at
+    example values of the parameters that are not bound."""
+    import torch
+
+    from .bounds import analyse
+    from .expr import Node, conjuncts, text
+    from .intervals import Tile, classify, tiles
+    from .variants import example_params
+
+    for name, value in (("q-len", q_len), ("kv-len", kv_len), ("block-q", block_q), ("block-kv", block_kv)):
+        if value < 1:
+            raise ParameterError(f"--{name} {value}: required 1 or more")
+    mask = variant.trace.mask
+    given = variant.q_offset
+    offset = kv_len - q_len if given is None else int(given.flatten()[0] if hasattr(given, "flatten") else given)
+    symbols = {"request": 0, "head": 0, "kv_head": 0, "num_heads": 1, "num_kv_heads": 1, "q_len": q_len, "kv_len": kv_len}
+    params = {**variant.values, **example_params(variant, requests=1, q_len=q_len, kv_len=kv_len, num_heads=1, num_kv_heads=1)}
+    rows, columns = tiles(q_len, kv_len, offset, block_q, block_kv)
+    known = {name: (torch.tensor(x), torch.tensor(x)) for name, x in symbols.items()}
+    known |= {"q_token": (rows[0] - offset, rows[1] - offset), "kv_token": columns}
+
+    def counts(node: Node | None) -> dict[str, int]:
+        found = classify(node, rows, columns, known, params)
+        return {tile.name: int((found == tile).sum()) for tile in Tile}
+
+    found = analyse(mask)
+    terms = [] if mask is None else conjuncts(mask)
+    facts = {
+        "variant": variant.name, "q_len": q_len, "kv_len": kv_len, "block_q": block_q, "block_kv": block_kv,
+        "closed": [str(b) for b in found.closed], "evaluated": [text(n) for n in found.opaque],
+        "tiles": counts(mask), "terms": [{"term": text(n), **counts(n)} for n in terms],
+    }  # fmt: skip
+    if plot is not None:
+        _plot(plot, variant, (rows, columns), classify(mask, rows, columns, known, params), symbols, params, offset, facts)
+    if as_json:
+        return print_json(facts)
+    out = stdout()
+    print_plain = dict(markup=False, soft_wrap=True, highlight=False)
+    out.print("first and last key, and full tiles, from:  " + ("; ".join(facts["closed"]) or "nothing: all keys"), **print_plain)
+    for term in facts["evaluated"]:
+        out.print(f"not linear, kernels evaluate it in every tile:  {term}", **print_plain)
+    shown = table(f"tiles of {block_q} x {block_kv}, {q_len} x {kv_len}", *(tile.name.lower() for tile in Tile))
+    for term in facts["terms"] if len(terms) > 1 else []:
+        shown.add_row(escape(term["term"]), *(str(term[tile.name]) for tile in Tile))
+    shown.add_row("[bold]the mask[/]", *(f"[bold]{facts['tiles'][tile.name]}[/]" for tile in Tile))
+    out.print(shown)
+    if plot is not None:
+        out.print(f"drawn to {plot}", **print_plain)
+    return None
+
+
+def _plot(path: Path, variant: Variant, ranges: Any, classes: Any, symbols: dict[str, int], params: dict[str, Any], offset: int, facts: Any) -> None:
+    """The mask, a pixel a pair, under its tiles: empty ones red, full ones green."""
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.patches import Rectangle
+    except ImportError as error:
+        raise ParameterError(f"--plot {path}: required matplotlib.\n  do: pip install 'attngen[plot]'") from error
+    import torch
+
+    from .expr import discrete_inputs
+    from .intervals import Tile
+    from .interp import evaluate
+
+    rows, columns = (torch.arange(facts[n], dtype=torch.int32) for n in ("q_len", "kv_len"))
+    values = {name: torch.tensor(x, dtype=torch.int32) for name, x in symbols.items()}
+    values |= {"q": rows[:, None] + offset, "kv": columns[None], "q_token": rows[:, None], "kv_token": columns[None]}
+    mask = variant.trace.mask
+    kept = torch.ones((), dtype=torch.bool) if mask is None else evaluate(mask, values, params, discrete_inputs([mask]))
+    figure = Figure(figsize=(6, 6 * min(2.0, max(0.5, facts["q_len"] / facts["kv_len"]))))
+    axes = figure.add_subplot()
+    axes.imshow((~kept).expand(len(rows), len(columns)).numpy(), cmap="gray", vmin=-1, vmax=1, aspect="auto", interpolation="nearest")
+    colours = {Tile.EMPTY: "tab:red", Tile.FULL: "tab:green"}
+    for i, line in enumerate(classes.tolist()):
+        for j, tile in enumerate(line):
+            if tile in colours:
+                x, y = int(ranges[1][0][0, j]) - 0.5, int(ranges[0][0][i, 0]) - offset - 0.5
+                width, height = int(ranges[1][1][0, j]) + 0.5 - x, int(ranges[0][1][i, 0]) - offset + 0.5 - y
+                axes.add_patch(Rectangle((x, y), width, height, facecolor=colours[tile], edgecolor="white", alpha=0.35, linewidth=0.5))
+    axes.set(xlabel="key", ylabel="query", title=f"{variant.name}: {facts['tiles']['EMPTY']} empty (red), {facts['tiles']['FULL']} full (green), "
+             f"{facts['tiles']['PARTIAL']} partial")  # fmt: skip
+    try:
+        figure.savefig(path, dpi=120, bbox_inches="tight")
+    except (OSError, ValueError) as error:
+        raise ParameterError(f"--plot {path}: required a file that can be written, in a format of matplotlib's.\n  found: {error}") from error

@@ -18,6 +18,7 @@ STREET = (
     "ops",
     "expr",
     "bounds",
+    "intervals",
     "trace",
     "rope",
     "spec",
@@ -72,7 +73,7 @@ STREET = (
     "integrations",
 )
 # attngen.variants is the library that users import; these may too, since `import attngen` imports none of them.
-MAY_USE_VARIANTS = {"check", "cli", "find", "integrations"}
+MAY_USE_VARIANTS = {"check", "cli", "find", "integrations", "show"}
 
 
 def rooms() -> dict[str, list[ast.Module]]:
