@@ -107,9 +107,9 @@ def load_set(source: str | os.PathLike[str], *, jit: bool = True, device: torch.
         ParameterError, CacheError, LoadError, BuildError.
     """
     start = time.perf_counter()
-    path, lock = _find(source)
     allowed = jit and counters.jit_mode() != "off"
     with nullcontext() if allowed else counters.jit("off"), collector_paused():
+        path, lock = _find(source)
         here, built = _here(device), 0
         try:
             units, found = _gather(path, lock, here, device)

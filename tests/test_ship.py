@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -20,7 +21,7 @@ from test_cache import never
 from test_cli import attngen, read_json  # noqa: F401
 
 import attngen as ag
-from attngen import cache, counters, debug, layers, logs, pins, run, sets
+from attngen import cache, counters, debug, layers, logs, pins, run, sets, start
 from attngen.cache import Cache
 from attngen.errors import CacheError, LoadError, MissingKernelError, ParameterError
 from attngen.pack import Pack, write_pack
@@ -794,3 +795,12 @@ def test_cubins_are_shipped_checked_and_launched(here, monkeypatch, attngen):  #
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     with pytest.raises(CacheError, match="sha256"):
         load.load_cubin(entry, entry.manifest["symbol"], 0, 128, 0, False)
+
+
+def test_a_start_reads_its_pack_without_the_collector(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Parsing an index of a hundred kernels sets off a full collection, 150 ms over torch's heap."""
+    seen, find = [], start._find
+    monkeypatch.setattr(start, "_find", lambda source: (seen.append(gc.isenabled()), find(source))[1])
+    with pytest.raises(ParameterError, match="no set"):
+        ag.load_set(tmp_path / "missing.toml")
+    assert seen == [False] and gc.isenabled()
