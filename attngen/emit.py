@@ -144,12 +144,19 @@ def _differences(root: Node | None, mask: Node | None) -> Node | None:
     if root is None or mask is None:
         return root
     causal = any(
-        (bound.cq, bound.ck) == (1, -1) and all(node.op == "const" for _, node in bound.terms)
-        and sum(sign * node.attr for sign, node in bound.terms) <= 0
+        (bound.cq, bound.ck) == (1, -1) and _never_wraps(bound) and sum(sign * node.attr for sign, node in bound.terms) <= 0
         for bound in analyse(mask).closed
     )  # fmt: skip
     q, kv = symbol("q"), symbol("kv")
     return substitute(root, {abs(q - kv): q - kv, abs(kv - q): q - kv}) if causal else root
+
+
+def _never_wraps(bound: Inequality) -> bool:
+    """Whether its int32 arithmetic cannot wrap for any positions; these stay below 2^30, the call checks it."""
+    return (
+        all(node.op == "const" for _, node in bound.terms) and bound.wq <= 1 and bound.wk <= 1
+        and sum(abs(sign * node.attr) for sign, node in bound.terms) < 2**20
+    )  # fmt: skip
 
 
 def _dot_scale(root: Node) -> tuple[Node, Node | None]:
@@ -394,8 +401,8 @@ class _Emitter:
         """The sum of an inequality's uniform terms, and the test that i32 arithmetic could not wrap ('' if it cannot)."""
         constant = sum(sign * node.attr for sign, node in bound.terms if node.op == "const")
         others = [(sign, node) for sign, node in bound.terms if node.op != "const"]
-        if not others and bound.wq <= 1 and bound.wk <= 1 and sum(abs(sign * node.attr) for sign, node in bound.terms) < 2**20:
-            return (str(constant) if constant else ""), ""  # positions stay below 2^30: the call checks it
+        if _never_wraps(bound):
+            return (str(constant) if constant else ""), ""
         texts = [(sign, f"(int64_t)({self.expression(node, TILE) if node.args else self.leaf(node, TILE)})")
                  for sign, node in others]  # fmt: skip
         total = " + ".join([str(constant), *(_scaled(sign, text) for sign, text in texts)])

@@ -556,3 +556,19 @@ def test_long_and_shared_expressions_print_in_reasonable_size():
     for i in range(3000):
         deep = deep + float(i % 7 + 1)
     assert text(deep) and math.isfinite(len(repr(deep)))
+
+
+def test_distances_lose_their_sign_only_under_masks_that_cannot_wrap() -> None:
+    """Under ``kv + c <= q + c`` with a large c int32 arithmetic lets the first queries see later keys."""
+    class Distance(ag.Variant):
+        shift: ag.Const[int] = 0
+
+        def logits(self, s, at):
+            return s - 0.1 * abs(at.q - at.kv)
+
+        def mask(self, at):
+            return at.kv + self.shift <= at.q + self.shift
+
+    for shift, signed in ((0, True), (5, True), (2**31 - 1, False)):
+        text = emit(Distance(shift=shift).trace, {}, 64, "cuda").logits.result
+        assert ("ag_abs" not in text) == signed, (shift, text)

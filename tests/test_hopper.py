@@ -324,15 +324,15 @@ def writes_in_flight(sass: str) -> list[str]:
             before[i] = groups
             address, text = code[i]
             bare = re.sub(r"^@!?U?P\d+ ", "", text)
-            if product := re.match(r"HGMMA\S* R\d+, R(\d+), gdesc", bare):
+            if product := re.match(r"HGMMA\S* R\d+, R(\d+)(?:\.reuse)?, gdesc", bare):
                 first = int(product[1])
                 groups = (groups[0] | set(range(first, first + 4)), *groups[1:])
             if bare.startswith("HGMMA") and "gsb0" in bare:
                 groups = (frozenset(), *groups[:2], frozenset().union(*groups[2:]))
             if wait := re.match(r"WARPGROUP.DEPBAR.LE gsb0, 0x(\d)", bare):
                 groups = groups[: 1 + int(wait[1])]
-            if not bare.startswith(("HGMMA", "ST", "RED", "SYNCS", "BAR")):
-                if target := re.match(r"(\S+)\s+(?:U?P\d, )?R(\d+)\b", bare):
+            if not bare.startswith(("HGMMA", "ST", "RED.", "REDG", "SYNCS", "BAR")):
+                if target := re.match(r"(\S+)\s+(?:U?P[\dT], )?R(\d+)\b", bare):
                     wide = 4 if ".128" in target[1] else 2 if re.search(r"\.64|WIDE|CS2R(?!\.32)", target[1]) else 1
                     if set(range(int(target[2]), int(target[2]) + wide)) & frozenset().union(*groups):
                         found[f"{address:05x} {text}"] = None
@@ -352,6 +352,8 @@ def test_writes_in_flight_are_seen():
     text = "".join(f"        /*{16 * i:04x}*/  {line} ;  /* 0x0 */\n" for i, line in enumerate(code))
     assert writes_in_flight(text) == ["00000 MOV R9, R1"]  # by way of the branches past the wait
     assert writes_in_flight(text.replace("@P0 BRA 0x0060", "NOP")) == []
+    shuffled = text.replace("MOV R12, R1", "SHFL.BFLY PT, R8, R1, 0x1, 0x1f").replace("@P0 BRA 0x0060", "NOP")
+    assert len(writes_in_flight(shuffled)) == 1
 
 
 def rendered(variant: ag.Variant, d: int, dv: int, page_size: int | None) -> tuple[Any, dict[str, str]]:

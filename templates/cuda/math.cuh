@@ -69,6 +69,11 @@ AG_DEVICE float ag_sigmoid(float a) {
   return 1.0f / (1.0f + expf(-a));
 #endif
 }
+// Finite for finite factors: 0 times an overflow would be NaN.
+AG_DEVICE float ag_finite_product(float a, float b) {
+  float x = a * b;
+  return fabsf(x) == INFINITY && fabsf(a) < INFINITY && fabsf(b) < INFINITY ? copysignf(3.4028234e38f, x) : x;
+}
 // NaN if either is NaN, as in torch; fminf and fmaxf would drop it.
 AG_DEVICE float ag_min(float a, float b) { return (a < b) | (a != a) ? a : b; }
 AG_DEVICE float ag_max(float a, float b) { return (a > b) | (a != a) ? a : b; }
