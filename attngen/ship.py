@@ -357,7 +357,7 @@ def cache_import(
     from .pack import Pack
 
     opened = Pack(pack)
-    if sha256 and not opened.digest.startswith(sha256.lower()):
+    if sha256 and opened.digest != sha256.lower():
         raise ParameterError(f"{pack} is not the pack that was asked for.\n  required: sha256 {sha256}\n  found: {opened.digest}")
     store = cache.Cache(into.absolute()) if into else cache.default()
     entries = [entry for key in opened.keys if (entry := opened.lookup(key, "pack")) is not None]

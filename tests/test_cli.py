@@ -249,7 +249,7 @@ ERRORS = {
     "a file that fails": (["show", "{broken}"], "VariantError", ["{broken}:2:", "ZeroDivisionError", "__main__"]),
     "a file that does not parse": (["show", "{syntax}"], "VariantError", ["{syntax}:2:", "SyntaxError"]),
     "a bad hook": (["show", "{hook}"], "VariantError", ["{hook}:4:", "branches on a symbol", "ag.where"]),
-    "stage": (["show", "Causal", "--stage", "ptx"], "ParameterError", ["--stage ptx", "trace, config or source"]),
+    "stage": (["show", "Causal", "--stage", "ptx"], "ParameterError", ["--stage ptx", "trace, config, source or bounds"]),
     "kernel": (["show", "Causal", "--stage", "config", "--arch", "sm_90", "--kernel", "x"], "ParameterError", ["--kernel x", "attention_sm90, plan"]),
     "arch": (["show", "Causal", "--stage", "config", "--arch", "sm_70"], "UnsupportedError", ["sm_70"]),
     "dtype": (["check", "Causal", "--dtype", "fp8"], "ParameterError", ["--dtype fp8", "float32, bfloat16, float16"]),

@@ -403,7 +403,7 @@ def test_export_and_import(here, built, attngen, monkeypatch):  # noqa: F811
     said = read_json(attngen("cache", "export", here / "llama.toml", "-o", here / "again.attnpack", "--json"))
     assert (here / "again.attnpack").read_bytes() == (here / "llama.attnpack").read_bytes() and said["kernels"] == 2
     monkeypatch.setenv("ATTNGEN_CACHE_DIR", str(here / "cache"))
-    wrong = attngen("cache", "import", here / "again.attnpack", "--sha256", "00")
+    wrong = attngen("cache", "import", here / "again.attnpack", "--sha256", "0" * 64)
     assert wrong[0] == 2 and "is not the pack that was asked for" in wrong[2] and not (here / "cache").exists()
     assert read_json(attngen("cache", "import", here / "again.attnpack", "--sha256", said["sha256"], "--json"))["there"] == 0
     assert read_json(attngen("cache", "import", here / "again.attnpack", "--json"))["there"] == 2
