@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import os
 import struct
 import sys
 import threading

@@ -141,6 +141,12 @@ def _ones(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+def _known(f: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], a: Range, b: Range, lo: torch.Tensor, hi: torch.Tensor) -> Range:
+    """f(a, b) where both are one value, else ``lo`` to ``hi``."""
+    one, value = (a[0] == a[1]) & (b[0] == b[1]), f(a[0], b[0])
+    return torch.where(one, value, lo), torch.where(one, value, hi)
+
+
 def _and(a: Range, b: Range) -> Range:
     low = _bits_below(a, b)
     if low is not None:
@@ -149,8 +155,7 @@ def _and(a: Range, b: Range) -> Range:
     for x in (a, b):  # a factor that is not negative bounds the result
         positive = x[0] >= 0
         lo, hi = torch.where(positive, 0, lo), torch.where(positive, torch.minimum(x[1], hi), hi)
-    exact = (a[0] == a[1]) & (b[0] == b[1])
-    return torch.where(exact, a[0] & b[0], lo), torch.where(exact, a[0] & b[0], hi)
+    return _known(torch.bitwise_and, a, b, lo, hi)
 
 
 def _bits_below(a: Range, b: Range) -> Range | None:
@@ -162,18 +167,18 @@ def _bits_below(a: Range, b: Range) -> Range | None:
 
 
 def _or(a: Range, b: Range) -> Range:
-    positive = (a[0] >= 0) & (b[0] >= 0)
-    exact = (a[0] == a[1]) & (b[0] == b[1])
-    lo = torch.where(positive, torch.maximum(a[0], b[0]), I32_MIN)
-    hi = torch.where(positive, _ones((a[1] | b[1]).clamp(min=0)), I32_MAX)
-    return torch.where(exact, a[0] | b[0], lo), torch.where(exact, a[0] | b[0], hi)
+    return _bits(torch.bitwise_or, a, b, torch.maximum(a[0], b[0]))
 
 
 def _xor(a: Range, b: Range) -> Range:
+    return _bits(torch.bitwise_xor, a, b, torch.tensor(0))
+
+
+def _bits(f: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], a: Range, b: Range, least: torch.Tensor) -> Range:
+    """Of numbers that are not negative no bit is set above theirs."""
     positive = (a[0] >= 0) & (b[0] >= 0)
-    exact = (a[0] == a[1]) & (b[0] == b[1])
-    hi = torch.where(positive, _ones((a[1] | b[1]).clamp(min=0)), I32_MAX)
-    return torch.where(exact, a[0] ^ b[0], torch.where(positive, 0, I32_MIN)), torch.where(exact, a[0] ^ b[0], hi)
+    most = _ones((a[1] | b[1]).clamp(min=0))
+    return _known(f, a, b, torch.where(positive, least, I32_MIN), torch.where(positive, most, I32_MAX))
 
 
 def _shl(a: Range, n: Range) -> Range:
@@ -207,7 +212,7 @@ _RULES: dict[str, Callable[..., Range]] = {
 }  # fmt: skip
 _BOOL_RULES: dict[str, Callable[..., Range]] = {
     "and": _RULES["min"], "or": _RULES["max"], "not": lambda a: (1 - a[1], 1 - a[0]),
-    "xor": lambda a, b: (torch.where((a[0] == a[1]) & (b[0] == b[1]), a[0] ^ b[0], 0), torch.where((a[0] == a[1]) & (b[0] == b[1]), a[0] ^ b[0], 1)),
+    "xor": lambda a, b: _known(torch.bitwise_xor, a, b, torch.tensor(0), torch.tensor(1)),
 }  # fmt: skip
 
 

@@ -141,19 +141,21 @@ def show_bounds(variant: Variant, q_len: int, kv_len: int, block_q: int, block_k
     known = {name: (torch.tensor(x), torch.tensor(x)) for name, x in symbols.items()}
     known |= {"q_token": (rows[0] - offset, rows[1] - offset), "kv_token": columns}
 
-    def counts(node: Node | None) -> dict[str, int]:
-        found = classify(node, rows, columns, known, params)
-        return {tile.name: int((found == tile).sum()) for tile in Tile}
+    def classes_of(node: Node | None) -> torch.Tensor:
+        return classify(node, rows, columns, known, params)
 
-    found = analyse(mask)
+    def counts(classes: torch.Tensor) -> dict[str, int]:
+        return {tile.name: int((classes == tile).sum()) for tile in Tile}
+
+    found, classes = analyse(mask), classes_of(mask)
     terms = [] if mask is None else conjuncts(mask)
     facts = {
         "variant": variant.name, "q_len": q_len, "kv_len": kv_len, "block_q": block_q, "block_kv": block_kv,
         "closed": [str(b) for b in found.closed], "evaluated": [text(n) for n in found.opaque],
-        "tiles": counts(mask), "terms": [{"term": text(n), **counts(n)} for n in terms],
+        "tiles": counts(classes), "terms": [{"term": text(n), **counts(classes_of(n))} for n in terms],
     }  # fmt: skip
     if plot is not None:
-        _plot(plot, variant, (rows, columns), classify(mask, rows, columns, known, params), symbols, params, offset, facts)
+        _plot(plot, variant, (rows, columns), classes, symbols, params, offset, facts)
     if as_json:
         return print_json(facts)
     out = stdout()
@@ -181,8 +183,8 @@ def _plot(path: Path, variant: Variant, ranges: Any, classes: Any, symbols: dict
     import torch
 
     from .expr import discrete_inputs
-    from .intervals import Tile
     from .interp import evaluate
+    from .intervals import Tile
 
     rows, columns = (torch.arange(facts[n], dtype=torch.int32) for n in ("q_len", "kv_len"))
     values = {name: torch.tensor(x, dtype=torch.int32) for name, x in symbols.items()}

@@ -6,7 +6,6 @@ import functools
 import gc
 import math
 import pickle
-import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +18,7 @@ from attngen import flex
 from attngen.captures import captures
 from attngen.variants import Causal, SoftCap
 from compare import compare
+from test_referees import flex as eager_flex
 from torch.nn.attention import flex_attention as torch_flex
 from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask, or_masks
 
@@ -33,15 +33,8 @@ def inputs(q_len: int = N, kv_len: int = N, kv_heads: int = KV_HEADS) -> tuple[t
 def torchs(q: Any, k: Any, v: Any, score_mod: Any = None, mask: Any = None, scale: float | None = None) -> tuple[Any, Any]:
     """Output and LSE of uncompiled FlexAttention."""
     if mask is not None and not isinstance(mask, BlockMask):
-        mask = create_block_mask(mask, B, H, q.shape[2], k.shape[2], device="cpu")
-    request = getattr(torch_flex, "AuxRequest", None)
-    keywords: dict[str, Any] = {"return_aux": request(lse=True)} if request else {"return_lse": True}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*without torch.compile.*")
-        out, more = torch_flex.flex_attention(
-            q.double(), k.double(), v.double(), score_mod, mask, scale, enable_gqa=True, **keywords
-        )
-    return out, getattr(more, "lse", more)
+        mask = create_block_mask(mask, B, H, q.shape[2], k.shape[2], device=q.device)
+    return eager_flex(q, k, v, score_mod, mask, scale)
 
 
 def agree(score_mod: Any = None, mask: Any = None, sizes: tuple[int, int] = (N, N)) -> None:
@@ -817,10 +810,5 @@ def test_on_a_gpu(name: str, dtype: torch.dtype) -> None:
     }[name]  # fmt: skip
     q, k, v = (torch.randn(2, h, n, 64, device=device).to(dtype) for h in (H, KV_HEADS, KV_HEADS))
     out, lse = ag.flex_attention(q, k, v, score_mod, mask_mod, enable_gqa=True, return_lse=True)
-    if mask_mod is not None and not isinstance(mask_mod, BlockMask):
-        mask_mod = create_block_mask(mask_mod, 2, H, n, n, device=device)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*without torch.compile.*")
-        ref = torch_flex.flex_attention(q.double(), k.double(), v.double(), score_mod, mask_mod, enable_gqa=True)
-    compare(out, ref)
+    compare(out, torchs(q, k, v, score_mod, mask_mod)[0])
     assert lse.isfinite().all()
