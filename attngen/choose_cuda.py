@@ -396,6 +396,16 @@ class AppendConfig(_GridConfig):
 
 
 @dataclass(frozen=True)
+class MaskConfig(_GridConfig):
+    """The kernel that looks at the rows of a packed mask. A warp takes a row."""
+
+    arch: str
+    threads: int = 256
+
+    columns = 32  # lanes
+
+
+@dataclass(frozen=True)
 class MergeConfig(_GridConfig):
     """The kernel that merges attention states. Every thread takes eight elements of a row (token and head) through all
     states."""

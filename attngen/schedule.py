@@ -39,7 +39,7 @@ assert (REQUEST.size, TILE.size, WORKER.size) == (32, 80, 128)  # as work.cuh as
 assert (QUEUED_REQUEST.size, QUEUE.size) == (80, 16)  # as queue.cuh asserts
 
 # Bits of the status word; the request's number stands above them.
-BAD_Q_INDPTR, BAD_KV_INDPTR, OVER_CAPACITY, BAD_PAGE, SHORT_Q, SHORT_KV = 1, 2, 4, 8, 32, 64
+BAD_Q_INDPTR, BAD_KV_INDPTR, OVER_CAPACITY, BAD_PAGE, SHORT_Q, SHORT_KV, SHORT_MASK = 1, 2, 4, 8, 32, 64, 128
 STATUS_TEXT = {
     BAD_Q_INDPTR: "q_indptr is negative or decreases",
     BAD_KV_INDPTR: "kv_indptr decreases, a length or kv_start is negative, or kv_last_page_len is not in 1 ... page_size",
@@ -192,7 +192,7 @@ class Reach:
     def _range(self, index: int, r: Request, head: int, q_lo: int, q_hi: int) -> tuple[int, int]:
         group, total = self.num_heads // self.num_kv_heads, self.total_heads or self.num_heads
         symbols = {
-            "request": index, "kv_head": self.head_offset // group + head, "q_len": r.q_len, "kv_len": r.kv_len,
+            "request": index, "kv_head": self.head_offset // group + head, "q_len": r.q_len, "kv_len": r.kv_len, "q_offset": r.q_offset,
             "num_heads": total, "num_kv_heads": total // group,
         }  # fmt: skip
         tensors = {name: torch.tensor(value, dtype=torch.int32) for name, value in symbols.items()}

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 Matrix = torch.Tensor
@@ -189,6 +190,19 @@ def grok(s: Matrix, r: Request) -> Matrix:
     return soft_cap(s, r) * torch.tensor(factors, dtype=torch.float64)[:, None].to(s.dtype)
 
 
+def custom_mask(r: Request) -> Matrix:
+    first, requests = int(r.mask_indptr[r.index]), len(r.mask_indptr) - 1
+    bits = np.unpackbits(r.packed_custom_mask.numpy()[first:], bitorder="little")[: r.q_len * r.kv_len]
+    mask = torch.from_numpy(bits.reshape(r.q_len, r.kv_len)).bool()
+    token = r.index * (len(r.mask_begin) // requests)
+    for i, row in enumerate(mask):
+        begin, run, end = (int(x[token + i]) for x in (r.mask_begin, r.mask_run, r.mask_end))
+        row[:run] = True
+        row[:begin] = False
+        row[end:] = False
+    return mask
+
+
 # ---------------------------------------------------------------- rotary
 
 
@@ -251,6 +265,7 @@ FORMULAS: dict[str, Formula] = {
     "DilatedWindow": Formula(dilated),
     "Sigmoid": Formula(weight=lambda s, r: 1 / (1 + torch.exp(-(s + r.bias)))),
     "TreeMask": Formula(tree),
+    "CustomMask": Formula(custom_mask),
     "Llama3RoPE": Formula(causal, scores=llama3_scores),
     "Llama4Temperature": Formula(logits=llama4),
     "Grok": Formula(causal, grok),

@@ -53,6 +53,7 @@ STREET = (
     "engine_cpu",
     "append",
     "merge",
+    "masks",
     "dense",
     "batch",
     "flex",

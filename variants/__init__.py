@@ -11,6 +11,7 @@ from ._examples import example_params
 from .alibi import ALiBi, ALiBiSlopes
 from .causal import Causal
 from .chunked import Chunked
+from .custom_mask import CustomMask
 from .dilated_window import DilatedWindow
 from .document import Document
 from .full import Full
@@ -30,7 +31,7 @@ from .tree_mask import TreeMask
 
 ALL = (
     Full, Causal, SlidingWindow, SoftCap, Gemma2, ALiBi, ALiBiSlopes, T5Bias, PrefixLM, Document, Chunked, Sinks,
-    GptOss, Streaming, DilatedWindow, Sigmoid, TreeMask, Llama3RoPE, Llama4Temperature, Grok, StreamingLLM,
+    GptOss, Streaming, DilatedWindow, Sigmoid, TreeMask, CustomMask, Llama3RoPE, Llama4Temperature, Grok, StreamingLLM,
 )  # fmt: skip
 
 

@@ -63,7 +63,7 @@ def _example(variant: ag.Variant | type[ag.Variant], sizes: Sizes, seed: int) ->
 
 def _tensor(field: Any, sizes: Sizes, random: torch.Generator) -> torch.Tensor:
     known = {
-        "heads": sizes.num_heads, "kv_heads": sizes.num_kv_heads, "requests": sizes.requests, "positions": sizes.kv_len,
+        "heads": sizes.num_heads, "kv_heads": sizes.num_kv_heads, "requests": sizes.requests, "requests + 1": sizes.requests + 1, "positions": sizes.kv_len,
         "q_tokens": sizes.requests * sizes.q_len, "kv_tokens": sizes.requests * sizes.kv_len,
     }  # fmt: skip
     shape = [axis if isinstance(axis, int) else known.get(axis, max(sizes.q_len, sizes.kv_len)) for axis in field.axes]
@@ -92,6 +92,17 @@ def _tree(sizes: Sizes, random: torch.Generator) -> dict[str, Any]:
     return {"ancestors": ancestors}
 
 
+def _custom_mask(sizes: Sizes, random: torch.Generator) -> dict[str, Any]:
+    """Bits enough for requests of any length, and rows of which something is known."""
+    count, rows = (sizes.q_len * sizes.kv_len + 7) // 8, sizes.requests * sizes.q_len
+    begin, run, rest = (torch.randint(0, sizes.kv_len // part + 1, (rows,), generator=random) for part in (8, 8, 4))
+    return {
+        "packed_custom_mask": torch.randint(0, 256, (sizes.requests * count,), generator=random, dtype=torch.uint8),
+        "mask_indptr": count * torch.arange(sizes.requests + 1, dtype=torch.int32),
+        "mask_begin": begin.int(), "mask_run": (begin + run).int(), "mask_end": (sizes.kv_len - rest).int(),
+    }  # fmt: skip
+
+
 def _part(n: int, of: int) -> int:
     return max(1, n // of)
 
@@ -111,6 +122,7 @@ _SPECIAL: dict[str, Callable[[Sizes, torch.Generator], dict[str, Any]]] = {
     "DilatedWindow": lambda n, _: {"window": _part(n.kv_len, 6), "dilation": 3},
     "Sigmoid": lambda n, _: {"bias": -math.log(max(n.kv_len, 1))},
     "TreeMask": _tree,
+    "CustomMask": _custom_mask,
     "Llama4Temperature": lambda n, _: {"floor_scale": _part(n.kv_len, 8), "attn_scale": 0.25},
     "Grok": lambda n, _: {"cap": 2.0, "temperature_len": max(2, n.kv_len // 2)},
     "StreamingLLM": lambda n, _: {"sinks": _part(n.kv_len, 10), "window": _part(n.kv_len, 4)},

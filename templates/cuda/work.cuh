@@ -147,7 +147,7 @@ __device__ __forceinline__ bool arrive_last(int32_t* counter, int32_t pieces, in
 
 // The device's verdict on its input: the first error wins. Bits 0-7 say what, the rest is the request's number.
 // append_kv says a token's number instead.
-enum Status : int32_t { BAD_Q_INDPTR = 1, BAD_KV_INDPTR = 2, OVER_CAPACITY = 4, BAD_PAGE = 8, BAD_REQUEST = 16, SHORT_Q = 32, SHORT_KV = 64 };
+enum Status : int32_t { BAD_Q_INDPTR = 1, BAD_KV_INDPTR = 2, OVER_CAPACITY = 4, BAD_PAGE = 8, BAD_REQUEST = 16, SHORT_Q = 32, SHORT_KV = 64, SHORT_MASK = 128 };
 __device__ __forceinline__ void report(int32_t* status, int32_t what, int32_t request) {
   atomicCAS(status, 0, what | request << 8);
 }
