@@ -56,6 +56,7 @@ STREET = (
     "masks",
     "dense",
     "batch",
+    "sparse",
     "flex",
     "find",
     "check",
