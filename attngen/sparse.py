@@ -11,7 +11,6 @@ they attend to, a head's row of blocks is a request of its own. Hooks see true p
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -70,7 +69,7 @@ class _OverBlocks(Variant):
         rope = old.rope and RopeTrace(
             old.rope.rope, tuple(map(placed, old.rope.q_positions)), placed(old.rope.kv_position), placed(old.rope.kind)
         )
-        fields = {name: replace(f, axes=_rename(f.axes, renamed)) for name, f in old.fields.items()} | {
+        fields = {n: Field(f.kind, f.dtype, _rename(f.axes, renamed), f.stored) for n, f in old.fields.items()} | {
             "bsr_starts": Field("tensor", I32, ("bsr_entries",)), "bsr_indptr": Field("tensor", I32, ("requests + 1",)),
             **{f"bsr_{name}": Field("scalar", I32) for name in _SCALARS},
         }  # fmt: skip

@@ -75,7 +75,7 @@ STREET = (
     "integrations",
 )
 # attngen.variants is the library that users import; these may too, since `import attngen` imports none of them.
-MAY_USE_VARIANTS = {"check", "cli", "find", "integrations", "show"}
+MAY_USE_VARIANTS = {"check", "cli", "find", "integrations", "show", "sparse"}
 
 
 def rooms() -> dict[str, list[ast.Module]]:
