@@ -322,6 +322,8 @@ class _Emitter:
                     name = self.name(_LEVEL_HINT[level])
                     self.sections[level].append(Value(CTYPE[node.dtype], name, text, self.where(node)))
                     text = {CALL: f"c.{name}", TILE: f"t.{name}"}.get(level, name)
+                    if self.dialect == "cuda" and level in (ROW, COL):
+                        text = f"{_LEVEL_HINT[level]}.{name}"
             texts[node] = text
         return texts[root]
 

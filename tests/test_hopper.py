@@ -11,6 +11,7 @@ from typing import Any
 
 import hopper_on_host
 import pytest
+import test_sparse
 import torch
 from batches import Batch, judge, make, split_params
 from compare import compare
@@ -102,6 +103,12 @@ def test_lengths(q_lens, kv_lens):
 def test_pieces_of_every_kind():
     for variant in (Sunk(), variants.Sigmoid()):
         check(variant, [3, 2], [2000, 1100], d=64)
+
+
+@pytest.mark.parametrize("layout, per_head, masked", [("NHD", False, False), ("HND", False, True), ("NHD", True, False), ("HND", True, False)])
+def test_blocks(layout, per_head, masked):
+    """Rows of blocks as requests, and pages that overlap where heads differ."""
+    test_sparse.check_on_hopper(layout, per_head, masked)
 
 
 def test_negative_scale():

@@ -186,6 +186,26 @@ def test_masks_within_blocks(layout, packed, where):
         call.check(attn, Causal(), kept[None, :m].expand(HEADS, -1, -1), {}, {})
 
 
+def check_on_hopper(layout, per_head, masked):
+    """Behind the emulation of a Hopper GPU, which test_hopper.py installs."""
+    m, n, R, C = 200, 256, 72, 64
+    call = Call(m, n, "cpu", layout, d=64)
+    call.dtype = call.facts["dtype"] = torch.bfloat16
+    call.q, call.k, call.v = (t.bfloat16() for t in (call.q, call.k, call.v))
+    variant, params = VARIANTS["causal, ALiBi" if masked else "everything"][0], {} if masked else everything(m, n)
+    attn = ag.BlockSparseAttention(variant, R=R, C=C, max_q_tokens=m, max_kv_tokens=n, per_head=per_head, masked=masked, **call.facts)
+    torch.manual_seed(3)
+    blocks = torch.rand(*([KV_HEADS] if per_head else []), -(-m // R), n // C) < 0.6
+    kept, more = spread(blocks, R, C, m, n), {}
+    if masked:
+        more["mask"] = torch.rand(int(blocks.sum()), R, C) < 0.5
+        for (row, column), matrix in zip(blocks.nonzero().tolist(), more["mask"]):
+            kept[:, row * R : (row + 1) * R, column * C : (column + 1) * C] &= matrix[: m - row * R]
+    planned, ran = split(variant, params)
+    attn.plan(*csr(blocks), **planned, **more)
+    call.check(attn, variant, kept, ran, params)
+
+
 def sizes(rng, total, count, multiple=1):
     """``count`` sizes, some of 0, that add up to ``total``."""
     cuts = sorted(rng.randint(0, total // multiple) for _ in range(count - 1))
