@@ -68,22 +68,17 @@ class Batch:
     def expected(self, variant: ag.Variant, **params: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Packed output and LSE of the oracle."""
         lse = variant.trace.weight is None
-        params = {name: self._padded(variant.trace.fields[name], x) for name, x in params.items()}
         result = ag.reference(self.dense_q, self.dense_k, self.dense_v, variant, q_lens=self.q_lens, kv_lens=self.kv_lens,
                               return_lse=lse, **params)  # fmt: skip
         out, sums = result if lse else (result, None)
         out = torch.cat([out[r, :n] for r, n in enumerate(self.q_lens)])
         return out, None if sums is None else torch.cat([sums[r, :, :n].T for r, n in enumerate(self.q_lens)])
 
-    def _padded(self, field: Any, value: Any) -> Any:
+    def padded(self, x: torch.Tensor) -> torch.Tensor:
         """A parameter by packed rows of q as one by the rows of padded requests, which are the oracle's."""
-        if field.kind != "tensor" or field.axes[0] != "q_tokens":
-            return value
         rows = self.dense_q.shape[1]
-        padded = torch.zeros(rows * len(self.q_lens), *value.shape[1:], dtype=value.dtype)
         tokens = torch.cat([torch.arange(n) + r * rows for r, n in enumerate(self.q_lens)])
-        padded[tokens] = value[: len(tokens)].cpu()
-        return padded
+        return torch.zeros(rows * len(self.q_lens), *x.shape[1:], dtype=x.dtype).index_copy_(0, tokens, x.cpu())
 
     def sizes(self) -> dict[str, int]:
         """Arguments of variants.example_params."""

@@ -142,7 +142,8 @@ def check_batch(lengths, variant, layout, where, seed, **more):
         attn.plan(*batch.pages(), **plan_params)
         out, lse = attn.run(batch.q, (batch.k, batch.v), return_lse=True, **run_params)
     attn.check()
-    judge(out, lse, batch, variant, **{n: x.cpu() for n, x in params.items()}, **more)
+    by_token = ("mask_begin", "mask_run", "mask_end")
+    judge(out, lse, batch, variant, **{n: batch.padded(x) if n in by_token else x.cpu() for n, x in params.items()}, **more)
 
 
 @pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -93,13 +93,13 @@ def _tree(sizes: Sizes, random: torch.Generator) -> dict[str, Any]:
 
 
 def _custom_mask(sizes: Sizes, random: torch.Generator) -> dict[str, Any]:
-    """Bits enough for requests of any length, and rows of which something is known."""
+    """Bits enough for requests of any length, and rows of which the same is known: tokens may be packed or padded."""
     count, rows = (sizes.q_len * sizes.kv_len + 7) // 8, sizes.requests * sizes.q_len
-    begin, run, rest = (torch.randint(0, sizes.kv_len // part + 1, (rows,), generator=random) for part in (8, 8, 4))
+    begin, run, end = (torch.full((rows,), sizes.kv_len * part // 16, dtype=torch.int32) for part in (1, 3, 14))
     return {
         "packed_custom_mask": torch.randint(0, 256, (sizes.requests * count,), generator=random, dtype=torch.uint8),
         "mask_indptr": count * torch.arange(sizes.requests + 1, dtype=torch.int32),
-        "mask_begin": begin.int(), "mask_run": (begin + run).int(), "mask_end": (sizes.kv_len - rest).int(),
+        "mask_begin": begin, "mask_run": run, "mask_end": end,
     }  # fmt: skip
 
 
