@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from . import cuda
@@ -230,19 +231,17 @@ def _short(request: int) -> str:
 def _rows_cpu(mask: torch.Tensor, mask_indptr: torch.Tensor, q_indptr: torch.Tensor | None, kv_lens: torch.Tensor, found: torch.Tensor) -> None:
     found.zero_()
     starts = list(range(len(kv_lens) + 1)) if q_indptr is None else q_indptr.tolist()
-    shifts = torch.arange(8, dtype=torch.uint8)
+    packed, to = mask.numpy(), found.numpy()
     for first, n, q0, q1 in zip(mask_indptr.tolist(), kv_lens.tolist(), starts, starts[1:]):
         q1 = min(q1, found.shape[1])
         bits = (q1 - q0) * n
         if bits <= 0:
             continue
-        kept = ((mask[first : first + -(-bits // 8), None] >> shifts) & 1).reshape(-1)[:bits].view(q1 - q0, n).bool()
-        some, column = kept.any(1), torch.arange(n)
-        begin = kept.int().argmax(1)  # of equal ones the first
-        gap = ~kept & (column > begin[:, None])
-        run = torch.where(gap.any(1), gap.int().argmax(1), n)
-        end = n - kept.flip(1).int().argmax(1)
-        found[:, q0:q1] = torch.where(some, torch.stack([begin, run, end]), 0).to(torch.int32)
+        kept = np.unpackbits(packed[first : first + -(-bits // 8)], count=bits, bitorder="little").view(bool).reshape(q1 - q0, n)
+        begin, end = kept.argmax(1), n - kept[:, ::-1].argmax(1)  # of equal ones the first
+        gap = ~kept & (np.arange(n, dtype=np.int32) > begin[:, None])
+        run = np.where(gap.any(1), gap.argmax(1), n)
+        to[:, q0:q1] = np.where(kept.any(1), [begin, run, end], 0)
 
 
 def _rows_cuda(mask: torch.Tensor, mask_indptr: torch.Tensor, q_indptr: torch.Tensor | None, kv_lens: torch.Tensor, found: torch.Tensor) -> None:
