@@ -34,7 +34,7 @@ from .expr import absolute as abs  # noqa: A004
 from .expr import cast, exp, exp2, floor, log, log2, rsqrt, sigmoid, sqrt, tanh, where
 from .expr import maximum as max  # noqa: A004
 from .expr import minimum as min  # noqa: A004
-from .rope import DynamicNTK, Linear, Llama3, LongRoPE, RoPE, YaRN
+from .rope import DynamicNTK, Linear, Llama3, LongRoPE, Proportional, RoPE, YaRN
 from .run import BuildRecord, Kernel, attention, build_log, compile, reference  # noqa: A004
 from .run import collector_paused as _collector_paused
 from .run import device_compilers as _device_compilers
@@ -86,7 +86,7 @@ if _os.environ.get("ATTNGEN_LOG"):
 
 __all__ = [
     "AttngenError", "BatchAttention", "BlockSparseAttention", "BuildError", "BuildRecord", "CacheError", "CacheWarning", "Const", "DynamicNTK", "JitWarning", "Kernel",
-    "Linear", "Llama3", "LoadError", "LoadedSet", "LongRoPE", "MissingKernelError", "ParameterError", "RoPE", "Scalar", "Tensor", "UnsupportedError", "VariableBlockSparseAttention", "Variant",
+    "Linear", "Llama3", "LoadError", "LoadedSet", "LongRoPE", "MissingKernelError", "ParameterError", "Proportional", "RoPE", "Scalar", "Tensor", "UnsupportedError", "VariableBlockSparseAttention", "Variant",
     "VariantError", "YaRN", "abs", "append_kv", "append_positions", "attention", "build_log", "cast", "check_append",
     "check_masks", "compile", "compose", "custom_mask", "exp", "exp2", "flex_attention", "floor", "from_flex", "load_set", "log", "log2", "max", "merge_states", "min", "packbits", "reference", "rsqrt",
     "segment_packbits", "sigmoid", "sqrt", "stats", "tanh", "warmup", "where", "workspace_bytes",
