@@ -43,7 +43,7 @@ def check(variant: ag.Variant, q_lens, kv_lens, ragged: bool = False, **more) ->
     """A batch against the oracle, with surplus rows of q, which stay as they are, and NaN in every slot that is not read."""
     batch = Batch(q_lens, kv_lens, device="cpu", **more)
     params = example_params(variant, **batch.sizes())
-    plan, run = split_params(variant, params, "cpu")
+    plan, run = split_params(variant, params, "cpu", batch)
     softmax = variant.trace.weight is None
     q = torch.cat([batch.q, torch.full((3, *batch.q.shape[1:]), torch.nan, dtype=batch.q.dtype)])
     out = torch.full((len(q), batch.dense_q.shape[2], batch.dense_v.shape[3]), torch.nan, dtype=q.dtype)
