@@ -92,7 +92,7 @@ def test_tight_where_masks_are_monotone_within_a_tile(name: str, block_q: int, b
         assert torch.equal(found, real)
 
 
-BY_TWO_AXES = ("TreeMask", "CustomMask")  # their masks are read so
+LOOSE = ("TreeMask", "CustomMask", "Images")  # reads along two axes; text is 0 between the images' rising numbers
 
 
 def test_tightness_on_the_library(capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,7 +109,7 @@ def test_tightness_on_the_library(capsys: pytest.CaptureFixture[str]) -> None:
     with capsys.disabled():
         print("\ntiles of 32 x 16 that intervals class as brute force does:", ", ".join(f"{n} {x:.0%}" for n, x in shares.items()))
     assert len(shares) > 5 and all(x == 1.0 for n, x in shares.items() if n in ("Causal", "SlidingWindow", "Chunked", "PrefixLM", "GptOss", "DilatedWindow"))
-    assert all(x >= 0.9 for n, x in shares.items() if n not in BY_TWO_AXES), shares
+    assert all(x >= 0.9 for n, x in shares.items() if n not in LOOSE), shares
 
 
 def test_reads_have_the_extremes_of_their_entries() -> None:

@@ -128,8 +128,8 @@ def _rarely(*shape: int, random: torch.Generator, one_in: int = 8) -> torch.Tens
 
 
 def _images(sizes: Sizes, random: torch.Generator) -> dict[str, Any]:
-    """Images of about 8 tokens, with text between them."""
-    number = _rarely(sizes.requests, sizes.kv_len, random=random).cumsum(1)
+    """Images of about 24 tokens, with text between them."""
+    number = _rarely(sizes.requests, sizes.kv_len, random=random, one_in=24).cumsum(1)
     return {"images": torch.where(number % 2 == 1, number, 0).to(torch.int32)}
 
 

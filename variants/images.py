@@ -14,5 +14,5 @@ class Images(ag.Variant):
     images: ag.Tensor("requests", "positions", dtype=int)
 
     def mask(self, at):
-        mine = self.images[at.request, at.q]
-        return (mine > 0) & (mine == self.images[at.request, at.kv])
+        mine, theirs = self.images[at.request, at.q], self.images[at.request, at.kv]
+        return (mine == theirs) & (mine > 0) & (theirs > 0)  # said of both: a tile of text keys is empty
