@@ -31,6 +31,17 @@ _SCALARS = ("q_len", "kv_len", "q_offset", "num_heads", "num_kv_heads", "row_blo
 # ---------------------------------------------------------------- hooks over blocks
 
 
+def over_blocks(variant: Variant | type[Variant] | None, C: int, *, per_head: bool = False, masked: bool = False) -> Variant:  # noqa: N803
+    """The variant whose kernels a BlockSparseAttention of ``variant`` loads (a VariableBlockSparseAttention: C=multiple, per_head=True), for
+    sets that are built ahead: name it in a file, ``blocks = over_blocks(Causal(), 64)``, and list ``FILE.py:blocks``."""
+    over: Variant = _OverBlocks(Full() if variant is None else as_variant(variant), C, per_head)
+    if masked:
+        from .variants import CustomMask
+
+        over = compose(over, CustomMask())
+    return over
+
+
 class _OverBlocks(Variant):
     """``variant`` for a batch whose requests are rows of blocks: what its hooks read of ``at`` is that of the whole sequence."""
 
@@ -128,13 +139,8 @@ class _Sparse:
         heads = num_heads if per_head else 1
         if heads * max_q_tokens > _INT32_MAX or num_kv_heads * max_kv_tokens > _INT32_MAX:
             raise UnsupportedError(f"{heads} x {max_q_tokens} rows and {num_kv_heads} x {max_kv_tokens} keys: required below 2**31")
-        over = _OverBlocks(self.variant, block, per_head)
-        if masked:
-            from .variants import CustomMask
-
-            over = compose(over, CustomMask())
         self._attn = BatchAttention(
-            over, num_heads=1 if per_head else num_heads, num_kv_heads=1 if per_head else num_kv_heads, head_dim=head_dim, page_size=block,
+            over_blocks(self.variant, block, per_head=per_head, masked=masked), num_heads=1 if per_head else num_heads, num_kv_heads=1 if per_head else num_kv_heads, head_dim=head_dim, page_size=block,
             max_requests=heads * row_blocks, max_q_tokens=heads * max_q_tokens, max_q_len=max_rows, max_pages=max_blocks,
             max_kv_len=max_kv_tokens, kv_layout="NHD" if per_head else kv_layout, **more,
         )  # fmt: skip

@@ -339,6 +339,8 @@ def warmup(loaded: LoadedSet, params: Mapping[str, Mapping[str, Any]] | None = N
                 _warm_append(unit, device)
             elif unit["variant"] == "merge_states":
                 _warm_merge(unit, device)
+            elif unit["variant"] == "custom_mask":
+                _warm_mask(device)
             else:
                 _warm_attention(unit, device, loaded.folder, (params or {}).get(unit["variant"]))
     if loaded.device is not None:
@@ -395,6 +397,12 @@ def _warm_append(unit: Mapping[str, Any], device: torch.device) -> None:
     cached = (k.new_zeros(1, 1, 1, unit["head_dim"]), v.new_zeros(1, 1, 1, unit["head_dim_v"]))
     places = {"positions": slot.int()} if rope else {}
     append_kv(k, v, cached, slot_mapping=slot, rope=rope, **places)
+
+
+def _warm_mask(device: torch.device) -> None:
+    from .masks import custom_mask
+
+    custom_mask(torch.zeros(1, 1, 1, dtype=torch.bool, device=device))
 
 
 def _warm_merge(unit: Mapping[str, Any], device: torch.device) -> None:

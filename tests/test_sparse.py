@@ -7,6 +7,7 @@ import random
 import attngen as ag
 import pytest
 import torch
+from attngen.sparse import over_blocks
 from attngen.variants import ALiBi, Causal, Document, Gemma2, Llama3RoPE, Sigmoid, Sinks
 from compare import compare
 
@@ -245,6 +246,14 @@ def test_out_is_written():
             out = torch.full_like(call.given()[0], torch.nan)
             assert attn.run(*call.given(), out=out) is out
             assert torch.equal(out, attn.run(*call.given()))
+
+
+@pytest.mark.parametrize("per_head, masked", [(False, False), (True, False), (False, True)])
+def test_what_a_set_builds_ahead_is_what_is_looked_up(per_head, masked):
+    attn = ag.BlockSparseAttention(Everything(), R=8, C=16, max_q_tokens=40, max_kv_tokens=64, per_head=per_head, masked=masked,
+                                   num_heads=4, num_kv_heads=2, head_dim=32, dtype=torch.float32, device="cpu")  # fmt: skip
+    ahead = over_blocks(Everything, 16, per_head=per_head, masked=masked)
+    assert ahead.structure_hash == attn._attn.variant.structure_hash
 
 
 # ---------------------------------------------------------------- bad input
