@@ -139,9 +139,10 @@ class _Sparse:
         heads = num_heads if per_head else 1
         if heads * max_q_tokens > _INT32_MAX or num_kv_heads * max_kv_tokens > _INT32_MAX:
             raise UnsupportedError(f"{heads} x {max_q_tokens} rows and {num_kv_heads} x {max_kv_tokens} keys: required below 2**31")
+        over = over_blocks(self.variant, block, per_head=per_head, masked=masked)
+        of_request = (1, 1) if per_head else (num_heads, num_kv_heads)
         self._attn = BatchAttention(
-            over_blocks(self.variant, block, per_head=per_head, masked=masked), num_heads=1 if per_head else num_heads, num_kv_heads=1 if per_head else num_kv_heads, head_dim=head_dim, page_size=block,
-            max_requests=heads * row_blocks, max_q_tokens=heads * max_q_tokens, max_q_len=max_rows, max_pages=max_blocks,
+            over, num_heads=of_request[0], num_kv_heads=of_request[1], head_dim=head_dim, page_size=block, max_requests=heads * row_blocks, max_q_tokens=heads * max_q_tokens, max_q_len=max_rows, max_pages=max_blocks,
             max_kv_len=max_kv_tokens, kv_layout="NHD" if per_head else kv_layout, **more,
         )  # fmt: skip
         self.device, self.dtype = self._attn.device, self._attn.dtype
@@ -278,7 +279,7 @@ class _Sparse:
 
     def check(self) -> None:
         """Wait for the device and raise ParameterError for what only the device could see: an indptr that decreases, a block's index out
-        of range or not above the one before it, more blocks than the capacity, sizes that do not add up. The rows concerned are NaN."""
+        of range or not above the one before it, more blocks than there are, sizes that do not add up. The rows concerned are NaN."""
         status = self._attn.engine.status()
         if status:
             request, what = status >> 8, status & 0xFF
@@ -317,7 +318,6 @@ class BlockSparseAttention(_Sparse):
         num_heads, num_kv_heads, head_dim, head_dim_v, dtype, device, workspace, storage, scale, batch_invariant: as BatchAttention's.
         R, C: rows and columns of a block. On Hopper, a C that is a multiple of 8, better of 64, is fastest.
         max_q_tokens, max_kv_tokens: the most queries M and keys N, multiples of nothing and of C.
-        max_blocks: the most blocks in all rows together (of all heads, where they differ); default all.
         per_head: heads have lists of their own. k and v must then be contiguous, and NHD copies q.
         masked: plan takes ``mask`` or ``packed_mask`` too.
         kv_layout: "NHD" [tokens, heads, head_dim] or "HND" [heads, tokens, head_dim], of q, k, v and the output.
@@ -328,8 +328,7 @@ class BlockSparseAttention(_Sparse):
 
     def __init__(
         self, variant: Variant | type[Variant] | None = None, *, num_heads: int, num_kv_heads: int, head_dim: int, R: int, C: int,
-        max_q_tokens: int, max_kv_tokens: int, max_blocks: int | None = None, per_head: bool = False, masked: bool = False,
-        kv_layout: str = "NHD", **more: Any,
+        max_q_tokens: int, max_kv_tokens: int, per_head: bool = False, masked: bool = False, kv_layout: str = "NHD", **more: Any,
     ) -> None:  # fmt: skip
         for name, value in (("R", R), ("C", C), ("max_q_tokens", max_q_tokens), ("max_kv_tokens", max_kv_tokens)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -338,13 +337,11 @@ class BlockSparseAttention(_Sparse):
             raise ParameterError(f"max_kv_tokens {max_kv_tokens}: required a multiple of C={C}; pad k and v, or use VariableBlockSparseAttention")
         if masked and per_head:
             raise UnsupportedError("masked with per_head: masks within blocks are shared by all heads; declare a mask that reads at.head")
-        row_blocks = -(-max_q_tokens // R)
-        rows = (num_heads if per_head else 1) * row_blocks
         self.R, self.C, self._masked = R, C, masked
         super().__init__(
             variant, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, max_q_tokens=max_q_tokens,
-            max_kv_tokens=max_kv_tokens, block=C, max_blocks=rows * (max_kv_tokens // C) if max_blocks is None else max_blocks,
-            row_blocks=row_blocks, max_rows=min(R, max_q_tokens), per_head=per_head, masked=masked, kv_layout=kv_layout, **more,
+            max_kv_tokens=max_kv_tokens, block=C, max_blocks=max_kv_tokens // C, row_blocks=-(-max_q_tokens // R),
+            max_rows=min(R, max_q_tokens), per_head=per_head, masked=masked, kv_layout=kv_layout, **more,
         )  # fmt: skip
 
     def plan(
@@ -455,7 +452,7 @@ class BlockSparseAttention(_Sparse):
         return {
             BAD_PAGE: "an index in indices is out of range, 0 ... N / C - 1, or not above the one before it",
             BAD_KV_INDPTR: "indptr is negative or decreases, or a head's does not begin where the one before ends",
-            OVER_CAPACITY: "more blocks than max_blocks, or than indices has entries",
+            OVER_CAPACITY: "indptr ends past the entries of indices",
         }
 
 

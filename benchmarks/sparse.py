@@ -93,7 +93,7 @@ def blocks() -> None:
             indices = kept.nonzero()[:, 2].int().to(DEVICE)
             indptr = indptr.to(DEVICE)
             attn = ag.BlockSparseAttention(num_heads=HEADS, num_kv_heads=HEADS, head_dim=DIM, R=block, C=block, max_q_tokens=LENGTH,
-                                           max_kv_tokens=LENGTH, max_blocks=len(indices), per_head=per_head, kv_layout=layout, dtype=DTYPE, device=DEVICE)  # fmt: skip
+                                           max_kv_tokens=LENGTH, per_head=per_head, kv_layout=layout, dtype=DTYPE, device=DEVICE)  # fmt: skip
             attn.plan(indptr, indices)
             out = torch.empty_like(q)
             attn.run(q, k, v, out=out)

@@ -351,7 +351,7 @@ BAD_ON_DEVICE = {
     "negative": ((0, 1, 2, 3, 4), (0, -1, 2, 3), "row block 1: an index in indices is out of range", [1]),
     "unsorted": ((0, 2, 2, 3, 4), (2, 1, 0, 0), "row block 0: an index in indices .* not above", [0]),
     "decreasing": ((0, 2, 1, 3, 4), (0, 1, 2, 3), "row block 1: indptr is negative or decreases", [1]),
-    "too many": ((0, 1, 2, 3, 5), (0, 1, 2, 3), "row block 3: more blocks than", [3]),
+    "too many": ((0, 1, 2, 3, 5), (0, 1, 2, 3), "row block 3: indptr ends past", [3]),
 }  # fmt: skip
 
 
