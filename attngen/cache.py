@@ -23,7 +23,6 @@ import hashlib
 import json
 import logging
 import os
-import secrets
 import shutil
 import threading
 import time
@@ -34,7 +33,6 @@ from pathlib import Path
 from typing import Any
 
 from . import counters, trust
-from .build import keep_newest
 from .entry import FORMAT, Entry, cache_root, entry_folder, json_text, read_entry, sources_digest, written_whole
 from .errors import AttngenError, BuildError, CacheError, CacheWarning, JitWarning, MissingKernelError
 
@@ -365,11 +363,13 @@ class Cache:
         aside = self.base / "damaged"
         with self._writing(aside):
             aside.mkdir(exist_ok=True)
-            target = aside / f"{key}-{secrets.token_hex(4)}"
+            target = aside / f"{key}-{os.urandom(4).hex()}"
             try:
                 self.folder(key, shelf).rename(target)
             except FileNotFoundError:  # without locks, another process set it aside at this moment
                 return
+        from .build import keep_newest
+
         keep_newest(aside, KEPT_DAMAGED)
         warnings.warn(CacheWarning(f"{damage}\n  done: set aside as {target}, built again"), stacklevel=2)
 

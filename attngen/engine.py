@@ -5,7 +5,7 @@
     engine = Engine(Facts, workspace)              kernels built and loaded, memory allocated
     plan = engine.plan(lengths, page_table, params)
     engine.launch(plan, site, q_at, k_at, v_at, out, lse, params, partial)
-    engine.status()                                0, or what the device found, as in schedule.STATUS_TEXT
+    engine.status()                                0, or what the device found, as in space.STATUS_TEXT
     engine.workspace_bytes, engine.problem
 """
 
@@ -16,7 +16,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -24,14 +24,15 @@ from . import cuda, pins
 from .boxes import Boxes
 from .cache import Entry
 from .choose_cuda import PlanConfig, arch, arch_named, choose_attention, choose_decode, most_blocks, tile_class
-from .choose_hopper import choose_hopper
-from .emit import Hooks, emit
 from .errors import ParameterError, UnsupportedError
 from .ops import I32_MAX
 from .run import DTYPE_NAMES, stored_dtypes
-from .schedule import Workspace
-from .schedule import workspace as workspace_layout
+from .space import Workspace
+from .space import workspace as workspace_layout
 from .spec import Problem, Variant, as_variant
+
+if TYPE_CHECKING:
+    from .emit import Hooks
 
 _FIXED_SPLIT = 2048  # keys of a piece under batch_invariant: long enough to hide a merge, short enough to fill a GPU
 POINTERS = struct.Struct("=5Q")  # q, k, v, out, lse: the first fields
@@ -101,6 +102,8 @@ def choices_of(
 ) -> list[Any]:
     """A choice a row-tile class, smallest tile first: a configuration, and the candidates it was chosen from. Arguments as
     ``kernels_of``."""
+    from .choose_hopper import choose_hopper
+
     paged, name, split = page_size is not None, problem.isa, _FIXED_SPLIT if batch_invariant else 0
     choices: list[Any] = []
     if not split or most_rows <= 16:
@@ -130,6 +133,8 @@ def kernels_of(
     if pinned:
         *classes, plan = (cuda.from_entry(entry, problem) for entry in pinned)
         return Kernels(tuple(classes), plan)
+    from .emit import emit
+
     hooks = emit(trace, dict(problem.storage), problem.head_dim, dialect="cuda", device_scalars=True)
     choices = choices_of(problem, hooks, page_size=page_size, batch_invariant=batch_invariant, most_rows=most_rows)
     configs = [choice.config for choice in choices]
@@ -200,7 +205,7 @@ class Loaded:
         self.multiprocessors = multiprocessors
 
     def space(self, **capacities: int) -> Workspace:
-        """The workspace of these kernels; arguments as ``schedule.workspace``."""
+        """The workspace of these kernels; arguments as ``space.workspace``."""
         return space_of(self.kernels, self.which, self.multiprocessors, **capacities)
 
     def lists(self, i: int, space: Workspace, base: int) -> dict[str, int]:

@@ -19,9 +19,7 @@ import importlib.util
 import logging
 import os
 import re
-import shlex
 import sys
-import sysconfig
 import threading
 import time
 from collections.abc import Callable
@@ -30,7 +28,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from . import build, cache
+from . import cache
 from .abi import LAUNCH_ABI
 from .abi_cuda import CUDA_ABI
 from .errors import BuildError, LoadError
@@ -203,6 +201,11 @@ def _host_key(digest: str) -> str:
 
 def _build_host(digest: str, folder: Path) -> dict[str, Any]:
     """Builds the host extension in `folder`, by a fresh process that shares no lock or version suffix with this one."""
+    import shlex
+    import sysconfig
+
+    from . import build
+
     header = Path(sysconfig.get_path("include")) / "Python.h"
     if not header.is_file():
         raise BuildError(

@@ -27,8 +27,8 @@ from typing import Any
 
 import torch
 
-from .choose import CPU_ISAS
 from .errors import ParameterError, UnsupportedError
+from .isa import CPU_ISAS
 from .pack import check_name
 from .run import DTYPE_NAMES
 

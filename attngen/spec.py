@@ -17,18 +17,19 @@ import sys
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch.compiler import is_dynamo_compiling
 
 from . import expr
-from .bounds import TileBounds, analyse
 from .errors import VariantError
 from .expr import COL, LEVEL_NAMES, Node, Where, fail, symbol, text, verify, walk
 from .ops import BOOL, F32, I32
-from .rope import RoPE
 from .trace import HOOKS, POSITION, Point, TensorSymbol, call_user, definition, kinds, trace_hook
+
+if TYPE_CHECKING:
+    from .rope import RoPE
 
 AXES = ("heads", "kv_heads", "requests", "positions", "q_tokens", "kv_tokens")
 _DTYPES = {float: F32, int: I32, bool: BOOL, torch.float32: F32, torch.bfloat16: F32, torch.float16: F32,
@@ -328,7 +329,9 @@ class Variant(metaclass=_VariantMeta):
         if trace.rope:
             lines.append(f"rope = {trace.rope.rope}")
         if trace.mask is not None:
-            bounds: TileBounds = analyse(trace.mask)
+            from .bounds import analyse
+
+            bounds = analyse(trace.mask)
             lines += [f"bounds: {b}    from {text(b.source)}" for b in bounds.closed]
             lines += [f"bounds: none from {text(n)}: its tiles are evaluated" for n in bounds.opaque]
         return "\n".join(lines)
@@ -375,6 +378,8 @@ def _scale(owner: str, proxy: Variant) -> float | None:
 def _trace_rope(rope: Any, locations: dict[Node, Where]) -> RopeTrace | None:
     if rope is None:
         return None
+    from .rope import RoPE
+
     if not isinstance(rope, RoPE):
         raise fail(f"`rope` is {rope!r}", "Give ag.RoPE(theta, ...) as an attribute or return it from def rope(self, at)")
     positions = []

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from . import cache, counters, layers, pins, sets
-from .choose import host_isa
+from .isa import host_isa
 from .entry import Entry
 from .errors import CacheError, MissingKernelError, ParameterError
 from .load import host, load_kernel
