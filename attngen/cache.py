@@ -100,6 +100,8 @@ class Cache:
         write.
         """
         self.check_private()
+        if not self._private:
+            return None  # there is no folder yet
         folder = self.folder(key, shelf)
         try:
             return read_entry(folder, key)
@@ -241,12 +243,12 @@ class Cache:
                 counters.count("hits", layer=entry.layer)
                 log.debug("hit %s %s (%s)", shelf, key, entry.layer,
                           extra={"facts": {"event": "hit", "key": key, "title": title, "layer": entry.layer}})  # fmt: skip
-            self._entries[shelf, key] = entry
+            self._entries[shelf, key] = entry.light()
             return entry, not built
 
     def remember(self, entry: Entry, shelf: str = "kernels") -> None:
         """Serve `entry`, which was found elsewhere, from memory."""
-        self._entries[shelf, entry.key] = entry
+        self._entries[shelf, entry.key] = entry.light()
 
     def forget(self, entry: Entry, shelf: str = "kernels") -> None:
         """Look it up again when it is next asked for."""

@@ -34,7 +34,7 @@ _ROOMS = ("ops", "expr", "bounds", "trace", "rope", "spec", "abi", "abi_cuda", "
           "build")  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Specialised:
     """A kernel before rendering; ``name`` is the template's."""
 

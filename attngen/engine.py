@@ -38,7 +38,7 @@ _FIXED_SPLIT = 2048  # keys of a piece under batch_invariant: long enough to hid
 POINTERS = struct.Struct("=5Q")  # q, k, v, out, lse: the first fields
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Facts:
     """What an engine is made for: BatchAttention's arguments, checked and with their defaults."""
 
@@ -80,7 +80,7 @@ class Site:
 # ---------------------------------------------------------------- kernels
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Kernels:
     """The kernels that serve a variant, before they are built: one a row-tile class, smallest tile first, and their planner."""
 
@@ -146,19 +146,26 @@ def kernels_of(
 
 def build(specials: Sequence[cuda.Specialised]) -> list[Entry]:
     """Builds what is not in the cache yet, all at once: each is a process of nvcc."""
+    if all(special.entry for special in specials):  # pinned
+        return [cuda.build(special)[0] for special in specials]
     with ThreadPoolExecutor(len(specials)) as pool:
         return [entry for entry, _, _ in pool.map(cuda.build, specials)]
+
+
+def load(special: cuda.Specialised, device: int) -> Any:
+    """The kernel on CUDA device ``device``, loaded once a process; built before, where it was not in the cache."""
+    config = special.config
+    return cuda.load(special, device, config.threads, getattr(config, "smem_bytes", 0), arch(config.arch).dependent_launch)
 
 
 class Launcher:
     """A loaded kernel and its parameter struct."""
 
-    def __init__(self, special: cuda.Specialised, device: int, shared_bytes: int = 0) -> None:
+    def __init__(self, special: cuda.Specialised, device: int) -> None:
         codes = {"float": "=f", "int32_t": "=i", "int64_t": "=q", "TensorMap": "=128s"}
         self.special, self.layout = special, special.layout
         self.slots = {f.name: (struct.Struct(codes.get(f.ctype, "=Q")), f.offset) for f in self.layout.fields}
-        dependent = arch(special.config.arch).dependent_launch
-        self.kernel = cuda.load(special, device, special.config.threads, shared_bytes, dependent)
+        self.kernel = load(special, device)
 
     def template(self, values: Mapping[str, Any]) -> bytes:
         """The struct with ``values``, 0 elsewhere."""
@@ -195,7 +202,7 @@ class Loaded:
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
         for i in which:
             special = kernels.classes[i]
-            found = self.classes[i] = Launcher(special, device.index, special.config.smem_bytes)
+            found = self.classes[i] = Launcher(special, device.index)
             blocks = found.kernel.blocks_per_sm()
             if blocks == 0:
                 raise UnsupportedError(f"{special.name} of {special.title} does not fit {device}: {special.config}")
@@ -243,7 +250,7 @@ def space_of(kernels: Kernels, which: Sequence[int], multiprocessors: int, **cap
 # ---------------------------------------------------------------- ahead of time
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BuiltKernel:
     """A CUDA kernel in the cache, not loaded.
 

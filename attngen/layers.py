@@ -120,7 +120,7 @@ class RemoteLayer:
         check_content(where, manifest, held[manifest["artifact"]])
         for name in manifest.get("files", manifest.get("sources", ())):
             held[name] = self._fetch(f"{folder}/{name}")
-        return MemoryEntry(key, where, manifest, self.name, held.__getitem__)
+        return MemoryEntry(key, where, manifest, self.name, get=held.__getitem__)
 
     def _fetch(self, path: str) -> bytes:
         content: bytes = self.fs.cat_file(path, end=MAX_FILE + 1)  # whatever the store would send

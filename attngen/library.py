@@ -30,8 +30,7 @@ def define(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., 
     """Register the operator ``attngen::name``, whose inputs keep their strides, and return it."""
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order, *tags))
     _library.impl(name, torch._disable_dynamo(run), "CompositeExplicitAutograd")  # else Dynamo traces its insides by themselves
-    # Not register_fake, which reads the caller's source file, 3 ms: what a start has no time for.
-    _library.impl(name, torch._disable_dynamo(fake), "Meta")
+    torch.library.register_fake(f"attngen::{name}", fake, lib=_library)
     return getattr(torch.ops.attngen, name).default
 
 

@@ -23,10 +23,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import cache
 from .abi import LAUNCH_ABI
@@ -60,8 +59,7 @@ def _forget_lock() -> None:
 os.register_at_fork(after_in_child=_forget_lock)
 
 
-@dataclass(frozen=True)
-class LoadedKernel:
+class LoadedKernel(NamedTuple):
     """A kernel of this process.
 
     launch(params) runs it on its packed parameter struct (any buffer: bytes, bytearray, ctypes array) and returns when
@@ -94,14 +92,15 @@ def load_cubin(
     """
     _check_kind(entry, "cubin", CUDA_ABIS)
     _check_device(entry, device)
-    content = entry.read()
+    content = entry.content()
     try:
         found = host().CudaKernel(
             content, symbol, device=device, threads=threads, shared_bytes=shared_bytes, dependent=dependent
         )
     except RuntimeError as error:
         raise _unloadable(entry.artifact, f"a cubin for CUDA device {device}", str(error)) from None
-    _mark_in_use(entry.artifact)
+    if entry.on_disk:
+        _mark_in_use(entry.artifact)
     return found
 
 
@@ -147,12 +146,17 @@ def cuda_version(number: int) -> str:
 def _mark_in_use(path: Path) -> None:
     """Maps a page of the file for the process's life: /proc then tells `cache prune` that it is in use, as it does of a
     library. A Python mmap would keep a descriptor."""
+    with contextlib.suppress(OSError, AttributeError), open(path, "rb", buffering=0) as file:
+        _mmap()(None, 1, 1, 2, file.fileno(), 0)  # PROT_READ, MAP_PRIVATE
+
+
+@functools.cache
+def _mmap() -> Any:
     import ctypes
 
-    with contextlib.suppress(OSError, AttributeError), open(path, "rb") as file:
-        mmap = ctypes.CDLL(None).mmap
-        mmap.restype, mmap.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-        mmap(None, 1, 1, 2, file.fileno(), 0)  # PROT_READ, MAP_PRIVATE
+    mmap = ctypes.CDLL(None).mmap
+    mmap.restype, mmap.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    return mmap
 
 
 def host() -> ModuleType:

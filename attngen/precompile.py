@@ -54,7 +54,7 @@ class Plan:
             except CacheError:
                 continue  # damaged: it is built again
             if found is not None:
-                there[job.key] = found
+                there[job.key] = found.light()
         past: dict[str, list[float]] = {}
         for entry in store.entries():
             past.setdefault(str(entry.manifest.get("name")), []).append(float(entry.manifest.get("seconds", 0.0)))

@@ -10,10 +10,9 @@ import struct
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.autograd import forward_ad
@@ -46,8 +45,7 @@ _COMPILER_ROOMS = ("ops", "expr", "bounds", "trace", "rope", "spec", "abi", "cho
 # ---------------------------------------------------------------- compiling
 
 
-@dataclass(frozen=True)
-class BuildRecord:
+class BuildRecord(NamedTuple):
     """One kernel that this process asked for: whether it was in the cache, and what it cost."""
 
     key: str

@@ -312,7 +312,7 @@ def _entries_of(source: Path | None) -> tuple[str, list[Entry], dict[str, Any] |
 
     store = cache.default()
     if source is None:
-        return "all", [entry for e in store.entries() if (entry := store.lookup(e.key)) is not None], None
+        return "all", [entry.light() for e in store.entries() if (entry := store.lookup(e.key)) is not None], None
     path = source if source.suffix == ".lock" else lock_path(source)
     if not path.exists():
         raise MissingKernelError(f"the set {source} has no lock file {path}: run `attngen precompile {source}` first")
@@ -326,7 +326,7 @@ def _entries_of(source: Path | None) -> tuple[str, list[Entry], dict[str, Any] |
         raise MissingKernelError(
             f"{len(missing)} kernels of {path} are not there, {missing[0][:12]} first: run `attngen precompile {source}` first"
         )
-    return lock["name"], [entry for entry in found.values() if entry is not None], lock
+    return lock["name"], [entry.light() for entry in found.values() if entry is not None], lock
 
 
 @cache_app.command("export")

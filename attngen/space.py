@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from .choose_cuda import PlanConfig, TileClass
 
@@ -33,8 +33,7 @@ STATUS_TEXT = {
 SLOTS_PER_WORKER = 4
 
 
-@dataclass(frozen=True)
-class ClassSpace:
+class ClassSpace(NamedTuple):
     """Byte offsets in the workspace of one class's lists, by the names of struct fields, and how much they hold.
 
     ``max_slots``: partial results that a class of kind "queue" has room for; of kind "slices", the most that it uses.
@@ -46,8 +45,7 @@ class ClassSpace:
     max_slots: int
 
 
-@dataclass(frozen=True)
-class Workspace:
+class Workspace(NamedTuple):
     """Byte offsets of everything that plan and run write, beside the outputs. Partial results are shared by the classes,
     whose kernels run one after another."""
 

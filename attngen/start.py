@@ -11,11 +11,11 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,8 +31,7 @@ log = logging.getLogger("attngen.start")
 _SHOWN = 20  # missing kernels that an error lists
 
 
-@dataclass(frozen=True)
-class LoadedKernelRow:
+class LoadedKernelRow(NamedTuple):
     """One kernel of a start: what it is, which layer had it, and what finding and loading it took."""
 
     key: str
@@ -45,7 +44,7 @@ class LoadedKernelRow:
     load_ms: float
 
 
-@dataclass
+@dataclass(eq=False)
 class LoadedSet:
     """A set that this process serves.
 
@@ -112,20 +111,13 @@ def load_set(source: str | os.PathLike[str], *, jit: bool = True, device: torch.
         path, lock = _find(source)
         here, built = _here(device), 0
         try:
-            units, found = _gather(path, lock, here, device)
+            loaded = _load(path, lock, here, device)
         except MissingKernelError:
             if not allowed or path.suffix != ".toml":
                 raise
             lock, built = _build(path, list(here.values()))
-            units, found = _gather(path, lock, here, device)
-        assert lock is not None
-        loaded = LoadedSet(lock["name"], lock, path.parent, units=units, built=built)
-        begun = time.perf_counter()
-        host()
-        loaded.host_ms = 1e3 * (time.perf_counter() - begun)
-        if any(unit["backend"] == "cuda" for unit in loaded.units):
-            loaded.device = _cuda_device(device)
-        _load(loaded, found)
+            loaded = _load(path, lock, here, device)
+        loaded.built = built
     loaded.total_ms = 1e3 * (time.perf_counter() - start)
     facts = {"event": "load_set", "set": loaded.name, "kernels": len(loaded.kernels), "ms": loaded.total_ms, "layers": loaded.layers()}
     log.info("%s", loaded.summary(), extra={"facts": facts})
@@ -183,18 +175,6 @@ def _here(device: Any) -> dict[str, str]:
     return found
 
 
-def _gather(
-    path: Path, lock: Mapping[str, Any] | None, here: Mapping[str, str], device: Any
-) -> tuple[list[Mapping[str, Any]], dict[str, tuple[Entry, float]]]:
-    """The units that this machine serves and their entries, as ``_find_all``. Raises MissingKernelError where that is not all."""
-    lock = _fit(path, lock, here, device)
-    units = _fitting(lock, here)
-    found, missing = _find_all(units)
-    if missing:
-        raise _missing(path, lock, missing)
-    return units, found
-
-
 def _fitting(lock: Mapping[str, Any], here: Mapping[str, str]) -> list[Mapping[str, Any]]:
     """The units that this machine serves."""
     return [unit for unit in lock["units"] if here.get(unit["backend"]) == unit["arch"]]
@@ -234,26 +214,6 @@ def sets_path(path: Path, lock: Mapping[str, Any] | None) -> Path:
     return Path(f"{lock['name'] if lock else path.name}.toml")
 
 
-def _find_all(units: Sequence[Mapping[str, Any]]) -> tuple[dict[str, tuple[Entry, float]], dict[str, str]]:
-    """Entries by key with the milliseconds that finding took; and for each missing key, why."""
-    store = cache.default()
-    found: dict[str, tuple[Entry, float]] = {}
-    missing: dict[str, str] = {}
-    for key in dict.fromkeys(role["key"] for unit in units for role in unit["roles"] if "key" in role):
-        begun = time.perf_counter()
-        try:
-            entry = store.find(key)
-        except CacheError as error:
-            missing[key] = str(error).splitlines()[0]
-            continue
-        if entry is None:
-            missing[key] = "in no layer"
-            continue
-        counters.count("hits", layer=entry.layer)
-        found[key] = entry, 1e3 * (time.perf_counter() - begun)
-    return found, missing
-
-
 def _missing(path: Path, lock: Mapping[str, Any], missing: Mapping[str, str]) -> MissingKernelError:
     rows = [
         f"    {k['variant']} {k['name']} {k['arch']} {key[:12]}: {why}"
@@ -287,35 +247,64 @@ def _cuda_device(device: Any) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if found.index is None else found
 
 
-def _load(loaded: LoadedSet, found: Mapping[str, tuple[Entry, float]]) -> None:
-    store, done = cache.default(), set()
-    for unit in loaded.units:
-        for role in unit["roles"]:
-            key = role.get("key")
-            if key is None or key in done:
-                continue
-            done.add(key)
-            entry, find_ms = found[key]
-            begun = time.perf_counter()
-            if unit["backend"] == "cpu":
-                load_kernel(entry)
-                counters.count("loads")
-                counters.count("load_ms", 1e3 * (time.perf_counter() - begun))
-            else:
-                from . import cuda
-                from .engine import Launcher
-
-                assert loaded.device is not None and loaded.device.index is not None
-                special = cuda.from_entry(entry, None)
-                Launcher(special, loaded.device.index, getattr(special.config, "smem_bytes", 0))
-            took = 1e3 * (time.perf_counter() - begun)
-            store.remember(entry)
-            m = entry.manifest
-            loaded.kernels.append(LoadedKernelRow(
-                key, str(m.get("variant")), str(m.get("name")), str(m.get("isa")), entry.layer, entry.size, find_ms, took
-            ))  # fmt: skip
+def _load(path: Path, lock: Mapping[str, Any] | None, here: Mapping[str, str], device: Any) -> LoadedSet:
+    """What this machine serves of a set, all of it loaded. Raises MissingKernelError for all that no layer has."""
+    lock = _fit(path, lock, here, device)
+    loaded = LoadedSet(lock["name"], lock, path.parent, units=_fitting(lock, here))
+    if any(unit["backend"] == "cuda" for unit in loaded.units):
+        loaded.device = _cuda_device(device)
+    begun = time.perf_counter()
+    host()
+    loaded.host_ms, load = 1e3 * (time.perf_counter() - begun), _loader(loaded.device)
+    store, missing, found = cache.default(), {}, {}
+    for key in dict.fromkeys(role["key"] for unit in loaded.units for role in unit["roles"] if "key" in role):
+        begun = time.perf_counter()
+        try:
+            entry = store.find(key)
+        except CacheError as error:
+            missing[key] = str(error).splitlines()[0]
+            continue
+        if entry is None:
+            missing[key] = "in no layer"
+        if entry is None or missing:
+            continue  # nothing more is loaded, but all that is missing is named
+        counters.count("hits", layer=entry.layer)
+        read = time.perf_counter()
+        load(entry)  # at once: what was read to be checked need not be held longer
+        find_ms, load_ms = 1e3 * (read - begun), 1e3 * (time.perf_counter() - read)
+        found[key] = entry = entry.light()
+        store.remember(entry)
+        m = entry.manifest
+        loaded.kernels.append(LoadedKernelRow(
+            key, str(m.get("variant")), str(m.get("name")), str(m.get("isa")), entry.layer, entry.size, find_ms, load_ms
+        ))  # fmt: skip
+    if missing:
+        raise _missing(path, lock, missing)
     for unit in loaded.units:  # none before all are loaded
-        pins.pin(unit["identity"], [found[role["key"]][0] if "key" in role else role for role in unit["roles"]])
+        pins.pin(unit["identity"], [found[role["key"]] if "key" in role else role for role in unit["roles"]])
+    return loaded
+
+
+def _loader(device: torch.device | None) -> Callable[[Entry], Any]:
+    """How a kernel is loaded; what a GPU's kernels need is imported now."""
+
+    def load_cpu(entry: Entry) -> None:
+        begun = time.perf_counter()
+        load_kernel(entry)
+        counters.count("loads")
+        counters.count("load_ms", 1e3 * (time.perf_counter() - begun))
+
+    if device is None:
+        return load_cpu
+    from . import cuda, engine
+
+    def load(entry: Entry) -> None:
+        if entry.manifest.get("kind") == "cpu":
+            return load_cpu(entry)
+        assert device.index is not None
+        engine.load(cuda.from_entry(entry, None), device.index)
+
+    return load
 
 
 # ---- warming up ------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import multiprocessing
 import os
@@ -746,6 +747,7 @@ def test_cubins_are_shipped_checked_and_launched(here, monkeypatch, attngen):  #
     assert built_or_not[0] and built_or_not[-1] and built_or_not.count(False) >= 2  # prefill is left out
 
     loaded: list[tuple[str, int, int]] = []
+    handed: list[bytes] = []
 
     class Driver:
         @staticmethod
@@ -756,6 +758,7 @@ def test_cubins_are_shipped_checked_and_launched(here, monkeypatch, attngen):  #
         def CudaKernel(content, symbol, *, device, threads, shared_bytes, dependent):  # noqa: N802
             assert symbol.encode() in content  # the name that profilers show
             loaded.append((symbol, threads, shared_bytes))
+            handed.append(content)
             return object()
 
     version = 13000
@@ -789,12 +792,14 @@ def test_cubins_are_shipped_checked_and_launched(here, monkeypatch, attngen):  #
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
     with pytest.raises(LoadError, match="(?s)required: a cubin for compute capability 8.0.*found: one for sm_90a"):
         ag.load_set(here / "gpu.toml", jit=False, device="cuda:0")
-    # A cubin that was damaged after it was found is not handed over.
+    # A cubin that was damaged after it was found is not handed over: what was checked is, or it is checked again.
     entry = cache.default().lookup(attention["roles"][0]["key"])
     flip(entry.artifact)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    load.load_cubin(entry, entry.manifest["symbol"], 0, 128, 0, False)
+    assert hashlib.sha256(handed[-1]).hexdigest() == entry.manifest["sha256"]
     with pytest.raises(CacheError, match="sha256"):
-        load.load_cubin(entry, entry.manifest["symbol"], 0, 128, 0, False)
+        load.load_cubin(entry.light(), entry.manifest["symbol"], 0, 128, 0, False)
 
 
 def test_a_start_reads_its_pack_without_the_collector(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
