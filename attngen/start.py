@@ -54,7 +54,7 @@ class LoadedSet:
         units: what they serve, as the lock file says.
         device: where CUDA kernels are loaded; None where there are none.
         built: how many had to be compiled.
-        host_ms, total_ms: loading the host extension; all of load_set.
+        read_ms, host_ms, total_ms: reading the lock file or the pack's index; loading the host extension; all of load_set.
     """
 
     name: str
@@ -64,6 +64,7 @@ class LoadedSet:
     kernels: list[LoadedKernelRow] = field(default_factory=list)
     units: list[Mapping[str, Any]] = field(default_factory=list)
     built: int = 0
+    read_ms: float = 0.0
     host_ms: float = 0.0
     total_ms: float = 0.0
 
@@ -109,6 +110,7 @@ def load_set(source: str | os.PathLike[str], *, jit: bool = True, device: torch.
     allowed = jit and counters.jit_mode() != "off"
     with nullcontext() if allowed else counters.jit("off"), collector_paused():
         path, lock = _find(source)
+        read_ms = 1e3 * (time.perf_counter() - start)
         here, built = _here(device), 0
         try:
             loaded = _load(path, lock, here, device)
@@ -117,7 +119,7 @@ def load_set(source: str | os.PathLike[str], *, jit: bool = True, device: torch.
                 raise
             lock, built = _build(path, list(here.values()))
             loaded = _load(path, lock, here, device)
-        loaded.built = built
+        loaded.built, loaded.read_ms = built, read_ms
     loaded.total_ms = 1e3 * (time.perf_counter() - start)
     facts = {"event": "load_set", "set": loaded.name, "kernels": len(loaded.kernels), "ms": loaded.total_ms, "layers": loaded.layers()}
     log.info("%s", loaded.summary(), extra={"facts": facts})
