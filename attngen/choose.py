@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
 from .errors import UnsupportedError
 from .isa import CPU_ISAS
+from .records import record
 
 if TYPE_CHECKING:
     from .spec import Problem
@@ -37,7 +38,7 @@ def cpu_flags(isa: str) -> list[str]:
     return [*_COMMON_FLAGS, *_ISA_FLAGS[isa]]
 
 
-@dataclass(frozen=True)
+@record
 class KernelConfig:
     """What a CPU kernel is specialised to, beside its hooks and its problem."""
 
@@ -58,7 +59,7 @@ class KernelConfig:
         return " ".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))
 
 
-@dataclass(frozen=True)
+@record
 class Candidate:
     """A register block and tile that was considered; `lost` says why it was not taken, and is empty for the winner."""
 
@@ -69,7 +70,7 @@ class Candidate:
     lost: str = ""
 
 
-@dataclass(frozen=True)
+@record
 class Choice:
     """The chosen configuration, and every candidate that was considered for it, in the order of the list."""
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import re
 import time
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ from .choose_cuda import Arch, arch_of, cuda_flags
 from .errors import CacheError, MissingKernelError, UnsupportedError
 from .load import host, load_cubin
 from .paths import PACKAGE, templates_dir
+from .records import record
 from .run import DEBUG, FORMAT, BuildRecord, build_artifact, describe, key_inputs, record_build
 from .spec import Problem, Trace
 
@@ -34,7 +34,7 @@ _ROOMS = ("ops", "expr", "bounds", "trace", "rope", "spec", "abi", "abi_cuda", "
           "build")  # fmt: skip
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class Specialised:
     """A kernel before rendering; ``name`` is the template's."""
 

@@ -26,6 +26,7 @@ from .cache import Entry
 from .choose_cuda import PlanConfig, arch, arch_named, choose_attention, choose_decode, most_blocks, tile_class
 from .errors import ParameterError, UnsupportedError
 from .ops import I32_MAX
+from .records import record
 from .run import DTYPE_NAMES, stored_dtypes
 from .space import Workspace
 from .space import workspace as workspace_layout
@@ -38,7 +39,7 @@ _FIXED_SPLIT = 2048  # keys of a piece under batch_invariant: long enough to hid
 POINTERS = struct.Struct("=5Q")  # q, k, v, out, lse: the first fields
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class Facts:
     """What an engine is made for: BatchAttention's arguments, checked and with their defaults."""
 
@@ -80,7 +81,7 @@ class Site:
 # ---------------------------------------------------------------- kernels
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class Kernels:
     """The kernels that serve a variant, before they are built: one a row-tile class, smallest tile first, and their planner."""
 
@@ -250,7 +251,7 @@ def space_of(kernels: Kernels, which: Sequence[int], multiprocessors: int, **cap
 # ---------------------------------------------------------------- ahead of time
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class BuiltKernel:
     """A CUDA kernel in the cache, not loaded.
 

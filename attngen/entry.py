@@ -12,12 +12,13 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from . import trust
 from .errors import CacheError
+from .records import record
 
 FORMAT = 1  # of the folder layout and of manifest.json; part of every path as v1/
 KEY = re.compile(r"[0-9a-f]{64}")
@@ -25,7 +26,7 @@ FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
 CACHE = "cache"  # the layer that this user's builds go to
 
 
-@dataclass(frozen=True)
+@record
 class Entry:
     """A published artifact. `manifest` says what it is, how it was built and what it needs; `layer`, where it was found;
     `held`, of a cubin just found, is its content as it was checked: what is loaded is read and hashed once."""

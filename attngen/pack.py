@@ -18,13 +18,14 @@ import re
 import struct
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from . import trust
 from .entry import FILE_NAME, KEY, Entry, check_manifest, written_whole
 from .errors import CacheError, ParameterError
+from .records import record
 
 PACK_FORMAT = "attnpack-1"
 INDEX = "attnpack.json"
@@ -35,7 +36,7 @@ SET_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,99}")
 _BLOB = re.compile(r"blobs/[0-9a-f]{64}")
 
 
-@dataclass(frozen=True)
+@record
 class MemoryEntry(Entry):
     """An entry that lies in no folder: in a pack, or fetched from a remote store. `get` reads one of its files, checked."""
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import bisect
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from .choose_cuda import PlanConfig, TileClass
 from .errors import ParameterError
 from .expr import Node
 from .interp import evaluate
+from .records import record
 from .space import (
     BAD_KV_INDPTR,
     BAD_Q_INDPTR,
@@ -44,7 +45,7 @@ from .space import (
 # ---------------------------------------------------------------- the batch
 
 
-@dataclass(frozen=True)
+@record
 class Request:
     """One request. ``kv_base``: its first index in the page table, or the row of its first key; negative: bad."""
 
@@ -68,7 +69,7 @@ class Request:
         )
 
 
-@dataclass(frozen=True)
+@record
 class Lengths:
     """A batch's lengths as the planner takes them; sequences of ints on the host. See PLAN_FIELDS in abi_cuda.py."""
 
@@ -147,7 +148,7 @@ def _read_request(b: Lengths, i: int) -> tuple[Request, int]:
 # ---------------------------------------------------------------- which keys a row tile reaches
 
 
-@dataclass(frozen=True)
+@record
 class Reach:
     """A variant's closed bounds with the parameters that they read: what keys a row tile can attend to."""
 
@@ -211,7 +212,7 @@ def _harmless(terms: Sequence[tuple[int, Node]], wq: int, wk: int) -> bool:
 # ---------------------------------------------------------------- tiles and workers
 
 
-@dataclass(frozen=True)
+@record
 class WorkTile:
     """A row tile, or with a fixed split a piece of one. ``index`` is negative (~index) for a bad request."""
 
@@ -237,7 +238,7 @@ def _length(tile: WorkTile) -> int:
     return max(tile.blocks, 1)
 
 
-@dataclass(frozen=True)
+@record
 class Unit:
     """A worker's part of a unit: blocks [begin, end) counted from the tile's block0.
 
@@ -255,7 +256,7 @@ class Unit:
     merge: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@record
 class ClassPlan:
     """The work list of one row-tile class."""
 
@@ -375,7 +376,7 @@ _FEW_ROUNDS = 4  # of the longest unit, in which a worker has its share: more ev
 _CANDIDATES = PlanConfig.threads // 32  # lengths of pieces that are compared, one a warp
 
 
-@dataclass(frozen=True)
+@record
 class QueuedRequest:
     """The units of a request in a queue. ``index`` is negative (~index) for a bad one."""
 
@@ -415,7 +416,7 @@ class QueuedRequest:
         return first, last + 1 - first
 
 
-@dataclass(frozen=True)
+@record
 class QueuedUnit:
     """A unit that is not void: rows [row0, row0 + rows) of a request and cache slots [begin, end).
 
@@ -435,7 +436,7 @@ class QueuedUnit:
     merge: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@record
 class QueuePlan:
     """The work list of a class of kind "queue"."""
 
@@ -476,7 +477,7 @@ class QueuePlan:
         return {"requests": b"".join(r.pack() for r in self.records), "unit_starts": starts, "queue": header}
 
 
-@dataclass(frozen=True)
+@record
 class _Measured:
     """A request of a queue before it has a place: blocks of its first and last tile, and all slots that it reaches."""
 

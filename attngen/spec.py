@@ -16,7 +16,7 @@ import numbers
 import sys
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -26,6 +26,7 @@ from . import expr
 from .errors import VariantError
 from .expr import COL, LEVEL_NAMES, Node, Where, fail, symbol, text, verify, walk
 from .ops import BOOL, F32, I32
+from .records import record
 from .trace import HOOKS, POSITION, Point, TensorSymbol, call_user, definition, kinds, trace_hook
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ STORAGE = {
 # ---------------------------------------------------------------- fields
 
 
-@dataclass(frozen=True)
+@record
 class Field:
     """A declared parameter: ``kind`` is "scalar", "const" or "tensor"; ``axes`` only for tensors."""
 
@@ -116,7 +117,7 @@ _CALL_ARGUMENTS = frozenset("q k v out variant layout q_lens kv_lens q_offset re
 # ---------------------------------------------------------------- the traced form
 
 
-@dataclass(frozen=True)
+@record
 class RopeTrace:
     """A traced RoPE: row-wise query positions (one per kind of key), the key's position, which kind a key is."""
 
@@ -126,7 +127,7 @@ class RopeTrace:
     kind: Node | None
 
 
-@dataclass(frozen=True)
+@record
 class Trace:
     """A variant as nodes: what every later stage works on. None marks a hook that was not given."""
 
@@ -693,7 +694,7 @@ def as_variant(x: Any) -> Variant:
 # ---------------------------------------------------------------- what a kernel is compiled for
 
 
-@dataclass(frozen=True)
+@record
 class Problem:
     """The compile-time facts of a call. ``storage`` maps each tensor parameter to its stored dtype."""
 
