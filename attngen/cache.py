@@ -167,6 +167,15 @@ class Cache:
                 log.warning("unreadable manifest %s: %s", path, error)
         yield from (entry for _, entry in sorted(found, key=lambda pair: pair[0]))
 
+    def manifests(self) -> Iterator[Any]:
+        """Of all entries, here and in the layers around; artifacts are not verified."""
+        from . import layers
+
+        yield from (entry.manifest for entry in self.entries())
+        if self.layered:
+            with contextlib.suppress(AttngenError):  # who wants them explains something else
+                yield from layers.manifests()
+
     def size(self) -> int:
         """Bytes of all files below the root."""
         total = 0
@@ -410,7 +419,7 @@ class Cache:
 
         facts = inputs()
         self._note_miss(key, title, facts)
-        near = explain.nearest(facts, (entry.manifest for entry in self.entries())) if facts else None
+        near = explain.nearest(facts, self.manifests()) if facts else None
         hint = ""
         if near is not None:
             hint = f"\n  nearest: {near.title} {near.key[:12]} differs in " + "; ".join(map(str, near.differences[:4]))

@@ -17,6 +17,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,12 @@ class FolderLayer:
     def keys(self) -> list[str]:
         return sorted(path.parent.name for path in (self.root / f"v{FORMAT}" / "kernels").glob("*/*/manifest.json"))
 
+    def manifests(self) -> Iterator[Any]:
+        """What its entries say of themselves, unchecked: for people."""
+        for path in (self.root / f"v{FORMAT}" / "kernels").glob("*/*/manifest.json"):
+            with suppress(OSError, ValueError):
+                yield json.loads(path.read_bytes())
+
     def sets(self) -> list[str]:
         """The names of the sets whose lock files it has."""
         return sorted(path.stem for path in (self.root / f"v{FORMAT}" / "sets").glob("*.lock"))
@@ -74,6 +81,9 @@ class PackLayer:
 
     def keys(self) -> list[str]:
         return self.pack.keys
+
+    def manifests(self) -> Iterator[Any]:
+        return self.pack.manifests()
 
     def sets(self) -> list[str]:
         return [self.pack.name] if self.pack.lock else []
@@ -202,6 +212,12 @@ def installed() -> tuple[FolderLayer, ...]:
         found.append(FolderLayer(f"wheel:{point.name}", Path(next(iter(spec.submodule_search_locations)))))
     log.debug("%d wheels of kernels, found in %.1f ms", len(found), 1e3 * (time.perf_counter() - start))
     return tuple(found)
+
+
+def manifests() -> Iterator[Any]:
+    """Of everything that the layers on this machine have, the user's cache aside."""
+    for layer in (*before(), *_attached, *installed()):
+        yield from (m for m in layer.manifests() if isinstance(m, dict) and "key" in m)
 
 
 def look(layer: Layer, key: str, shelf: str) -> Entry | None:

@@ -245,7 +245,7 @@ load(name="_host", sources=["host.cpp"], build_directory=".", with_cuda=False, e
     }
     log.info("building the host extension, once for this Python (about 10 s)")
     start = time.perf_counter()
-    status, text = build.run_group([sys.executable, "-c", program], folder, env, HOST_TIMEOUT_S)
+    status, text, _ = build.run_group([sys.executable, "-c", program], folder, env, HOST_TIMEOUT_S)
     seconds = time.perf_counter() - start
     if status != 0 or not (folder / "_host.so").is_file():
         raise BuildError(

@@ -17,7 +17,7 @@ import os
 import re
 import struct
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -166,6 +166,10 @@ class Pack:
     @property
     def keys(self) -> list[str]:
         return list(self._entries)
+
+    def manifests(self) -> Iterator[Any]:
+        """Of each entry."""
+        return (listed["manifest"] for listed in self._entries.values())
 
     def lookup(self, key: str, layer: str) -> MemoryEntry | None:
         """The entry of ``key``, its artifact checked; None where the pack has none. Raises CacheError."""

@@ -256,7 +256,7 @@ def build_artifact(
         )
         return {
             **described(), "artifact": result.artifact.name, "sources": list(files), "compiler": result.compiler,
-            "seconds": result.seconds, "spec_hash": key,
+            "seconds": result.seconds, "cpu_seconds": result.cpu_seconds, "spec_hash": key,
         }  # fmt: skip
 
     return store.get_or_build(key, build, title=title, inputs=lambda: described()["inputs"])

@@ -50,6 +50,9 @@ def precompile(
     }  # fmt: skip
     cost = f", about {facts['estimate_s']:.0f} s on {workers} cores" if plan.missing else ""
     stderr().print(f"{facts['set']}: {facts['kernels']} kernels, {facts['there']} there, {facts['missing']} to build{cost}")
+    if plan.variant_set.cpu_by_default:
+        stderr().print(f'{source} names no archs for some of its kernels, which are built for CPUs alone; for GPUs give archs = '
+                       '["9.0a"], or say --arch 9.0a', style="yellow", markup=False, soft_wrap=True)  # fmt: skip
     if dry_run:
         return _print_dry_run(plan, facts, as_json)
     result = build(plan, workers) if as_json else _build_watched(plan, workers)
@@ -445,7 +448,7 @@ def explain_miss(
     from . import cache, explain
 
     store = cache.default()
-    manifests = [entry.manifest for entry in store.entries()]
+    manifests = list(store.manifests())
     wanted = _find_inputs(key, store.base / "misses", lock, manifests)
     near = explain.nearest(wanted["inputs"], manifests, but=wanted["key"])
     rows = [record(d) for d in near.differences] if near else []

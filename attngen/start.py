@@ -22,10 +22,11 @@ import torch
 from . import cache, counters, layers, pins, sets
 from .isa import host_isa
 from .entry import Entry
-from .errors import CacheError, MissingKernelError, ParameterError
+from .errors import CacheError, MissingKernelError, ParameterError, VariantError
 from .load import host, load_kernel
 from .pack import SET_NAME, Pack
 from .run import collector_paused
+from .spec import Variant
 
 log = logging.getLogger("attngen.start")
 _SHOWN = 20  # missing kernels that an error lists
@@ -192,6 +193,9 @@ def _fit(path: Path, lock: Mapping[str, Any] | None, here: Mapping[str, str], de
             f"the set {path} cannot be loaded as it is: {why}.\n  required: {sets.lock_path(toml)}, written for this set\n"
             f"  found: {why}\n  do: {sets.missing_command(toml, ())}"
         )
+    if device is None and "cuda" in here and not any(unit["backend"] == "cuda" for unit in lock["units"]):
+        log.warning("the set %s has kernels for CPUs alone: calls on this machine's GPU (%s) compile theirs, or fail under "
+                    "ATTNGEN_JIT=off. Add it to the set's archs", lock["name"], here["cuda"])  # fmt: skip
     for backend, arch in here.items():
         archs = sorted({unit["arch"] for unit in lock["units"] if unit["backend"] == backend})
         if arch not in archs and (archs or device is not None):
@@ -224,8 +228,9 @@ def _missing(path: Path, lock: Mapping[str, Any], missing: Mapping[str, str]) ->
     more = [f"    and {len(rows) - _SHOWN} more"] if len(rows) > _SHOWN else []
     archs = sorted({str(lock["kernels"][key]["arch"]) for key in missing})
     text = "\n".join([*rows[:_SHOWN], *more])
+    count = "1 kernel" if len(missing) == 1 else f"{len(missing)} kernels"
     return MissingKernelError(
-        f"{len(missing)} of the kernels of the set {lock['name']} are not there.\n  required: {len(lock['kernels'])} kernels, as "
+        f"{count} of the set {lock['name']} {'is' if len(missing) == 1 else 'are'} not there.\n  required: all {len(lock['kernels'])}, as "
         f"its lock file says\n  found missing:\n{text}\n  do: {sets.missing_command(sets_path(path, lock), archs)}, or import its pack"
     )
 
@@ -312,14 +317,20 @@ def _loader(device: torch.device | None) -> Callable[[Entry], Any]:
 # ---- warming up ------------------------------------------------------------------------------------------------------
 
 
-def warmup(loaded: LoadedSet, params: Mapping[str, Mapping[str, Any]] | None = None) -> float:
+def warmup(
+    loaded: LoadedSet,
+    params: Mapping[str, Mapping[str, Any]] | None = None,
+    variants: Mapping[str, Variant | type[Variant]] | None = None,
+) -> float:
     """Run everything that a loaded set serves once, on small inputs: what a driver or torch does at first use is done.
 
     Args:
         params: parameters by the variant's name, for variants whose tensors cannot be invented; others get random ones.
+        variants: the set's variants by their names in it, such as {"mine.py:Mine": Mine}. Others are of the library, or of
+            files that lie as the set names them, beside the set, lock file or pack that was loaded.
 
     Returns:
-        Milliseconds. Raises what the calls raise; VariantError where a file that the set names is not there.
+        Milliseconds. Raises what the calls raise; VariantError where a variant's file is not there.
     """
     start = time.perf_counter()
     with torch.no_grad():
@@ -331,7 +342,8 @@ def warmup(loaded: LoadedSet, params: Mapping[str, Mapping[str, Any]] | None = N
             elif unit["variant"] == "merge_states":
                 _warm_merge(unit, device)
             else:
-                _warm_attention(unit, device, loaded.folder, (params or {}).get(unit["variant"]))
+                variant = _variant_of(unit, loaded.folder, (variants or {}).get(unit["variant"]))
+                _warm_attention(unit, device, variant, (params or {}).get(unit["variant"]))
     if loaded.device is not None:
         torch.cuda.synchronize(loaded.device)
     took = 1e3 * (time.perf_counter() - start)
@@ -339,14 +351,29 @@ def warmup(loaded: LoadedSet, params: Mapping[str, Mapping[str, Any]] | None = N
     return took
 
 
-def _warm_attention(unit: Mapping[str, Any], device: torch.device, folder: Path, given: Mapping[str, Any] | None) -> None:
+def _variant_of(unit: Mapping[str, Any], folder: Path, given: Variant | type[Variant] | None) -> Variant:
+    from .find import is_file
+    from .units import variant_of_unit
+
+    if isinstance(given, type):
+        return given(**unit.get("bind", {}))
+    file, _, name = unit["variant"].partition(":")
+    if given is None and is_file(file) and not (folder / file).is_file():
+        raise VariantError(
+            f"warmup runs the variant {unit['variant']} of the set, and there is no file {folder / file}.\n  required: the file where "
+            f"the set names it\n  found: none; a pack holds kernels, not Python\n  do: copy {file} to {folder}, or pass "
+            f"variants={{\"{unit['variant']}\": {name or 'TheClass'}}}"
+        )
+    return variant_of_unit(unit, folder) if given is None else given
+
+
+def _warm_attention(unit: Mapping[str, Any], device: torch.device, variant: Variant, given: Mapping[str, Any] | None) -> None:
     from .batch import BatchAttention
     from .check import Case, invent
     from .run import attention
     from .sets import DTYPES
-    from .units import variant_of_unit
 
-    variant, dtype = variant_of_unit(unit, folder), DTYPES[unit["dtype"]]
+    dtype = DTYPES[unit["dtype"]]
     whole = all("key" in role for role in unit["roles"])  # else a set of the phase decode alone
     for rows in (1, 24, 80) if whole else (1,):
         heads, kv_heads, keys = 2, 2, 97 if unit.get("layout") == "paged-odd" else 96  # all of them one page

@@ -18,7 +18,7 @@ from typing import Any
 
 from .errors import CacheError, ParameterError
 
-OF_THE_COPY = ("signature", "created", "seconds", "origin")
+OF_THE_COPY = ("signature", "created", "seconds", "cpu_seconds", "origin")
 
 
 def check_private(folder: Path) -> None:

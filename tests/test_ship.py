@@ -22,7 +22,7 @@ from test_cache import never
 from test_cli import attngen, read_json  # noqa: F401
 
 import attngen as ag
-from attngen import cache, counters, debug, layers, logs, pins, run, sets, start
+from attngen import cache, counters, debug, find, layers, logs, pins, run, sets, start
 from attngen.cache import Cache
 from attngen.errors import CacheError, LoadError, MissingKernelError, ParameterError
 from attngen.pack import Pack, write_pack
@@ -133,6 +133,27 @@ def test_archs_on_the_command_line_take_the_place_of_their_kind(tmp_path, attnge
     assert status == 2 and "archs has '3.0'" in err
 
 
+def test_a_set_that_names_no_archs_says_so(tmp_path, attngen):  # noqa: F811
+    (tmp_path / "bare.toml").write_text('[[kernels]]\nvariants = ["Causal"]\nphases = ["decode"]\nhead_dims = [64]\n')
+    status, _, err = attngen("precompile", tmp_path / "bare.toml", "--dry-run")
+    assert status == 0 and "built for CPUs alone" in err and "--arch 9.0a" in err
+    status, out, err = attngen("precompile", tmp_path / "bare.toml", "--dry-run", "--arch", "9.0a")
+    assert status == 0 and "CPUs alone" not in err and " 90a " in out and "avx" not in out
+
+
+def test_the_estimate_counts_cpu_seconds(here, built, monkeypatch):
+    """A clock's seconds count whatever else the machine did while a kernel was built."""
+    monkeypatch.setenv("ATTNGEN_CACHE_DIR", str(here / "cache"))
+    shutil.copytree(built / "cache", here / "cache")
+    one, two = keys_of(built)
+    manifest = Cache(here / "cache").folder(one) / "manifest.json"
+    found = json.loads(manifest.read_text())
+    assert 0 < found["cpu_seconds"] < 60
+    manifest.write_text(json.dumps({**found, "cpu_seconds": 7.5, "seconds": 1000.0}))
+    shutil.rmtree(Cache(here / "cache").folder(two))
+    assert Plan.of(sets.VariantSet(here / "llama.toml")).estimate(2) == 7.5
+
+
 def test_a_kernel_that_fails_does_not_stop_the_others(here, attngen, monkeypatch):  # noqa: F811
     real = run.build_cpu
 
@@ -213,9 +234,9 @@ def test_what_is_missing_is_said_at_once(here, built):
     with pytest.raises(MissingKernelError) as caught:
         ag.load_set(here / "llama.toml", jit=False)
     message = str(caught.value)
-    assert gone[:12] in message and kept[:12] not in message and f"do: attngen precompile {here / 'llama.toml'} --arch" in message
+    assert message.startswith("1 kernel of the set llama is not there.") and gone[:12] in message and kept[:12] not in message and f"do: attngen precompile {here / 'llama.toml'} --arch" in message
     flip(Cache(here / "cache").folder(kept) / "kernel.so")
-    with pytest.raises(MissingKernelError, match=f"(?s)2 of the kernels.*{kept[:12]}: a damaged cache entry"):
+    with pytest.raises(MissingKernelError, match=f"(?s)^2 kernels of the set llama are not there.*{kept[:12]}: a damaged cache entry"):
         ag.load_set(here / "llama.toml", jit=False)
 
 
@@ -231,7 +252,7 @@ def test_jit_builds_what_is_missing(here):
         text = text.replace(key, key[::-1])
     (here / "llama.lock").write_text(text)
     forget()
-    with pytest.raises(MissingKernelError, match="2 of the kernels"):
+    with pytest.raises(MissingKernelError, match="2 kernels of the set"):
         ag.load_set(here / "llama.toml", jit=False)
     assert {row.key for row in ag.load_set(here / "llama.toml").kernels} == {row.key for row in loaded.kernels}
 
@@ -259,6 +280,33 @@ def test_a_set_for_another_machine_is_refused(here, monkeypatch):
 def test_a_source_that_is_none(here, source):
     with pytest.raises(ParameterError, match="required"):
         ag.load_set(source)
+
+
+def test_warming_up_says_whose_file_it_lacks(here, monkeypatch):
+    """A pack holds no Python: the variants of a set are beside it, or are given."""
+    loaded = ag.load_set(here / "llama.attnpack", jit=False)
+    monkeypatch.setenv("ATTNGEN_JIT", "off")
+    assert ag.warmup(loaded) > 0
+    (here / "mine.py").rename(here / "elsewhere.py")
+    with pytest.raises(ag.VariantError, match="(?s)there is no file .*mine.py.*do: copy mine.py to .*variants={\"mine.py:Mine\": Mine}"):
+        ag.warmup(loaded)
+    mine = find._from_file(here / "elsewhere.py", "Mine")
+    for given in (mine, mine(gain=2)):
+        assert ag.warmup(loaded, variants={"mine.py:Mine": given}) > 0
+    assert ag.stats()["builds"] == 0
+
+
+def test_a_set_for_cpus_says_so_where_a_gpu_is(here, monkeypatch, caplog):
+    from attngen.choose_cuda import arch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr("attngen.cuda.device_arch", lambda index: arch("90a"))
+    ag.load_set(here / "llama.attnpack", jit=False)
+    assert "the set llama has kernels for CPUs alone" in caplog.text
+    caplog.clear()
+    ag.load_set(here / "llama.attnpack", jit=False, device="cpu")
+    assert "CPUs alone" not in caplog.text
 
 
 # ---- a later release, another place ----------------------------------------------------------------------------------
@@ -295,6 +343,7 @@ def test_a_later_release_serves_the_last_ones_pack(here, next_release):
     assert key in keys_of(here) and builds == "0"
     refused = toy.python(SERVE, "-", **{**env, "ATTNGEN_SYSTEM_CACHE": str(here / "llama.attnpack")})
     output, _ = refused.communicate(timeout=120)  # by its own key there is nothing
+    assert f"nearest: Causal {key[:12]} differs in sources.functions.h" in output, output  # in a pack
     assert refused.returncode and "MissingKernelError: Causal float32 head_dim 32 is not there, and ATTNGEN_JIT=off" in output
 
 
