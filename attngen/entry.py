@@ -101,7 +101,7 @@ def parse_manifest(text: bytes, place: Path, key: str) -> dict[str, Any]:
     """A manifest with the fields that every check relies on. Raises CacheError."""
     try:
         return check_manifest(json.loads(text), place, key)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _no_manifest(place, error) from None
 
 

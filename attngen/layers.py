@@ -64,7 +64,7 @@ class FolderLayer:
         path = self.root / f"v{FORMAT}" / "sets" / f"{name}.lock"
         try:
             lock = json.loads(path.read_bytes())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise CacheError(f"the lock file {path} cannot be read: {error}\n  do: import its pack again") from None
         trust.check_signed(lock, f"the lock file {path}")
         return lock
@@ -156,7 +156,7 @@ _attached: list[PackLayer] = []
 
 def attach(pack: Pack) -> PackLayer:
     """Serve this process from a pack; from now on its kernels are found."""
-    trust.check_private(pack.path)
+    pack.check_private()
     for layer in _attached:
         if layer.pack.digest == pack.digest:
             return layer
@@ -185,8 +185,9 @@ def _system(setting: str) -> tuple[FolderLayer | PackLayer, ...]:
     for part in filter(None, setting.split(os.pathsep)):
         path = Path(part).expanduser()
         if path.suffix == ".attnpack":
-            trust.check_private(path)
-            found.append(PackLayer("system", Pack(path)))
+            pack = Pack(path)
+            pack.check_private()
+            found.append(PackLayer("system", pack))
         else:
             found.append(FolderLayer("system", path))
     return tuple(found)

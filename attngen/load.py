@@ -31,6 +31,7 @@ from . import cache
 from .abi import LAUNCH_ABI
 from .abi_cuda import CUDA_ABI
 from .errors import BuildError, LoadError
+from .isa import CPU_ISAS, host_isa
 from .paths import PACKAGE
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ HOST_TIMEOUT_S = 600.0  # it takes 7 s
 
 log = logging.getLogger("attngen.load")
 _host: ModuleType | None = None
+_cpu_kernels: dict[tuple[str, str], LoadedKernel] = {}  # of this process, by key and sha256
 _host_lock = threading.Lock()
 
 
@@ -71,14 +73,35 @@ class LoadedKernel(NamedTuple):
 
 
 def load_kernel(entry: cache.Entry) -> LoadedKernel:
-    """Loads a verified entry. Raises LoadError for a library of another launch ABI, or one that does not link here."""
+    """Loads a verified entry. Raises LoadError for a library of another launch ABI or CPU, or one that does not link here."""
     abi = _check_kind(entry, "cpu", CPU_ABIS)
+    known = _cpu_kernels.get((entry.key, entry.manifest["sha256"]))
+    if known is not None:  # its file may be gone by now
+        return known
+    isa, here = entry.manifest.get("isa", "generic"), host_isa()
+    if isa not in CPU_ISAS[CPU_ISAS.index(here) :]:  # it would end in an illegal instruction
+        raise _unloadable(entry.folder, f"a kernel that a CPU with {here} runs", f"one for {isa}")
     module = host()
     try:
         address = module.load_cpu(os.fspath(entry.artifact), abi)
     except RuntimeError as error:
         raise _unloadable(entry.artifact, f"a library of launch ABI {abi}", str(error)) from None
-    return LoadedKernel(entry, functools.partial(module.launch_cpu, address))
+    made = LoadedKernel(entry, functools.partial(module.launch_cpu, address))
+    return _cpu_kernels.setdefault((entry.key, entry.manifest["sha256"]), made)
+
+
+def load_kept(entry: cache.Entry, again: Callable[[], cache.Entry]) -> LoadedKernel:
+    """``load_kernel``, where the entry may be removed between its check and its loading, by a prune of another process:
+    ``again`` finds or builds it anew."""
+    for _ in range(3):
+        try:
+            return load_kernel(entry)
+        except LoadError:
+            if entry.exists():
+                raise
+            log.warning("%s was removed as it was to be loaded: once more", entry.folder)
+            entry = again()
+    return load_kernel(entry)
 
 
 def load_cubin(

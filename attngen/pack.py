@@ -163,6 +163,10 @@ class Pack:
         trust.check_signed(index, f"the pack {path}")
         self.signed_by = index.get("signature", {}).get("key", "")
 
+    def check_private(self) -> None:
+        """Raises CacheError where others can write the file that is open, whatever its path names by now."""
+        trust.check_private(self.path, self._file.fileno())
+
     @property
     def keys(self) -> list[str]:
         return list(self._entries)

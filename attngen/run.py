@@ -23,7 +23,7 @@ from .abi import BASE_FIELDS, LAUNCH_ABI, Layout, layout
 from .errors import CacheError, ParameterError, UnsupportedError
 from .isa import host_isa
 from .library import NO_GRAD, NOT_IN_GRAPHS, PARAMETERS, define, operands, parameters, traced_variant, variant_of
-from .load import LoadedKernel, host, load_kernel
+from .load import LoadedKernel, host, load_kept
 from .ops import F32, I32, I32_MAX, I32_MIN
 from .paths import PACKAGE, templates_dir
 from .spec import STORAGE, Bare, Problem, Variant, as_variant, plain_number
@@ -278,7 +278,7 @@ def _compile_uncached(variant: Variant, problem: Problem) -> Kernel:
         choice, key, struct_layout, entry, hit, seconds = build_cpu(variant, problem)
     host()  # once a process; not the kernel's own time
     loading = time.perf_counter()
-    loaded = load_kernel(entry)
+    loaded = load_kept(entry, lambda: pinned or build_cpu(variant, problem)[3])
     record_build(BuildRecord(key, variant.name, problem, hit, seconds, time.perf_counter() - loading))
     if DEBUG:
         from . import debug

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from .entry import KEY
 from .errors import ParameterError, UnsupportedError
 from .isa import CPU_ISAS
 from .pack import check_name
@@ -96,7 +97,7 @@ def read_lock(path: Path) -> dict[str, Any]:
     """A lock file. Raises ParameterError where it is none."""
     try:
         lock = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ParameterError(f"the lock file {path} cannot be read: {error}\n  do: write it with `attngen precompile`") from None
     return check_lock(lock, str(path))
 
@@ -110,6 +111,8 @@ def check_lock(lock: Any, where: str) -> dict[str, Any]:
             keys = {role["key"] for role in unit["roles"] if "key" in role}
             if not isinstance(unit["identity"], str) or not keys or not keys <= set(lock["kernels"]):
                 raise ValueError("a unit of unknown kernels")
+            if not all(KEY.fullmatch(key) for key in keys):  # it names a folder
+                raise ValueError("a key that is none")
             str(unit["backend"]), str(unit["arch"])
         check_name(lock["name"])
     except (KeyError, TypeError, ValueError) as error:

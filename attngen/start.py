@@ -22,11 +22,11 @@ import torch
 from . import cache, counters, layers, pins, sets
 from .isa import host_isa
 from .entry import Entry
-from .errors import CacheError, MissingKernelError, ParameterError, VariantError
+from .errors import CacheError, LoadError, MissingKernelError, ParameterError, VariantError
 from .load import host, load_kernel
 from .pack import SET_NAME, Pack
 from .run import collector_paused
-from .spec import Variant
+from .spec import Problem, Variant
 
 log = logging.getLogger("attngen.start")
 _SHOWN = 20  # missing kernels that an error lists
@@ -277,7 +277,13 @@ def _load(path: Path, lock: Mapping[str, Any] | None, here: Mapping[str, str], d
             continue  # nothing more is loaded, but all that is missing is named
         counters.count("hits", layer=entry.layer)
         read = time.perf_counter()
-        load(entry)  # at once: what was read to be checked need not be held longer
+        try:
+            load(entry)  # at once: what was read to be checked need not be held longer
+        except LoadError:
+            if entry.exists():
+                raise
+            missing[key] = "removed while it was loaded"
+            continue
         find_ms, load_ms = 1e3 * (read - begun), 1e3 * (time.perf_counter() - read)
         found[key] = entry = entry.light()
         store.remember(entry)
@@ -287,9 +293,50 @@ def _load(path: Path, lock: Mapping[str, Any] | None, here: Mapping[str, str], d
         ))  # fmt: skip
     if missing:
         raise _missing(path, lock, missing)
-    for unit in loaded.units:  # none before all are loaded
-        pins.pin(unit["identity"], [found[role["key"]] if "key" in role else role for role in unit["roles"]])
+    served = [(unit, [found[role["key"]] if "key" in role else role for role in unit["roles"]]) for unit in loaded.units]
+    for unit, roles in served:
+        _check_serves(unit, roles, path)
+    for unit, roles in served:  # none before all are loaded
+        pins.pin(unit["identity"], roles)
     return loaded
+
+
+def _check_serves(unit: Mapping[str, Any], roles: Sequence[pins.Role], path: Path) -> None:
+    """Raises CacheError where the kernels that a lock file gives to a unit serve something else, as after a bad merge of two."""
+    try:
+        fits = _serves(unit, [role.manifest if isinstance(role, Entry) else role for role in roles], path)
+    except (KeyError, TypeError, IndexError, ValueError) as error:
+        raise CacheError(f"the kernels of the set {path} do not say what they serve ({error!r}): build it again") from None
+    if not fits:
+        found = ", ".join(role.key[:12] for role in roles if isinstance(role, Entry))
+        raise CacheError(
+            f"the lock file of {path} gives {unit['variant']} ({unit['arch']}) kernels that serve something else.\n  required: the kernels "
+            f"that `attngen precompile` named\n  found: {found}\n  do: run attngen precompile again"
+        )
+
+
+def _serves(unit: Mapping[str, Any], roles: Sequence[Mapping[str, Any]], path: Path) -> bool:
+    """Whether the manifests of a unit's roles add up to its identity; of a role that is not built there is the choice alone."""
+    first = next(role for role in roles if "problem" in role)
+    if first["problem"] is None:
+        return len(roles) == 1 and unit["identity"] == pins.plain_identity(first["name"], pins.restore_config(first["choice"], path))
+    structure, storage = first["inputs"]["structure"], tuple([(str(name), str(dtype)) for name, dtype in first["problem"]["storage"]])
+    problem = Problem(**{**first["problem"], "storage": storage})
+    if unit["backend"] == "cpu":
+        return len(roles) == 1 and unit["identity"] == pins.cpu_identity(structure, problem)
+    *classes, plan = roles
+    built = [role for role in classes if "problem" in role]
+    if not all(role["inputs"]["structure"] == structure and role["problem"] == first["problem"] for role in built):
+        return False
+    page_size, invariant = sets.PAGE_SIZES[unit["layout"]], bool(unit["batch_invariant"])
+    few = (False, True) if invariant else (False,)
+    if unit["identity"] not in [pins.cuda_identity(structure, problem, page_size, invariant, x) for x in few]:
+        return False
+    # Layout and split are of the configuration, the tiles' rows what the planner counts on. Variants share planners.
+    tiles = [role["choice"]["fields"] for role in classes]
+    rows = [tile.get("block_m") or 64 * tile["groups"] for tile in tiles]
+    planned = [shape["fields"]["bm"] for shape in plan["choice"]["fields"]["classes"]]
+    return rows == planned and all(tile["paged"] == (page_size is not None) and bool(tile["split"]) == invariant for tile in tiles)
 
 
 def _loader(device: torch.device | None) -> Callable[[Entry], Any]:
