@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import hashlib
 import json
@@ -22,12 +23,13 @@ from test_cache import never
 from test_cli import attngen, read_json  # noqa: F401
 
 import attngen as ag
-from attngen import cache, counters, debug, find, layers, logs, pins, run, sets, start
+from attngen import cache, counters, debug, find, layers, load, logs, pins, run, sets, start
 from attngen.cache import Cache
 from attngen.errors import CacheError, LoadError, MissingKernelError, ParameterError
 from attngen.pack import Pack, write_pack
 from attngen.paths import PACKAGE, templates_dir
 from attngen.precompile import Plan, build
+from attngen.records import record
 from attngen.spec import Problem
 from attngen.variants import Causal
 from toolchain import needs_nvcc
@@ -309,6 +311,82 @@ def test_a_set_for_cpus_says_so_where_a_gpu_is(here, monkeypatch, caplog):
     assert "CPUs alone" not in caplog.text
 
 
+# ---- kernels that are not what they seem -----------------------------------------------------------------------------
+
+
+def exchanged(lock: dict, one: int, two: int) -> None:
+    units = lock["units"]
+    units[one]["roles"], units[two]["roles"] = units[two]["roles"], units[one]["roles"]
+
+
+def test_a_lock_file_that_gives_the_wrong_kernel_is_refused(here, built, monkeypatch):
+    """As after a bad merge of two lock files: each kernel is whole, and serves another variant."""
+    monkeypatch.setenv("ATTNGEN_CACHE_DIR", str(built / "cache"))
+    lock = json.loads((here / "llama.lock").read_text())
+    exchanged(lock, 0, 1)
+    (here / "llama.lock").write_text(json.dumps(lock))
+    with pytest.raises(CacheError, match="(?s)gives Causal .* kernels that serve something else.*precompile again"):
+        ag.load_set(here / "llama.toml", jit=False)
+    assert not pins._pinned  # nothing of it
+
+
+@pytest.mark.parametrize("key", ["../../../../tmp/evil", "A" * 64, "ab"])
+def test_a_lock_file_names_no_path(here, key):
+    text = (here / "llama.lock").read_text().replace(keys_of(here)[0], key)
+    (here / "llama.lock").write_text(text)
+    with pytest.raises(ParameterError, match="a key that is none"):
+        ag.load_set(here / "llama.lock", jit=False)
+    (here / "llama.lock").write_text("[" * 100_000)
+    with pytest.raises(ParameterError, match="cannot be read"):
+        ag.load_set(here / "llama.lock", jit=False)
+
+
+def test_a_kernel_for_a_better_cpu_is_not_loaded(here, built, monkeypatch):
+    """It would end the process by an illegal instruction."""
+    entry = Cache(built / "cache").lookup(keys_of(here)[0])
+    monkeypatch.setattr(load, "_cpu_kernels", {})
+    for isa, here_is in (("avx512_bf16", "avx512"), ("avx512", "avx2"), ("avx2", "generic"), ("armv9", "generic")):
+        monkeypatch.setattr(load, "host_isa", lambda isa=here_is: isa)
+        with pytest.raises(LoadError, match=f"(?s)required: a kernel that a CPU with {here_is} runs.*found: one for {isa}"):
+            load.load_kernel(dataclasses.replace(entry, manifest={**entry.manifest, "isa": isa}))
+
+
+def test_of_two_packs_with_one_key_the_first_serves_whole(tmp_path, monkeypatch):
+    """Other bytes under the same key: each pack is true to itself, and their files are never mixed."""
+    packs = []
+    for name in ("one", "two"):
+        store = Cache(tmp_path / name)
+        store.get_or_build("cd" + "0" * 62, described(name.encode() * 1000))
+        write_pack(tmp_path / f"{name}.attnpack", name, store.entries())
+        packs.append(Pack(tmp_path / f"{name}.attnpack"))
+    monkeypatch.setattr(layers, "_attached", [])
+    monkeypatch.setenv("ATTNGEN_CACHE_DIR", str(tmp_path / "cache"))
+    for pack in (*packs, packs[0]):
+        layers.attach(pack)
+    assert len(layers._attached) == 2
+    entry = cache.default().find("cd" + "0" * 62)
+    assert (entry.layer, entry.read(), entry.manifest["origin"]["sha256"]) == ("pack:one", b"one" * 1000, packs[0].digest)
+    # A pack whose blob is the other's does not open, though the index is untouched.
+    content = (tmp_path / "one.attnpack").read_bytes()
+    (tmp_path / "one.attnpack").write_bytes(content.replace(b"one" * 1000, b"two" * 1000))
+    with pytest.raises(CacheError, match="with sha256"):
+        Pack(tmp_path / "one.attnpack").lookup("cd" + "0" * 62, "pack")
+    with pytest.raises(CacheError, match="with sha256"):  # it is read where it lies
+        packs[0].lookup("cd" + "0" * 62, "pack")
+
+
+def test_the_pack_that_is_open_is_looked_at_not_its_name(packed, tmp_path):
+    opened = Pack(packed)
+    others = tmp_path / "others.attnpack"
+    shutil.copy(packed, others)
+    others.chmod(0o666)
+    packed.unlink()
+    packed.symlink_to(others)
+    opened.check_private()  # what is open is still ours alone
+    with pytest.raises(CacheError, match="can be written by others"):
+        Pack(packed).check_private()
+
+
 # ---- a later release, another place ----------------------------------------------------------------------------------
 
 
@@ -365,9 +443,7 @@ def test_a_configuration_of_another_release_is_made_or_refused():
 
 
 def test_an_identity_does_not_know_fields_at_their_default():
-    import dataclasses
-
-    @dataclasses.dataclass(frozen=True)
+    @record
     class Later(Problem):  # as a later release might have it
         k_scale: bool = False
 
@@ -781,7 +857,7 @@ def test_doctor_has_a_verdict_and_a_remedy(here, attngen, monkeypatch):  # noqa:
 @needs_nvcc
 def test_cubins_are_shipped_checked_and_launched(here, monkeypatch, attngen):  # noqa: F811
     """All but the driver is real: what load_set hands to it is recorded."""
-    from attngen import cuda, engine, load
+    from attngen import cuda, engine
     from attngen.choose_cuda import arch
 
     (here / "gpu.toml").write_text(
@@ -821,6 +897,15 @@ def test_cubins_are_shipped_checked_and_launched(here, monkeypatch, attngen):  #
     assert {symbol.rpartition("_")[0] for symbol, _, _ in loaded} == {"attngen_Causal_decode", "attngen_Causal_plan", "attngen_merge_states_merge"}
     assert all(key[:8] in {symbol[-8:] for symbol, _, _ in loaded} for key in lock["kernels"])
     assert len(found.kernels) == len(names)
+
+    wrong = json.loads((here / "gpu.lock").read_text())
+    roles = next(u for u in wrong["units"] if u["variant"] == "Causal")["roles"]
+    for one, two in ((0, 1), (0, len(roles) - 1)):  # tiles in another order; the planner as a class
+        roles[one], roles[two] = roles[two], roles[one]
+        (here / "wrong.lock").write_text(json.dumps(wrong))
+        with pytest.raises(CacheError, match="serve something else|do not say what they serve"):
+            ag.load_set(here / "wrong.lock", jit=False, device="cuda:0")
+        roles[one], roles[two] = roles[two], roles[one]
 
     # The pinned kernels serve, configurations and structs as a fresh choice would make them; what was left out says so.
     problem = engine.cuda_problem("90a", torch.bfloat16, 64, 64, ())
