@@ -5,13 +5,17 @@ from __future__ import annotations
 import dataclasses
 import gc
 import hashlib
+import io
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -154,6 +158,48 @@ def test_the_estimate_counts_cpu_seconds(here, built, monkeypatch):
     manifest.write_text(json.dumps({**found, "cpu_seconds": 7.5, "seconds": 1000.0}))
     shutil.rmtree(Cache(here / "cache").folder(two))
     assert Plan.of(sets.VariantSet(here / "llama.toml")).estimate(2) == 7.5
+
+
+@pytest.mark.parametrize("free,most", [(0, 1), (1 << 40, 4)], ids=["none left", "plenty"])
+def test_as_many_compilers_as_memory_allows(here, monkeypatch, free, most):
+    from attngen import precompile
+    from attngen.units import Job
+
+    monkeypatch.setattr(precompile, "free_bytes", lambda: free)
+    at_once, seen, change = 0, [], threading.Lock()
+
+    def compiler() -> tuple[object, bool, float]:
+        nonlocal at_once
+        with change:
+            at_once += 1
+            seen.append(at_once)
+        time.sleep(0.3)
+        with change:
+            at_once -= 1
+        return object(), False, 0.3
+
+    jobs = tuple(Job(f"{i:064x}", "Toy", "decode", "90a", compiler) for i in range(4))
+    plan = Plan(sets.VariantSet(here / "llama.toml"), (), jobs, {}, {job.key: 1.0 for job in jobs})
+    result = build(plan, 4)
+    assert result.complete and max(seen) == most and precompile.workers_for(None) == (1 if free == 0 else len(os.sched_getaffinity(0)))
+
+
+def test_the_display_shows_what_is_being_built(here):
+    from rich.console import Console
+
+    from attngen.precompile import Result, State
+    from attngen.ship import _display
+    from attngen.units import Job
+
+    jobs = [Job(f"{i:064x}", title, "decode", "90a", lambda: None) for i, title in enumerate(("Done", "Busy", "Later"))]
+    plan = Plan(sets.VariantSet(here / "llama.toml"), (), tuple(jobs), {}, {job.key: 3.0 for job in jobs})
+    states = [State(jobs[0], "built", 2.5), State(jobs[1], "builds", 1.2, cores=0.9, peak_bytes=99 << 20), State(jobs[2])]
+    console = Console(record=True, width=100, file=io.StringIO())
+    console.print(_display(Result(plan, states, {}, workers=2)))
+    text = console.export_text()
+    for said in (r"Done +decode +90a +built +2\.5", r"Busy +decode +90a +builds +1\.2 +0\.9 +99", r"1 of 3 built, 0 failed, about 3 s left"):
+        assert re.search(said, text), text
+    assert "Later" not in text
 
 
 def test_a_kernel_that_fails_does_not_stop_the_others(here, attngen, monkeypatch):  # noqa: F811
