@@ -756,6 +756,28 @@ def test_only_signed_packs_are_taken_where_keys_are_trusted(here, built, signers
         Pack(here / "signed.attnpack")
 
 
+def test_wheels_and_system_folders_must_be_signed_too(here, built, signers, attngen, monkeypatch):  # noqa: F811
+    one, _ = signers
+    for name, sign in (("bare", ()), ("signed", ("--sign", one))):
+        monkeypatch.delenv("ATTNGEN_TRUSTED_KEYS", raising=False)
+        monkeypatch.setenv("ATTNGEN_CACHE_DIR", str(built / "cache"))
+        wheel = read_json(attngen("cache", "wheel", here / "llama.toml", "-o", here / name, *sign, "--json"))["wheel"]
+        assert attngen("cache", "export", here / "llama.toml", "-o", here / f"{name}.attnpack", *sign)[0] == 0
+        assert attngen("cache", "import", here / f"{name}.attnpack", "--into", here / f"system of {name}")[0] == 0
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(here / name / "site")
+        monkeypatch.setenv("ATTNGEN_TRUSTED_KEYS", str(one.with_name("one.pub.pem")))
+        for layer in (layers.FolderLayer("wheel:llama", here / name / "site" / "attngen_kernels_llama"),
+                      layers.FolderLayer("system", here / f"system of {name}")):  # fmt: skip
+            found = [layers.look(layer, key, "kernels") for key in keys_of(here)]
+            assert [entry is not None for entry in found] == [name == "signed"] * 2, layer.name
+            if name == "bare":
+                with pytest.raises(CacheError, match="no signature"):
+                    layer.lock("llama")
+            else:
+                assert layer.lock("llama")["name"] == "llama"
+
+
 # ---- layers ----------------------------------------------------------------------------------------------------------
 
 
