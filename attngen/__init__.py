@@ -34,7 +34,6 @@ from .expr import absolute as abs  # noqa: A004
 from .expr import cast, exp, exp2, floor, log, log2, rsqrt, sigmoid, sqrt, tanh, where
 from .expr import maximum as max  # noqa: A004
 from .expr import minimum as min  # noqa: A004
-from .rope import DynamicNTK, Linear, Llama3, LongRoPE, Proportional, RoPE, YaRN
 from .run import BuildRecord, Kernel, attention, build_log, compile, reference  # noqa: A004
 from .run import collector_paused as _collector_paused
 from .run import device_compilers as _device_compilers
@@ -59,12 +58,13 @@ def _compile_cuda(*args: object, **facts: object) -> object:
 _device_sites["cuda"], _device_compilers["cuda"] = _dense_site, _compile_cuda
 
 
-# What serving needs is imported when it is asked for.
+# What not every program needs is imported when it is asked for.
 _LATE = {
     "BatchAttention": "batch", "append_kv": "append", "append_positions": "append", "check_append": "append",
     "BlockSparseAttention": "sparse", "VariableBlockSparseAttention": "sparse",
     "check_masks": "masks", "custom_mask": "masks", "packbits": "masks", "segment_packbits": "masks",
     "flex_attention": "flex", "from_flex": "flex",
+    "DynamicNTK": "rope", "Linear": "rope", "Llama3": "rope", "LongRoPE": "rope", "Proportional": "rope", "RoPE": "rope", "YaRN": "rope",
     "merge_states": "merge", "workspace_bytes": "engine", "load_set": "start", "warmup": "start", "LoadedSet": "start",
 }  # fmt: skip
 

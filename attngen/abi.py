@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from .ops import I32
 from .spec import Field
@@ -42,8 +42,7 @@ BASE_FIELDS: tuple[tuple[str, str], ...] = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class StructField:
+class StructField(NamedTuple):
     """One field: C type, name, byte offset."""
 
     ctype: str

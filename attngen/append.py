@@ -21,7 +21,7 @@ from .errors import ParameterError, UnsupportedError
 from .library import NO_GRAD, define
 from .rope import RoPE, alive, rotate
 from .run import DTYPE_NAMES, MAX_LENGTH
-from .schedule import BAD_KV_INDPTR, BAD_PAGE, OVER_CAPACITY
+from .space import BAD_KV_INDPTR, BAD_PAGE, OVER_CAPACITY
 
 BAD_REQUEST = 16  # as in work.cuh
 STATUS_TEXT = {

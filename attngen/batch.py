@@ -13,25 +13,34 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.compiler import is_dynamo_compiling
 
 from .engine import CudaEngine, Facts, Plan, Site
-from .engine_cpu import CpuEngine
-from .engine_cpu import Plan as CpuPlan
 from .errors import ParameterError, UnsupportedError
 from .library import NO_GRAD, NOT_IN_GRAPHS, PARAMETERS, define, operands, parameters
 from .ops import F32
 from .run import DTYPE_NAMES, _free_axes, _scale, check_free_axes, check_scalar, stored_dtypes
-from .schedule import STATUS_TEXT
+from .space import STATUS_TEXT
 from .spec import Variant, as_variant
+
+if TYPE_CHECKING:
+    from .engine_cpu import Plan as CpuPlan
 
 _DTYPES = (torch.bfloat16, torch.float16)
 _INT32_MAX = 2**31 - 1
 _objects: weakref.WeakValueDictionary[int, BatchAttention] = weakref.WeakValueDictionary()  # by the handle that graphs hold
 _handles = itertools.count(2)  # Dynamo makes a graph for each of 0 and 1
+
+
+def _engine_for(device: torch.device) -> Any:
+    if device.type == "cuda":
+        return CudaEngine
+    from .engine_cpu import CpuEngine
+
+    return CpuEngine
 
 
 class BatchAttention:
@@ -128,7 +137,7 @@ class BatchAttention:
         reads = trace.mask.params if trace.mask is not None else frozenset()
         self._mask_fields = {n: f for n, f in self._fields.items() if n in reads}
         self._run_fields = {n: f for n, f in self._fields.items() if n not in reads}
-        self.engine = (CudaEngine if on_cuda else CpuEngine)(
+        self.engine = _engine_for(self.device)(
             Facts(
                 variant=self.variant, device=self.device, dtype=dtype, num_heads=num_heads, num_kv_heads=num_kv_heads,
                 head_dim=head_dim, head_dim_v=self.head_dim_v, page_size=page_size, max_requests=max_requests,

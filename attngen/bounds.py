@@ -8,13 +8,13 @@ always sound. A kernel evaluates the inequalities in int64 and drops one for whi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 
 from .expr import TILE, Node, conjuncts, const, symbol, text
 from .ops import BOOL, I32
+from .records import record
 
 
-@dataclass(frozen=True)
+@record
 class Inequality:
     """``cq * q + ck * kv + sum(sign * term) >= 0``; terms are uniform in a tile (per call or per request).
 
@@ -39,7 +39,7 @@ class Inequality:
         return f"{found.removeprefix(' + ').replace(' - ', '-', 1) if found.startswith(' - ') else found.removeprefix(' + ')} >= 0"
 
 
-@dataclass(frozen=True)
+@record
 class TileBounds:
     """What is known of a mask in closed form."""
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .choose_hopper import HopperConfig
 from .errors import ParameterError
 from .load import host
 from .spec import Problem
+
+if TYPE_CHECKING:
+    from .choose_hopper import HopperConfig
 
 _NO_MAP = bytes(128)
 _MOST = 4096  # cached maps of a call site: a layer has a cache of its own

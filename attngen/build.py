@@ -14,6 +14,7 @@ import contextlib
 import functools
 import os
 import re
+import selectors
 import shlex
 import shutil
 import signal
@@ -83,10 +84,12 @@ class Recipe:
 
 @dataclass(frozen=True)
 class BuildResult:
-    """A finished build. `log` is everything the compiler printed (with -Xptxas -v: the register report)."""
+    """A finished build. `log` is everything the compiler printed (with -Xptxas -v: the register report); `cpu_seconds` do not
+    count what other programs took meanwhile."""
 
     artifact: Path
     seconds: float
+    cpu_seconds: float
     log: str
     compiler: str
 
@@ -116,7 +119,7 @@ def compile_kernel(
     (folder / "build.ninja").write_text(_build_ninja(recipe, compiler), encoding="utf-8")
 
     start = time.perf_counter()
-    status, log = run_group([*ninja.argv, "-f", "build.ninja"], folder, _clean_environment(folder, compiler), timeout)
+    status, log, cpu_seconds = run_group([*ninja.argv, "-f", "build.ninja"], folder, _clean_environment(folder, compiler), timeout)
     seconds = time.perf_counter() - start
     log = _TIMES.sub("", log)
     (folder / "build.log").write_text(log, encoding="utf-8")
@@ -126,13 +129,13 @@ def compile_kernel(
         raise BuildError(_explain_failure(recipe, compiler, status, log, kept, locate, timeout))
     for leftover in (".ninja_log", ".ninja_deps", *map(_object_name, recipe.sources)):
         (folder / leftover).unlink(missing_ok=True)
-    return BuildResult(artifact, seconds, log, compiler.version)
+    return BuildResult(artifact, seconds, cpu_seconds, log, compiler.version)
 
 
-def run_group(argv: list[str], cwd: Path, env: Mapping[str, str], timeout: float) -> tuple[int | None, str]:
+def run_group(argv: list[str], cwd: Path, env: Mapping[str, str], timeout: float) -> tuple[int | None, str, float]:
     """Runs a command in its own process group, output captured. A timeout or an interrupt ends the whole group.
 
-    Returns (exit status, output); status None says that the time was up.
+    Returns (exit status, output, CPU seconds); status None says that the time was up.
     """
     process = subprocess.Popen(
         argv, cwd=cwd, env=dict(env), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -140,16 +143,35 @@ def run_group(argv: list[str], cwd: Path, env: Mapping[str, str], timeout: float
     )  # fmt: skip
     running[threading.get_ident()] = process.pid
     try:
-        output, _ = process.communicate(timeout=timeout)
+        output = _read_all(process, timeout)
+        _, ended, usage = os.wait4(process.pid, 0)  # Popen.wait would not say what it used
+        process.returncode = os.waitstatus_to_exitcode(ended)
         status: int | None = process.returncode
-    except subprocess.TimeoutExpired:
-        output, status = _end_group(process), None
+        cpu_seconds = usage.ru_utime + usage.ru_stime
+    except subprocess.TimeoutExpired as late:
+        output, status, cpu_seconds = late.output + _end_group(process), None, 0.0
     except BaseException:
         _end_group(process)
         raise
     finally:
         running.pop(threading.get_ident(), None)
-    return status, output.decode("utf-8", "replace")
+    return status, output.decode("utf-8", "replace"), cpu_seconds
+
+
+def _read_all(process: subprocess.Popen[bytes], timeout: float) -> bytes:
+    """What a process prints until it closes its output, as its last act. Raises TimeoutExpired."""
+    assert process.stdout is not None
+    parts, deadline = [], time.monotonic() + timeout
+    with selectors.DefaultSelector() as selector:
+        selector.register(process.stdout, selectors.EVENT_READ)
+        while True:
+            if not selector.select(max(0.0, deadline - time.monotonic())) and time.monotonic() >= deadline:
+                raise subprocess.TimeoutExpired(process.args, timeout, b"".join(parts))
+            part = os.read(process.stdout.fileno(), 1 << 16)
+            if not part:
+                process.stdout.close()
+                return b"".join(parts)
+            parts.append(part)
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> bytes:
@@ -222,11 +244,16 @@ def _cuda_roots() -> list[Path]:
     if on_path:
         root = Path(os.path.realpath(on_path)).parent.parent
         if not (root / "nvvm").is_dir():
-            dry = subprocess.run([on_path, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True)
-            top = re.search(r"^#\$ TOP=(.+)$", dry.stderr, re.M)
-            root = Path(os.path.normpath(top[1].strip())) if top else root
+            root = _told_root(on_path) or root
         roots.append(root)
     return [*roots, Path("/usr/local/cuda"), Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13"]
+
+
+@functools.cache
+def _told_root(nvcc: str) -> Path | None:
+    dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True)
+    top = re.search(r"^#\$ TOP=(.+)$", dry.stderr, re.M)
+    return Path(os.path.normpath(top[1].strip())) if top else None
 
 
 @functools.cache

@@ -23,7 +23,6 @@ import hashlib
 import json
 import logging
 import os
-import secrets
 import shutil
 import threading
 import time
@@ -34,7 +33,6 @@ from pathlib import Path
 from typing import Any
 
 from . import counters, trust
-from .build import keep_newest
 from .entry import FORMAT, Entry, cache_root, entry_folder, json_text, read_entry, sources_digest, written_whole
 from .errors import AttngenError, BuildError, CacheError, CacheWarning, JitWarning, MissingKernelError
 
@@ -102,6 +100,8 @@ class Cache:
         write.
         """
         self.check_private()
+        if not self._private:
+            return None  # there is no folder yet
         folder = self.folder(key, shelf)
         try:
             return read_entry(folder, key)
@@ -166,6 +166,15 @@ class Cache:
             except (OSError, ValueError, AttributeError) as error:
                 log.warning("unreadable manifest %s: %s", path, error)
         yield from (entry for _, entry in sorted(found, key=lambda pair: pair[0]))
+
+    def manifests(self) -> Iterator[Any]:
+        """Of all entries, here and in the layers around; artifacts are not verified."""
+        from . import layers
+
+        yield from (entry.manifest for entry in self.entries())
+        if self.layered:
+            with contextlib.suppress(AttngenError):  # who wants them explains something else
+                yield from layers.manifests()
 
     def size(self) -> int:
         """Bytes of all files below the root."""
@@ -243,12 +252,12 @@ class Cache:
                 counters.count("hits", layer=entry.layer)
                 log.debug("hit %s %s (%s)", shelf, key, entry.layer,
                           extra={"facts": {"event": "hit", "key": key, "title": title, "layer": entry.layer}})  # fmt: skip
-            self._entries[shelf, key] = entry
+            self._entries[shelf, key] = entry.light()
             return entry, not built
 
     def remember(self, entry: Entry, shelf: str = "kernels") -> None:
         """Serve `entry`, which was found elsewhere, from memory."""
-        self._entries[shelf, entry.key] = entry
+        self._entries[shelf, entry.key] = entry.light()
 
     def forget(self, entry: Entry, shelf: str = "kernels") -> None:
         """Look it up again when it is next asked for."""
@@ -365,11 +374,13 @@ class Cache:
         aside = self.base / "damaged"
         with self._writing(aside):
             aside.mkdir(exist_ok=True)
-            target = aside / f"{key}-{secrets.token_hex(4)}"
+            target = aside / f"{key}-{os.urandom(4).hex()}"
             try:
                 self.folder(key, shelf).rename(target)
             except FileNotFoundError:  # without locks, another process set it aside at this moment
                 return
+        from .build import keep_newest
+
         keep_newest(aside, KEPT_DAMAGED)
         warnings.warn(CacheWarning(f"{damage}\n  done: set aside as {target}, built again"), stacklevel=2)
 
@@ -408,7 +419,7 @@ class Cache:
 
         facts = inputs()
         self._note_miss(key, title, facts)
-        near = explain.nearest(facts, (entry.manifest for entry in self.entries())) if facts else None
+        near = explain.nearest(facts, self.manifests()) if facts else None
         hint = ""
         if near is not None:
             hint = f"\n  nearest: {near.title} {near.key[:12]} differs in " + "; ".join(map(str, near.differences[:4]))

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-import platform
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
 from .errors import UnsupportedError
+from .isa import CPU_ISAS
+from .records import record
 
 if TYPE_CHECKING:
     from .spec import Problem
 
-CPU_ISAS = ("avx512_bf16", "avx512", "avx2", "generic")  # best first
-_ISA_NEEDS = {  # as /proc/cpuinfo names them
-    "avx512_bf16": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "f16c", "avx2", "avx512_bf16"},
-    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "f16c", "avx2"},
-    "avx2": {"avx2", "fma", "f16c"},
-    "generic": set(),
-}
 _AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c", "-mtune=haswell"]  # generic tuning would not gather tensor parameters
 _AVX512_FLAGS = [
     "-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mtune=skylake-avx512",
@@ -39,20 +31,6 @@ _COMMON_FLAGS = [
 _LANES = {"avx512_bf16": 16, "avx512": 16, "avx2": 8, "generic": 4}
 
 
-@functools.cache
-def host_isa() -> str:
-    """The best instruction set in CPU_ISAS that this host runs."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return "generic"
-    try:
-        cpuinfo = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return "generic"
-    flags = next((line for line in cpuinfo.splitlines() if line.startswith("flags")), "")
-    found = set(flags.partition(":")[2].split())
-    return next(isa for isa in CPU_ISAS if _ISA_NEEDS[isa] <= found)
-
-
 def cpu_flags(isa: str) -> list[str]:
     """Compiler flags of a CPU kernel for `isa`, the same on every host: an artifact does not depend on its builder."""
     if isa not in _ISA_FLAGS:
@@ -60,7 +38,7 @@ def cpu_flags(isa: str) -> list[str]:
     return [*_COMMON_FLAGS, *_ISA_FLAGS[isa]]
 
 
-@dataclass(frozen=True)
+@record
 class KernelConfig:
     """What a CPU kernel is specialised to, beside its hooks and its problem."""
 
@@ -81,7 +59,7 @@ class KernelConfig:
         return " ".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))
 
 
-@dataclass(frozen=True)
+@record
 class Candidate:
     """A register block and tile that was considered; `lost` says why it was not taken, and is empty for the winner."""
 
@@ -92,7 +70,7 @@ class Candidate:
     lost: str = ""
 
 
-@dataclass(frozen=True)
+@record
 class Choice:
     """The chosen configuration, and every candidate that was considered for it, in the order of the list."""
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from .errors import UnsupportedError
+from .records import record
 
 if TYPE_CHECKING:
     from .emit import Hooks
     from .spec import Problem
 
 
-@dataclass(frozen=True)
+@record
 class Arch:
     """What the choice needs to know of a GPU generation. Shared memory in bytes; a block costs 1 KB of the SM's besides."""
 
@@ -81,7 +82,7 @@ class _Printed:
 Config, Candidate = TypeVar("Config"), TypeVar("Candidate")
 
 
-@dataclass(frozen=True)
+@record
 class CudaChoice(Generic[Config, Candidate]):
     """The chosen configuration and every candidate, in the order of preference."""
 
@@ -100,7 +101,7 @@ class _WarpConfig(_Printed):
         return 32 * self.warps
 
 
-@dataclass(frozen=True)
+@record
 class DecodeConfig(_WarpConfig):
     """A decode kernel, beside its hooks and problem."""
 
@@ -124,7 +125,7 @@ class DecodeConfig(_WarpConfig):
         return 256 * self.warps // self.block_m
 
 
-@dataclass(frozen=True)
+@record
 class DecodeCandidate:
     """A shape that was considered; ``lost`` says why it was not taken, and is empty for the winner."""
 
@@ -209,7 +210,7 @@ def check_head_dims(d: int, dv: int) -> None:
 # ---- attention: row tiles of 64 and 128 ---------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@record
 class AttentionConfig(_WarpConfig):
     """An attention kernel (attention_sm80.cu), beside its hooks and problem."""
 
@@ -228,7 +229,7 @@ class AttentionConfig(_WarpConfig):
     head_major = False  # workers share the keys of a head in L2
 
 
-@dataclass(frozen=True)
+@record
 class AttentionCandidate:
     """A shape that was considered; ``lost`` says why it was not taken, and is empty for the winner."""
 
@@ -318,7 +319,7 @@ def attention_smem_bytes(d: int, dv: int, block_m: int, block_n: int, stages: in
 # ---- plan, append, merge ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@record
 class TileClass:
     """A row-tile class as the planner sees it. Those of kind "slices" are planned as work.cuh says, those of kind "queue" as
     queue.cuh says."""
@@ -348,7 +349,7 @@ def tile_class(config: Any, problem: Problem) -> TileClass:
     return TileClass(*shape, "queue", groups=config.groups, row_bytes=2 * (problem.head_dim + problem.head_dim_v))
 
 
-@dataclass(frozen=True)
+@record
 class PlanConfig:
     """A planner: the classes of the kernels that it plans for, smallest tile first."""
 
@@ -372,7 +373,7 @@ class _GridConfig(_Printed):
         return -(-rows * self.columns // self.threads)
 
 
-@dataclass(frozen=True)
+@record
 class AppendConfig(_GridConfig):
     """The kernel that writes new keys and values into pages, keys rotated in their first ``rotary_dim`` elements (0: none).
 
@@ -395,7 +396,7 @@ class AppendConfig(_GridConfig):
         return pairs + (self.head_dim - self.rotary_dim + self.head_dim_v) // 8
 
 
-@dataclass(frozen=True)
+@record
 class MaskConfig(_GridConfig):
     """The kernel that looks at the rows of a packed mask. A warp takes a row."""
 
@@ -405,7 +406,7 @@ class MaskConfig(_GridConfig):
     columns = 32  # lanes
 
 
-@dataclass(frozen=True)
+@record
 class MergeConfig(_GridConfig):
     """The kernel that merges attention states. Every thread takes eight elements of a row (token and head) through all
     states."""

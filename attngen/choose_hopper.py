@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .choose_cuda import CudaChoice, _Printed, arch
 from .errors import UnsupportedError
+from .records import record
 
 if TYPE_CHECKING:
     from .emit import Hooks
     from .spec import Problem
 
 
-@dataclass(frozen=True)
+@record
 class HopperConfig(_Printed):
     """An attention kernel of attention_sm90.cu, beside its hooks and problem."""
 
@@ -43,7 +43,7 @@ class HopperConfig(_Printed):
         return 128 * (self.groups + 1)
 
 
-@dataclass(frozen=True)
+@record
 class HopperCandidate:
     """A shape that was considered; ``lost`` says why it was not taken, and is empty for the winner."""
 

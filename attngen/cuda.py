@@ -9,10 +9,9 @@ from __future__ import annotations
 import hashlib
 import re
 import time
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,19 +19,22 @@ from . import cache, pins
 from .abi import Layout, parameter_fields
 from .abi_cuda import ATTENTION_FIELDS, CUDA_ABI, PLAN_FIELDS, QUEUE_ATTENTION_FIELDS
 from .choose_cuda import Arch, arch_of, cuda_flags
-from .emit import Hooks, emit
 from .errors import CacheError, MissingKernelError, UnsupportedError
 from .load import host, load_cubin
 from .paths import PACKAGE, templates_dir
+from .records import record
 from .run import DEBUG, FORMAT, BuildRecord, build_artifact, describe, key_inputs, record_build
 from .spec import Problem, Trace
+
+if TYPE_CHECKING:
+    from .emit import Hooks
 
 # The rooms whose text decides what a CUDA kernel's source says.
 _ROOMS = ("ops", "expr", "bounds", "trace", "rope", "spec", "abi", "abi_cuda", "choose_cuda", "choose_hopper", "emit", "render", "render_cuda",
           "build")  # fmt: skip
 
 
-@dataclass(frozen=True)
+@record
 class Specialised:
     """A kernel before rendering; ``name`` is the template's."""
 
@@ -62,6 +64,8 @@ class Specialised:
 
 def specialise(name: str, title: str, trace: Trace, problem: Problem, config: Any, arch_name: str) -> Specialised:
     """Holes, parameter struct and key of kernel ``name`` for a trace ("plan" reads the mask alone)."""
+    from .emit import emit
+
     storage = dict(problem.storage)
     if name == "plan":
         trace = Trace(mask=trace.mask, fields=trace.fields, where=trace.where)

@@ -108,7 +108,7 @@ def _openmp() -> Finding:
 
 
 def _isa() -> Finding:
-    from .choose import host_isa
+    from .isa import host_isa
 
     isa = host_isa()
     slow = "kernels are portable C++ here: correct, but slow" if isa == "generic" else ""

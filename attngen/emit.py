@@ -31,6 +31,7 @@ from .expr import (
     where,
 )
 from .ops import BOOL, F32, I32, OPS, c_text
+from .records import record
 from .spec import Trace
 
 CTYPE = {F32: "float", I32: "int32_t", BOOL: "bool"}
@@ -61,7 +62,7 @@ _SAFE_INDEX = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
+@record
 class Value:
     """One computed value: ``ctype name = expr;`` and the hook line it came from ("gemma2.py:12")."""
 
@@ -71,7 +72,7 @@ class Value:
     where: str = ""
 
 
-@dataclass(frozen=True)
+@record
 class ElementFn:
     """A per-element hook as an inline function; ``params`` are (ctype, name, access in a loop over m and n)."""
 
@@ -81,7 +82,7 @@ class ElementFn:
     where: str
 
 
-@dataclass(frozen=True)
+@record
 class RopeHoles:
     """How the kernel rotates Q, and K where the cache holds unrotated keys."""
 
@@ -94,7 +95,7 @@ class RopeHoles:
     table: str  # row of inv_freq
 
 
-@dataclass(frozen=True)
+@record
 class BoundsHoles:
     """The closed tile bounds as int64 C expressions; ``exact`` where they are the whole mask."""
 

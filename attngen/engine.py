@@ -5,7 +5,7 @@
     engine = Engine(Facts, workspace)              kernels built and loaded, memory allocated
     plan = engine.plan(lengths, page_table, params)
     engine.launch(plan, site, q_at, k_at, v_at, out, lse, params, partial)
-    engine.status()                                0, or what the device found, as in schedule.STATUS_TEXT
+    engine.status()                                0, or what the device found, as in space.STATUS_TEXT
     engine.workspace_bytes, engine.problem
 """
 
@@ -16,7 +16,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -24,20 +24,22 @@ from . import cuda, pins
 from .boxes import Boxes
 from .cache import Entry
 from .choose_cuda import PlanConfig, arch, arch_named, choose_attention, choose_decode, most_blocks, tile_class
-from .choose_hopper import choose_hopper
-from .emit import Hooks, emit
 from .errors import ParameterError, UnsupportedError
 from .ops import I32_MAX
+from .records import record
 from .run import DTYPE_NAMES, stored_dtypes
-from .schedule import Workspace
-from .schedule import workspace as workspace_layout
+from .space import Workspace
+from .space import workspace as workspace_layout
 from .spec import Problem, Variant, as_variant
+
+if TYPE_CHECKING:
+    from .emit import Hooks
 
 _FIXED_SPLIT = 2048  # keys of a piece under batch_invariant: long enough to hide a merge, short enough to fill a GPU
 POINTERS = struct.Struct("=5Q")  # q, k, v, out, lse: the first fields
 
 
-@dataclass(frozen=True)
+@record
 class Facts:
     """What an engine is made for: BatchAttention's arguments, checked and with their defaults."""
 
@@ -79,7 +81,7 @@ class Site:
 # ---------------------------------------------------------------- kernels
 
 
-@dataclass(frozen=True)
+@record
 class Kernels:
     """The kernels that serve a variant, before they are built: one a row-tile class, smallest tile first, and their planner."""
 
@@ -101,6 +103,8 @@ def choices_of(
 ) -> list[Any]:
     """A choice a row-tile class, smallest tile first: a configuration, and the candidates it was chosen from. Arguments as
     ``kernels_of``."""
+    from .choose_hopper import choose_hopper
+
     paged, name, split = page_size is not None, problem.isa, _FIXED_SPLIT if batch_invariant else 0
     choices: list[Any] = []
     if not split or most_rows <= 16:
@@ -130,6 +134,8 @@ def kernels_of(
     if pinned:
         *classes, plan = (cuda.from_entry(entry, problem) for entry in pinned)
         return Kernels(tuple(classes), plan)
+    from .emit import emit
+
     hooks = emit(trace, dict(problem.storage), problem.head_dim, dialect="cuda", device_scalars=True)
     choices = choices_of(problem, hooks, page_size=page_size, batch_invariant=batch_invariant, most_rows=most_rows)
     configs = [choice.config for choice in choices]
@@ -141,19 +147,26 @@ def kernels_of(
 
 def build(specials: Sequence[cuda.Specialised]) -> list[Entry]:
     """Builds what is not in the cache yet, all at once: each is a process of nvcc."""
+    if all(special.entry for special in specials):  # pinned
+        return [cuda.build(special)[0] for special in specials]
     with ThreadPoolExecutor(len(specials)) as pool:
         return [entry for entry, _, _ in pool.map(cuda.build, specials)]
+
+
+def load(special: cuda.Specialised, device: int) -> Any:
+    """The kernel on CUDA device ``device``, loaded once a process; built before, where it was not in the cache."""
+    config = special.config
+    return cuda.load(special, device, config.threads, getattr(config, "smem_bytes", 0), arch(config.arch).dependent_launch)
 
 
 class Launcher:
     """A loaded kernel and its parameter struct."""
 
-    def __init__(self, special: cuda.Specialised, device: int, shared_bytes: int = 0) -> None:
+    def __init__(self, special: cuda.Specialised, device: int) -> None:
         codes = {"float": "=f", "int32_t": "=i", "int64_t": "=q", "TensorMap": "=128s"}
         self.special, self.layout = special, special.layout
         self.slots = {f.name: (struct.Struct(codes.get(f.ctype, "=Q")), f.offset) for f in self.layout.fields}
-        dependent = arch(special.config.arch).dependent_launch
-        self.kernel = cuda.load(special, device, special.config.threads, shared_bytes, dependent)
+        self.kernel = load(special, device)
 
     def template(self, values: Mapping[str, Any]) -> bytes:
         """The struct with ``values``, 0 elsewhere."""
@@ -190,7 +203,7 @@ class Loaded:
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
         for i in which:
             special = kernels.classes[i]
-            found = self.classes[i] = Launcher(special, device.index, special.config.smem_bytes)
+            found = self.classes[i] = Launcher(special, device.index)
             blocks = found.kernel.blocks_per_sm()
             if blocks == 0:
                 raise UnsupportedError(f"{special.name} of {special.title} does not fit {device}: {special.config}")
@@ -200,7 +213,7 @@ class Loaded:
         self.multiprocessors = multiprocessors
 
     def space(self, **capacities: int) -> Workspace:
-        """The workspace of these kernels; arguments as ``schedule.workspace``."""
+        """The workspace of these kernels; arguments as ``space.workspace``."""
         return space_of(self.kernels, self.which, self.multiprocessors, **capacities)
 
     def lists(self, i: int, space: Workspace, base: int) -> dict[str, int]:
@@ -238,7 +251,7 @@ def space_of(kernels: Kernels, which: Sequence[int], multiprocessors: int, **cap
 # ---------------------------------------------------------------- ahead of time
 
 
-@dataclass(frozen=True)
+@record
 class BuiltKernel:
     """A CUDA kernel in the cache, not loaded.
 

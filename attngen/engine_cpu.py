@@ -7,20 +7,20 @@ table, as they are.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from .engine import Facts, Site, struct_values
 from .errors import ParameterError
+from .records import record
 from .run import MAX_LENGTH, check_scalar, kernel_for, problem_for
 from .schedule import Lengths, Request, read_requests
 
 _ZERO = torch.zeros(8, dtype=torch.int64, device="cpu")  # what an empty tensor points to: element 0 must be readable
 
 
-@dataclass(frozen=True)
+@record
 class Plan:
     """What plan leaves for launch."""
 

@@ -12,12 +12,13 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from . import trust
 from .errors import CacheError
+from .records import record
 
 FORMAT = 1  # of the folder layout and of manifest.json; part of every path as v1/
 KEY = re.compile(r"[0-9a-f]{64}")
@@ -25,14 +26,17 @@ FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
 CACHE = "cache"  # the layer that this user's builds go to
 
 
-@dataclass(frozen=True)
+@record
 class Entry:
-    """A published artifact. `manifest` says what it is, how it was built and what it needs; `layer`, where it was found."""
+    """A published artifact. `manifest` says what it is, how it was built and what it needs; `layer`, where it was found;
+    `held`, of a cubin just found, is its content as it was checked: what is loaded is read and hashed once."""
 
     key: str
     folder: Path
     manifest: Mapping[str, Any]
     layer: str = CACHE
+    held: bytes | None = field(default=None, compare=False, repr=False)
+    on_disk: ClassVar[bool] = True
 
     @property
     def artifact(self) -> Path:
@@ -60,6 +64,14 @@ class Entry:
         check_content(self.folder, self.manifest, content)
         return content
 
+    def content(self) -> bytes:
+        """The artifact as it was checked when it was found; read and checked now, where it is not held."""
+        return self.read() if self.held is None else self.held
+
+    def light(self) -> Entry:
+        """Itself without what it holds, to be kept."""
+        return self if self.held is None else replace(self, held=None)
+
     def sources(self) -> dict[str, str]:
         """The rendered source files, as they were compiled."""
         return {name: self.file(name).decode() for name in self.manifest.get("sources", ())}
@@ -79,26 +91,38 @@ def read_entry(folder: Path, key: str, layer: str = CACHE) -> Entry | None:
         raise damaged(folder, "a manifest.json", "none") from None
     manifest = parse_manifest(text, folder, key)
     entry = Entry(key, folder, manifest, layer)
-    entry.read()
+    content = entry.read()
     if layer != CACHE or "origin" in manifest:  # what was built here needs no signature
         trust.check_signed(manifest, f"the kernel in {folder}")
-    return entry
+    return replace(entry, held=content) if manifest.get("kind") == "cubin" else entry
 
 
 def parse_manifest(text: bytes, place: Path, key: str) -> dict[str, Any]:
     """A manifest with the fields that every check relies on. Raises CacheError."""
     try:
-        manifest = json.loads(text)
+        return check_manifest(json.loads(text), place, key)
+    except (ValueError, RecursionError) as error:
+        raise _no_manifest(place, error) from None
+
+
+def check_manifest(manifest: Any, place: Path, key: str) -> dict[str, Any]:
+    """``manifest``, if it is one of this format and of ``key``. Raises CacheError."""
+    try:
         found = (manifest["format"], manifest["key"])
         names = [manifest["artifact"], *manifest.get("sources", ()), *manifest.get("files", {})]
         types = isinstance(manifest["size"], int) and isinstance(manifest["sha256"], str)
         if not types or not all(isinstance(name, str) and FILE_NAME.fullmatch(name) for name in names):
             raise ValueError("a field of another type, or a name that is no plain file name")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise damaged(place, "a manifest.json with format, key, artifact, size and sha256", repr(error)) from None
+        raise _no_manifest(place, error) from None
     if found != (FORMAT, key):
         raise damaged(place, f"format {FORMAT}, key {key}", f"format {found[0]}, key {found[1]}")
-    return manifest
+    checked: dict[str, Any] = manifest
+    return checked
+
+
+def _no_manifest(place: Path, error: Exception) -> CacheError:
+    return damaged(place, "a manifest.json with format, key, artifact, size and sha256", repr(error))
 
 
 def check_content(place: Path, manifest: Mapping[str, Any], content: bytes) -> None:

@@ -26,7 +26,7 @@ def load_variant(spec: str, bound: Sequence[str] = ()) -> Variant:
         VariantError: no such file, class or library name; a file that does not import; a field that does not fit.
     """
     file, _, name = spec.partition(":")
-    found = _from_file(Path(file), name) if file.endswith(".py") or os.sep in file else _from_library(spec)
+    found = _from_file(Path(file), name) if is_file(file) else _from_library(spec)
     if not isinstance(found, type):
         if bound:
             raise VariantError(f"--set with {spec}, an instance: give its class, or bind the values in the file")
@@ -36,6 +36,11 @@ def load_variant(spec: str, bound: Sequence[str] = ()) -> Variant:
     if missing:
         raise ParameterError(f"{found.__name__} needs a value for its Const {', '.join(missing)}: --set {missing[0]}=...")
     return found(**values)
+
+
+def is_file(name: str) -> bool:
+    """Whether ``name`` means a file, not a variant of the library."""
+    return name.endswith(".py") or os.sep in name
 
 
 def _from_library(name: str) -> type[Variant]:

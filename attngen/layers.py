@@ -17,6 +17,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,12 @@ class FolderLayer:
     def keys(self) -> list[str]:
         return sorted(path.parent.name for path in (self.root / f"v{FORMAT}" / "kernels").glob("*/*/manifest.json"))
 
+    def manifests(self) -> Iterator[Any]:
+        """What its entries say of themselves, unchecked: for people."""
+        for path in (self.root / f"v{FORMAT}" / "kernels").glob("*/*/manifest.json"):
+            with suppress(OSError, ValueError):
+                yield json.loads(path.read_bytes())
+
     def sets(self) -> list[str]:
         """The names of the sets whose lock files it has."""
         return sorted(path.stem for path in (self.root / f"v{FORMAT}" / "sets").glob("*.lock"))
@@ -57,7 +64,7 @@ class FolderLayer:
         path = self.root / f"v{FORMAT}" / "sets" / f"{name}.lock"
         try:
             lock = json.loads(path.read_bytes())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise CacheError(f"the lock file {path} cannot be read: {error}\n  do: import its pack again") from None
         trust.check_signed(lock, f"the lock file {path}")
         return lock
@@ -74,6 +81,9 @@ class PackLayer:
 
     def keys(self) -> list[str]:
         return self.pack.keys
+
+    def manifests(self) -> Iterator[Any]:
+        return self.pack.manifests()
 
     def sets(self) -> list[str]:
         return [self.pack.name] if self.pack.lock else []
@@ -120,7 +130,7 @@ class RemoteLayer:
         check_content(where, manifest, held[manifest["artifact"]])
         for name in manifest.get("files", manifest.get("sources", ())):
             held[name] = self._fetch(f"{folder}/{name}")
-        return MemoryEntry(key, where, manifest, self.name, held.__getitem__)
+        return MemoryEntry(key, where, manifest, self.name, get=held.__getitem__)
 
     def _fetch(self, path: str) -> bytes:
         content: bytes = self.fs.cat_file(path, end=MAX_FILE + 1)  # whatever the store would send
@@ -146,7 +156,7 @@ _attached: list[PackLayer] = []
 
 def attach(pack: Pack) -> PackLayer:
     """Serve this process from a pack; from now on its kernels are found."""
-    trust.check_private(pack.path)
+    pack.check_private()
     for layer in _attached:
         if layer.pack.digest == pack.digest:
             return layer
@@ -175,8 +185,9 @@ def _system(setting: str) -> tuple[FolderLayer | PackLayer, ...]:
     for part in filter(None, setting.split(os.pathsep)):
         path = Path(part).expanduser()
         if path.suffix == ".attnpack":
-            trust.check_private(path)
-            found.append(PackLayer("system", Pack(path)))
+            pack = Pack(path)
+            pack.check_private()
+            found.append(PackLayer("system", pack))
         else:
             found.append(FolderLayer("system", path))
     return tuple(found)
@@ -202,6 +213,12 @@ def installed() -> tuple[FolderLayer, ...]:
         found.append(FolderLayer(f"wheel:{point.name}", Path(next(iter(spec.submodule_search_locations)))))
     log.debug("%d wheels of kernels, found in %.1f ms", len(found), 1e3 * (time.perf_counter() - start))
     return tuple(found)
+
+
+def manifests() -> Iterator[Any]:
+    """Of everything that the layers on this machine have, the user's cache aside."""
+    for layer in (*before(), *_attached, *installed()):
+        yield from (m for m in layer.manifests() if isinstance(m, dict) and "key" in m)
 
 
 def look(layer: Layer, key: str, shelf: str) -> Entry | None:

@@ -19,21 +19,19 @@ import importlib.util
 import logging
 import os
 import re
-import shlex
 import sys
-import sysconfig
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from . import build, cache
+from . import cache
 from .abi import LAUNCH_ABI
 from .abi_cuda import CUDA_ABI
 from .errors import BuildError, LoadError
+from .isa import CPU_ISAS, host_isa
 from .paths import PACKAGE
 
 if TYPE_CHECKING:
@@ -50,6 +48,7 @@ HOST_TIMEOUT_S = 600.0  # it takes 7 s
 
 log = logging.getLogger("attngen.load")
 _host: ModuleType | None = None
+_cpu_kernels: dict[tuple[str, str], LoadedKernel] = {}  # of this process, by key and sha256
 _host_lock = threading.Lock()
 
 
@@ -62,8 +61,7 @@ def _forget_lock() -> None:
 os.register_at_fork(after_in_child=_forget_lock)
 
 
-@dataclass(frozen=True)
-class LoadedKernel:
+class LoadedKernel(NamedTuple):
     """A kernel of this process.
 
     launch(params) runs it on its packed parameter struct (any buffer: bytes, bytearray, ctypes array) and returns when
@@ -75,14 +73,35 @@ class LoadedKernel:
 
 
 def load_kernel(entry: cache.Entry) -> LoadedKernel:
-    """Loads a verified entry. Raises LoadError for a library of another launch ABI, or one that does not link here."""
+    """Loads a verified entry. Raises LoadError for a library of another launch ABI or CPU, or one that does not link here."""
     abi = _check_kind(entry, "cpu", CPU_ABIS)
+    known = _cpu_kernels.get((entry.key, entry.manifest["sha256"]))
+    if known is not None:  # its file may be gone by now
+        return known
+    isa, here = entry.manifest.get("isa", "generic"), host_isa()
+    if isa not in CPU_ISAS[CPU_ISAS.index(here) :]:  # it would end in an illegal instruction
+        raise _unloadable(entry.folder, f"a kernel that a CPU with {here} runs", f"one for {isa}")
     module = host()
     try:
         address = module.load_cpu(os.fspath(entry.artifact), abi)
     except RuntimeError as error:
         raise _unloadable(entry.artifact, f"a library of launch ABI {abi}", str(error)) from None
-    return LoadedKernel(entry, functools.partial(module.launch_cpu, address))
+    made = LoadedKernel(entry, functools.partial(module.launch_cpu, address))
+    return _cpu_kernels.setdefault((entry.key, entry.manifest["sha256"]), made)
+
+
+def load_kept(entry: cache.Entry, again: Callable[[], cache.Entry]) -> LoadedKernel:
+    """``load_kernel``, where the entry may be removed between its check and its loading, by a prune of another process:
+    ``again`` finds or builds it anew."""
+    for _ in range(3):
+        try:
+            return load_kernel(entry)
+        except LoadError:
+            if entry.exists():
+                raise
+            log.warning("%s was removed as it was to be loaded: once more", entry.folder)
+            entry = again()
+    return load_kernel(entry)
 
 
 def load_cubin(
@@ -96,14 +115,15 @@ def load_cubin(
     """
     _check_kind(entry, "cubin", CUDA_ABIS)
     _check_device(entry, device)
-    content = entry.read()
+    content = entry.content()
     try:
         found = host().CudaKernel(
             content, symbol, device=device, threads=threads, shared_bytes=shared_bytes, dependent=dependent
         )
     except RuntimeError as error:
         raise _unloadable(entry.artifact, f"a cubin for CUDA device {device}", str(error)) from None
-    _mark_in_use(entry.artifact)
+    if entry.on_disk:
+        _mark_in_use(entry.artifact)
     return found
 
 
@@ -149,12 +169,17 @@ def cuda_version(number: int) -> str:
 def _mark_in_use(path: Path) -> None:
     """Maps a page of the file for the process's life: /proc then tells `cache prune` that it is in use, as it does of a
     library. A Python mmap would keep a descriptor."""
+    with contextlib.suppress(OSError, AttributeError), open(path, "rb", buffering=0) as file:
+        _mmap()(None, 1, 1, 2, file.fileno(), 0)  # PROT_READ, MAP_PRIVATE
+
+
+@functools.cache
+def _mmap() -> Any:
     import ctypes
 
-    with contextlib.suppress(OSError, AttributeError), open(path, "rb") as file:
-        mmap = ctypes.CDLL(None).mmap
-        mmap.restype, mmap.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-        mmap(None, 1, 1, 2, file.fileno(), 0)  # PROT_READ, MAP_PRIVATE
+    mmap = ctypes.CDLL(None).mmap
+    mmap.restype, mmap.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    return mmap
 
 
 def host() -> ModuleType:
@@ -203,6 +228,11 @@ def _host_key(digest: str) -> str:
 
 def _build_host(digest: str, folder: Path) -> dict[str, Any]:
     """Builds the host extension in `folder`, by a fresh process that shares no lock or version suffix with this one."""
+    import shlex
+    import sysconfig
+
+    from . import build
+
     header = Path(sysconfig.get_path("include")) / "Python.h"
     if not header.is_file():
         raise BuildError(
@@ -238,7 +268,7 @@ load(name="_host", sources=["host.cpp"], build_directory=".", with_cuda=False, e
     }
     log.info("building the host extension, once for this Python (about 10 s)")
     start = time.perf_counter()
-    status, text = build.run_group([sys.executable, "-c", program], folder, env, HOST_TIMEOUT_S)
+    status, text, _ = build.run_group([sys.executable, "-c", program], folder, env, HOST_TIMEOUT_S)
     seconds = time.perf_counter() - start
     if status != 0 or not (folder / "_host.so").is_file():
         raise BuildError(

@@ -12,9 +12,10 @@ Meaning, everywhere: i32 wraps; ``//`` and ``%`` floor and yield 0 for a zero di
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
+
+from .records import record
 
 F32, I32, BOOL = "f32", "i32", "bool"
 DTYPES = (F32, I32, BOOL)
@@ -35,7 +36,7 @@ _EQUAL: Signature = _ORDER | {(BOOL, BOOL): BOOL}
 _WHERE: Signature = {(BOOL, t, t): t for t in DTYPES}
 
 
-@dataclass(frozen=True)
+@record
 class Op:
     """One operation. ``cpp`` and ``cuda`` map a result type (or "arg:type" of the first argument) to C text;
     ``cuda["exact"]`` is the text that forbids contraction, for f32 values that feed a comparison, floor or cast."""

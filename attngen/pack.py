@@ -17,14 +17,15 @@ import os
 import re
 import struct
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from . import trust
-from .entry import FILE_NAME, KEY, Entry, check_content, json_text, parse_manifest, written_whole
+from .entry import FILE_NAME, KEY, Entry, check_manifest, written_whole
 from .errors import CacheError, ParameterError
+from .records import record
 
 PACK_FORMAT = "attnpack-1"
 INDEX = "attnpack.json"
@@ -35,11 +36,12 @@ SET_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,99}")
 _BLOB = re.compile(r"blobs/[0-9a-f]{64}")
 
 
-@dataclass(frozen=True)
+@record
 class MemoryEntry(Entry):
     """An entry that lies in no folder: in a pack, or fetched from a remote store. `get` reads one of its files, checked."""
 
     get: Callable[[str], bytes] = field(default=lambda name: b"", compare=False, repr=False)
+    on_disk: ClassVar[bool] = False
 
     @functools.cached_property
     def _in_memory(self) -> Path:
@@ -60,9 +62,7 @@ class MemoryEntry(Entry):
         return self.get(name)
 
     def read(self) -> bytes:
-        content = self.get(self.manifest["artifact"])
-        check_content(self.folder, self.manifest, content)
-        return content
+        return self.get(self.manifest["artifact"])
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -103,7 +103,7 @@ def write_pack(
     index: dict[str, Any] = {"format": PACK_FORMAT, "name": name, "entries": listed, "lock": lock}
     if sign:
         index = trust.sign(index, sign)
-    text = json_text(index).encode()
+    text = json.dumps(index, sort_keys=True, separators=(",", ":")).encode()
     try:
         with written_whole(path) as private, zipfile.ZipFile(private, "w", zipfile.ZIP_STORED) as archive:
             for member, content in [(INDEX, text), *((f"blobs/{d}", blobs[d]) for d in sorted(blobs))]:
@@ -163,9 +163,17 @@ class Pack:
         trust.check_signed(index, f"the pack {path}")
         self.signed_by = index.get("signature", {}).get("key", "")
 
+    def check_private(self) -> None:
+        """Raises CacheError where others can write the file that is open, whatever its path names by now."""
+        trust.check_private(self.path, self._file.fileno())
+
     @property
     def keys(self) -> list[str]:
         return list(self._entries)
+
+    def manifests(self) -> Iterator[Any]:
+        """Of each entry."""
+        return (listed["manifest"] for listed in self._entries.values())
 
     def lookup(self, key: str, layer: str) -> MemoryEntry | None:
         """The entry of ``key``, its artifact checked; None where the pack has none. Raises CacheError."""
@@ -173,10 +181,10 @@ class Pack:
         if listed is None:
             return None
         manifest = {**listed["manifest"], "origin": {"pack": self.name, "sha256": self.digest}}
-        entry = MemoryEntry(key, self.path, manifest, layer, lambda name: self._content(key, name))
-        entry.read()
+        entry = MemoryEntry(key, self.path, manifest, layer, get=lambda name: self._content(key, name))
+        content = entry.read()  # whose hash the manifest has too: _check_entries
         trust.check_signed(manifest, f"the kernel {key[:12]} in {self.path}")
-        return entry
+        return replace(entry, held=content) if manifest.get("kind") == "cubin" else entry
 
     def files(self, key: str) -> dict[str, Callable[[], bytes]]:
         """How to read each file of an entry, checked, by its name."""
@@ -221,8 +229,10 @@ class Pack:
         for key, listed in self._entries.items():
             if not KEY.fullmatch(key):
                 raise self._bad("keys of 64 hex digits", repr(key[:80]))
-            manifest = parse_manifest(json.dumps(listed["manifest"]).encode(), self.path, key)
+            manifest = check_manifest(listed["manifest"], self.path, key)
             hashes = {manifest["artifact"]: manifest["sha256"], **manifest.get("files", {})}
+            if listed["files"].get(manifest["artifact"], ("", -1))[1] != manifest["size"]:
+                raise self._bad(f"{manifest['artifact']} of {key[:12]} of {manifest['size']} bytes", "another size")
             for name in {*hashes, *manifest.get("sources", ())}:
                 found = listed["files"].get(name, ("no such file in the pack",))[0]
                 if found != hashes.get(name, found) or name not in listed["files"]:

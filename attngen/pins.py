@@ -9,6 +9,7 @@ from their manifests. A process without pins pays nothing.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib
 import re
@@ -97,21 +98,26 @@ def config_record(config: Any) -> Any:
     return [config_record(x) for x in config] if isinstance(config, (tuple, list)) else config
 
 
+@functools.cache
+def _record_type(module: Any, name: Any) -> type:
+    if not re.fullmatch(r"choose(_\w+)?", module):
+        raise ValueError(f"module {module!r}")
+    found = vars(importlib.import_module(f"attngen.{module}"))[name]
+    if not (isinstance(found, type) and dataclasses.is_dataclass(found)):
+        raise ValueError(f"{name!r} is no record")
+    return found
+
+
 def restore_config(record: Any, place: Any) -> Any:
     """The configuration that ``config_record`` wrote, perhaps in another release. Raises CacheError where this one cannot
     hold it. Only the records of the choose rooms are made: nothing that a manifest says is executed."""
     if isinstance(record, list):
-        return tuple(restore_config(x, place) for x in record)
-    if not isinstance(record, Mapping):
+        return tuple([restore_config(x, place) for x in record])
+    if not isinstance(record, dict):  # as JSON has them
         return record
     module, name, fields = (record.get(x) for x in ("module", "type", "fields"))
     try:
-        if not re.fullmatch(r"choose(_\w+)?", module):
-            raise ValueError(f"module {module!r}")
-        cls = vars(importlib.import_module(f"attngen.{module}"))[name]
-        if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
-            raise ValueError(f"{name!r} is no record")
-        return cls(**{n: restore_config(v, place) for n, v in fields.items()})
+        return _record_type(module, name)(**{n: restore_config(v, place) for n, v in fields.items()})
     except (ImportError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise CacheError(
             f"a kernel of another release, which this one cannot launch: {place}\n  required: a configuration that "
@@ -119,10 +125,13 @@ def restore_config(record: Any, place: Any) -> Any:
         ) from None
 
 
+_layout_of = functools.lru_cache(maxsize=256)(Layout)  # the kernels of a variant share one
+
+
 def restore_layout(manifest: Mapping[str, Any], place: Any) -> Layout:
     """A kernel's parameter struct, from its manifest. Raises CacheError where this release lays it out otherwise."""
     try:
-        found = Layout(tuple((str(ctype), str(name)) for ctype, name, _ in manifest["params"]))
+        found = _layout_of(tuple([(str(ctype), str(name)) for ctype, name, _ in manifest["params"]]))
         offsets = [offset for _, _, offset in manifest["params"]]
     except (KeyError, TypeError, ValueError) as error:
         raise CacheError(f"a manifest without a parameter struct ({error!r}): {place}; build it again") from None

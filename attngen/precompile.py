@@ -25,8 +25,8 @@ from .errors import AttngenError, CacheError
 from .sets import VariantSet
 from .units import Job, Unit, make_lock, units_of
 
-# Seconds and bytes of a compiler at work, where the cache remembers none of its kind (measured: docs/deploy.md).
-_SECONDS = {"attention": 1.5, "decode": 1.3, "attention_sm80": 1.7, "attention_sm90": 2.0, "plan": 1.5, "append": 0.9, "mask_rows": 0.8, "merge": 0.8}
+# CPU seconds and bytes of a compiler at work, where the cache remembers none of its kind (measured: docs/deploy.md).
+_SECONDS = {"attention": 1.6, "decode": 1.1, "attention_sm80": 1.4, "attention_sm90": 1.6, "plan": 1.9, "append": 0.9, "mask_rows": 0.8, "merge": 0.8}
 _BYTES = 256 << 20
 _KEPT_FREE = 512 << 20  # of the machine's memory, for all else
 _SAMPLE_S = 0.2
@@ -54,10 +54,11 @@ class Plan:
             except CacheError:
                 continue  # damaged: it is built again
             if found is not None:
-                there[job.key] = found
+                there[job.key] = found.light()
         past: dict[str, list[float]] = {}
         for entry in store.entries():
-            past.setdefault(str(entry.manifest.get("name")), []).append(float(entry.manifest.get("seconds", 0.0)))
+            if seconds := float(entry.manifest.get("cpu_seconds", 0.0)):  # not the clock's, which other programs lengthen
+                past.setdefault(str(entry.manifest.get("name")), []).append(seconds)
         expected = {
             job.key: median(past[job.name]) if past.get(job.name) else _SECONDS.get(job.name, 3.0)
             for job in jobs if job.key not in there

@@ -145,7 +145,8 @@ def _mapped(start: str) -> set[str]:
 
 def _bytes(folder: Path) -> int:
     total = 0
-    for path in folder.iterdir():
-        with suppress(OSError):
-            total += path.stat().st_size
+    with suppress(OSError):  # another prune takes it away
+        for path in folder.iterdir():
+            with suppress(OSError):
+                total += path.stat().st_size
     return total

@@ -12,18 +12,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import KW_ONLY, MISSING, dataclass, fields
+from dataclasses import KW_ONLY, MISSING, fields
 from typing import Any, Literal
 from weakref import WeakValueDictionary
 
 import torch
 
 from .errors import VariantError
+from .records import record
 
 __all__ = ["DynamicNTK", "Linear", "Llama3", "LongRoPE", "Proportional", "RoPE", "Scaling", "YaRN", "rotate"]
 
 
-@dataclass(frozen=True)
+@record
 class Linear:
     """Positions divided by `factor` (position interpolation)."""
 
@@ -33,7 +34,7 @@ class Linear:
         _require_positive(self, "factor")
 
 
-@dataclass(frozen=True)
+@record
 class DynamicNTK:
     """Theta grows with the sequence: theta * (factor * n / max_position - factor + 1) ** (d / (d - 2)), where
     n = max(kv_len, max_position) and d = rotary_dim. Up to `max_position` tokens it is plain RoPE."""
@@ -47,7 +48,7 @@ class DynamicNTK:
             raise VariantError(f"DynamicNTK: factor of 1 or more required; found {self.factor}; raise it")
 
 
-@dataclass(frozen=True)
+@record
 class YaRN:
     """Low frequencies interpolated by `factor`, high ones kept, with a ramp between (arXiv 2309.00071).
 
@@ -68,7 +69,7 @@ class YaRN:
         _require_positive(self, "factor", "original_max_position", "beta_fast", "beta_slow")
 
 
-@dataclass(frozen=True)
+@record
 class Llama3:
     """Llama 3.1: wavelengths above original_max_position / low_freq_factor are stretched by `factor`, those below
     original_max_position / high_freq_factor are kept, and those between are blended."""
@@ -87,7 +88,7 @@ class Llama3:
             )
 
 
-@dataclass(frozen=True)
+@record
 class LongRoPE:
     """Each pair has its own divisor: `short_factor` for sequences of up to `original_max_position` tokens,
     `long_factor` beyond (arXiv 2402.13753).
@@ -120,7 +121,7 @@ class LongRoPE:
             )
 
 
-@dataclass(frozen=True)
+@record
 class Proportional:
     """Of a head's pairs the first ``portion`` turn, each as plain RoPE over the whole head would turn it, slower by ``factor``; the
     others do not. (``rotary_dim`` would pair other elements, and turn them faster.)"""
@@ -140,7 +141,7 @@ Scaling = Linear | DynamicNTK | YaRN | Llama3 | LongRoPE | Proportional
 alive: WeakValueDictionary[str, RoPE] = WeakValueDictionary()  # by handle: what graphs call a RoPE
 
 
-@dataclass(frozen=True)
+@record
 class RoPE:
     """Fused rotary embedding of a variant: `rope = RoPE(500000.0, scaling=Llama3(8, 1, 4, 8192))`.
 

@@ -10,10 +10,9 @@ import struct
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.autograd import forward_ad
@@ -21,15 +20,16 @@ from torch.compiler import is_compiling
 
 from . import cache, counters, pins
 from .abi import BASE_FIELDS, LAUNCH_ABI, Layout, layout
-from .choose import Choice, choose_cpu, cpu_flags, host_isa
-from .emit import emit
 from .errors import CacheError, ParameterError, UnsupportedError
-from .interp import reference_attention
+from .isa import host_isa
 from .library import NO_GRAD, NOT_IN_GRAPHS, PARAMETERS, define, operands, parameters, traced_variant, variant_of
-from .load import LoadedKernel, host, load_kernel
+from .load import LoadedKernel, host, load_kept
 from .ops import F32, I32, I32_MAX, I32_MIN
 from .paths import PACKAGE, templates_dir
 from .spec import AXES, STORAGE, Bare, Problem, Variant, as_variant, plain_number
+
+if TYPE_CHECKING:
+    from .choose import Choice
 
 FORMAT = 1  # of the key; a change voids every cached kernel
 MAX_LENGTH = 2**30  # positions and lengths stay below it, so that q - kv never wraps
@@ -45,8 +45,7 @@ _COMPILER_ROOMS = ("ops", "expr", "bounds", "trace", "rope", "spec", "abi", "cho
 # ---------------------------------------------------------------- compiling
 
 
-@dataclass(frozen=True)
-class BuildRecord:
+class BuildRecord(NamedTuple):
     """One kernel that this process asked for: whether it was in the cache, and what it cost."""
 
     key: str
@@ -214,6 +213,9 @@ def collector_paused() -> Iterator[None]:
 
 def specialise(variant: Variant, problem: Problem) -> tuple[Any, Choice, Layout, tuple[str, ...], str]:
     """Everything before rendering: holes, config, parameter struct, compiler flags and the key."""
+    from .choose import choose_cpu, cpu_flags
+    from .emit import emit
+
     trace = variant.trace
     storage = dict(problem.storage)
     hooks = emit(trace, storage, problem.head_dim)
@@ -254,7 +256,7 @@ def build_artifact(
         )
         return {
             **described(), "artifact": result.artifact.name, "sources": list(files), "compiler": result.compiler,
-            "seconds": result.seconds, "spec_hash": key,
+            "seconds": result.seconds, "cpu_seconds": result.cpu_seconds, "spec_hash": key,
         }  # fmt: skip
 
     return store.get_or_build(key, build, title=title, inputs=lambda: described()["inputs"])
@@ -268,13 +270,15 @@ def describe(struct_layout: Layout) -> list[list[Any]]:
 def _compile_uncached(variant: Variant, problem: Problem) -> Kernel:
     pinned = pins.pinned_cpu(variant.trace.key(problem.head_dim), problem)
     if pinned is not None:
-        choice: Choice = Choice(pins.restore_config(pinned.manifest.get("choice"), pinned.folder), ())
+        from .choose import Choice
+
+        choice = Choice(pins.restore_config(pinned.manifest.get("choice"), pinned.folder), ())
         key, struct_layout, entry, hit, seconds = pinned.key, _pinned_layout(variant, problem, pinned), pinned, True, 0.0
     else:
         choice, key, struct_layout, entry, hit, seconds = build_cpu(variant, problem)
     host()  # once a process; not the kernel's own time
     loading = time.perf_counter()
-    loaded = load_kernel(entry)
+    loaded = load_kept(entry, lambda: pinned or build_cpu(variant, problem)[3])
     record_build(BuildRecord(key, variant.name, problem, hit, seconds, time.perf_counter() - loading))
     if DEBUG:
         from . import debug
@@ -530,6 +534,8 @@ def reference(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """The oracle: what ``attention`` means, computed with torch on the whole matrix in float64. Same arguments; returns
     float64."""
+    from .interp import reference_attention
+
     variant = _FULL if variant is None else as_variant(variant)
     shape = _Shape(variant, q, k, v, layout)
     lens_q, lens_kv, offsets = shape.lengths(q_lens, kv_lens, variant.q_offset if q_offset is None else q_offset)
@@ -782,7 +788,7 @@ class _Site(_Shape):
         self, buffer: bytearray, q_lens: Any, kv_lens: Any, q_offset: Any, held: list[torch.Tensor]
     ) -> int:
         """Write the requests' records and RoPE's tables; returns the longest kv_len."""
-        from .schedule import REQUEST
+        from .space import REQUEST
 
         lens_q, lens_kv, offsets = self.lengths(q_lens, kv_lens, q_offset)
         records = bytearray(REQUEST.size * self.batch)

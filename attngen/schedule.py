@@ -18,7 +18,7 @@ from __future__ import annotations
 import bisect
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import torch
@@ -28,32 +28,24 @@ from .choose_cuda import PlanConfig, TileClass
 from .errors import ParameterError
 from .expr import Node
 from .interp import evaluate
-
-INT32_MAX = 2**31 - 1
-REQUEST = struct.Struct("=6iq")
-TILE = struct.Struct("=32s10iq")
-WORKER = struct.Struct("=3q6i80s")
-QUEUED_REQUEST = struct.Struct("=32s12i")
-QUEUE = struct.Struct("=4i")
-assert (REQUEST.size, TILE.size, WORKER.size) == (32, 80, 128)  # as work.cuh asserts
-assert (QUEUED_REQUEST.size, QUEUE.size) == (80, 16)  # as queue.cuh asserts
-
-# Bits of the status word; the request's number stands above them.
-BAD_Q_INDPTR, BAD_KV_INDPTR, OVER_CAPACITY, BAD_PAGE, SHORT_Q, SHORT_KV, SHORT_MASK = 1, 2, 4, 8, 32, 64, 128
-STATUS_TEXT = {
-    BAD_Q_INDPTR: "q_indptr is negative or decreases",
-    BAD_KV_INDPTR: "kv_indptr decreases, a length or kv_start is negative, or kv_last_page_len is not in 1 ... page_size",
-    OVER_CAPACITY: "more query tokens, keys or pages than the capacities given at construction, or than the page table given to plan",
-    BAD_PAGE: "a page number past the end of the cache",
-    SHORT_Q: "q has fewer rows than q_indptr counts",
-    SHORT_KV: "k and v have fewer rows than kv_indptr counts",
-}
-
+from .records import record
+from .space import (
+    BAD_KV_INDPTR,
+    BAD_Q_INDPTR,
+    INT32_MAX,
+    OVER_CAPACITY,
+    QUEUE,
+    QUEUED_REQUEST,
+    REQUEST,
+    SLOTS_PER_WORKER,
+    TILE,
+    WORKER,
+)
 
 # ---------------------------------------------------------------- the batch
 
 
-@dataclass(frozen=True)
+@record
 class Request:
     """One request. ``kv_base``: its first index in the page table, or the row of its first key; negative: bad."""
 
@@ -77,7 +69,7 @@ class Request:
         )
 
 
-@dataclass(frozen=True)
+@record
 class Lengths:
     """A batch's lengths as the planner takes them; sequences of ints on the host. See PLAN_FIELDS in abi_cuda.py."""
 
@@ -156,7 +148,7 @@ def _read_request(b: Lengths, i: int) -> tuple[Request, int]:
 # ---------------------------------------------------------------- which keys a row tile reaches
 
 
-@dataclass(frozen=True)
+@record
 class Reach:
     """A variant's closed bounds with the parameters that they read: what keys a row tile can attend to."""
 
@@ -220,7 +212,7 @@ def _harmless(terms: Sequence[tuple[int, Node]], wq: int, wk: int) -> bool:
 # ---------------------------------------------------------------- tiles and workers
 
 
-@dataclass(frozen=True)
+@record
 class WorkTile:
     """A row tile, or with a fixed split a piece of one. ``index`` is negative (~index) for a bad request."""
 
@@ -246,7 +238,7 @@ def _length(tile: WorkTile) -> int:
     return max(tile.blocks, 1)
 
 
-@dataclass(frozen=True)
+@record
 class Unit:
     """A worker's part of a unit: blocks [begin, end) counted from the tile's block0.
 
@@ -264,7 +256,7 @@ class Unit:
     merge: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@record
 class ClassPlan:
     """The work list of one row-tile class."""
 
@@ -384,7 +376,7 @@ _FEW_ROUNDS = 4  # of the longest unit, in which a worker has its share: more ev
 _CANDIDATES = PlanConfig.threads // 32  # lengths of pieces that are compared, one a warp
 
 
-@dataclass(frozen=True)
+@record
 class QueuedRequest:
     """The units of a request in a queue. ``index`` is negative (~index) for a bad one."""
 
@@ -424,7 +416,7 @@ class QueuedRequest:
         return first, last + 1 - first
 
 
-@dataclass(frozen=True)
+@record
 class QueuedUnit:
     """A unit that is not void: rows [row0, row0 + rows) of a request and cache slots [begin, end).
 
@@ -444,7 +436,7 @@ class QueuedUnit:
     merge: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@record
 class QueuePlan:
     """The work list of a class of kind "queue"."""
 
@@ -485,7 +477,7 @@ class QueuePlan:
         return {"requests": b"".join(r.pack() for r in self.records), "unit_starts": starts, "queue": header}
 
 
-@dataclass(frozen=True)
+@record
 class _Measured:
     """A request of a queue before it has a place: blocks of its first and last tile, and all slots that it reaches."""
 
@@ -675,80 +667,3 @@ def _tiles(shape: TileClass, index: int, r: Request, reach: Reach) -> Iterator[W
             block0 = begin // shape.bn if begin < end else 0
             blocks = (end - 1) // shape.bn + 1 - block0 if begin < end else 0
             yield WorkTile(r, ~index if r.kv_base < 0 else index, row0, count, block0, blocks, piece, pieces, 0)
-
-
-# ---------------------------------------------------------------- workspace
-
-
-# Partial results of a worker that a queue without a fixed split has room for: it cuts tiles into fewer pieces rather than
-# need more.
-SLOTS_PER_WORKER = 4
-
-
-@dataclass(frozen=True)
-class ClassSpace:
-    """Byte offsets in the workspace of one class's lists, by the names of struct fields, and how much they hold.
-
-    ``max_slots``: partial results that a class of kind "queue" has room for; of kind "slices", the most that it uses.
-    """
-
-    lists: Mapping[str, int]
-    num_workers: int
-    max_tiles: int
-    max_slots: int
-
-
-@dataclass(frozen=True)
-class Workspace:
-    """Byte offsets of everything that plan and run write, beside the outputs. Partial results are shared by the classes,
-    whose kernels run one after another."""
-
-    classes: tuple[ClassSpace, ...]
-    status: int
-    partial_out: int
-    partial_state: int
-    num_bytes: int
-
-
-def max_tiles(shape: TileClass, max_requests: int, max_q_tokens: int, group: int, max_kv_len: int) -> int:
-    """How many tiles a class can have: every request may end in a tile that is not full, and with a fixed split every
-    tile is cut into ceil(max_kv_len / split) pieces."""
-    tiles = max_requests + max_q_tokens * group // shape.bm
-    return tiles * max(1, -(-max_kv_len // shape.split)) if shape.split else tiles
-
-
-def workspace(
-    config: PlanConfig,
-    num_workers: Sequence[int],
-    *,
-    max_requests: int,
-    max_q_tokens: int,
-    max_kv_len: int,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim_v: int,
-) -> Workspace:
-    """The layout of the workspace: a function of capacities alone. ``max_kv_len`` matters only with a fixed split."""
-    offset = 256  # the status word has the first line to itself
-
-    def take(size: int) -> int:
-        nonlocal offset
-        start, offset = offset, offset + -(-size // 256) * 256
-        return start
-
-    classes, rows = [], 0
-    for shape, workers in zip(config.classes, num_workers):
-        tiles = max_tiles(shape, max_requests, max_q_tokens, num_heads // num_kv_heads, max_kv_len) if workers else 0
-        if shape.kind == "queue":
-            requests = max_requests if workers else 0
-            slots = tiles * num_kv_heads if shape.split else SLOTS_PER_WORKER * workers
-            sizes = {"requests": QUEUED_REQUEST.size * requests, "unit_starts": 4 * (requests + 1), "queue": QUEUE.size,
-                     "counters": 4 * (slots // 2 * shape.groups)}  # fmt: skip
-        else:
-            slots = tiles * num_kv_heads if shape.split else 2 * workers
-            counters = tiles * num_kv_heads if shape.split else workers
-            sizes = {"workers": WORKER.size * workers, "tiles": TILE.size * tiles, "counters": 4 * counters}
-        rows = max(rows, slots * shape.bm)
-        classes.append(ClassSpace({name: take(size) for name, size in sizes.items()}, workers, tiles, slots))
-    partial_out, partial_state = take(4 * rows * head_dim_v), take(8 * rows)
-    return Workspace(tuple(classes), 0, partial_out, partial_state, offset)

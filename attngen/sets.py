@@ -8,7 +8,7 @@
     layouts = ["paged", "contiguous"]                 of keys and values, the default; "paged-odd": pages that are no
                                                       multiples of 8. The CPU's kernels serve all
     phases = ["prefill", "decode", "append", "merge", "mask"] default prefill and decode; append needs no variant but its RoPE
-    archs = ["9.0a", "8.0", "cpu"]                    GPUs by compute capability, CPUs as "cpu" or an instruction set
+    archs = ["9.0a", "8.0", "cpu"]                    GPUs by compute capability, CPUs as "cpu" or an instruction set; default cpu
     batch_invariant = false
     storage = {slopes = "float32"}                    stored dtypes of tensor fields
 
@@ -27,8 +27,9 @@ from typing import Any
 
 import torch
 
-from .choose import CPU_ISAS
+from .entry import KEY
 from .errors import ParameterError, UnsupportedError
+from .isa import CPU_ISAS
 from .pack import check_name
 from .run import DTYPE_NAMES
 
@@ -49,16 +50,19 @@ class VariantSet:
     def __init__(self, path: Path, arch: Sequence[str] = ()) -> None:
         self.path, self.name = path, path.stem
         check_name(self.name)
-        self.tables = _read(path)
+        given = _read(path)
+        self.tables = [_check_table(f"{path}, [[kernels]] number {i + 1}", table) for i, table in enumerate(given)]
+        self.cpu_by_default = not arch and any("archs" not in table for table in given)
         text = json.dumps([LOCK_FORMAT, self.tables], sort_keys=True)
         self.digest = hashlib.sha256(text.encode()).hexdigest()
         if arch:
-            self._only(arch)
+            self._only(arch, ["archs" in table for table in given])
 
-    def _only(self, archs: Sequence[str]) -> None:
-        """GPUs take the place of a table's GPUs, CPUs of its CPUs; a table that has neither goes."""
+    def _only(self, archs: Sequence[str], said: Sequence[bool]) -> None:
+        """GPUs take the place of a table's GPUs, CPUs of its CPUs; a table that has neither goes; one that says nothing of archs
+        takes all."""
         for i, table in enumerate(self.tables):
-            kinds = {is_cpu(x) for x in table["archs"]}
+            kinds = {is_cpu(x) for x in table["archs"]} if said[i] else {True, False}
             table["archs"] = [x for x in archs if is_cpu(x) in kinds]
             _check_archs(f"{self.path}, [[kernels]] number {i + 1} with --arch", table["archs"])
         self.tables = [table for table in self.tables if table["archs"]]
@@ -93,7 +97,7 @@ def read_lock(path: Path) -> dict[str, Any]:
     """A lock file. Raises ParameterError where it is none."""
     try:
         lock = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ParameterError(f"the lock file {path} cannot be read: {error}\n  do: write it with `attngen precompile`") from None
     return check_lock(lock, str(path))
 
@@ -107,6 +111,8 @@ def check_lock(lock: Any, where: str) -> dict[str, Any]:
             keys = {role["key"] for role in unit["roles"] if "key" in role}
             if not isinstance(unit["identity"], str) or not keys or not keys <= set(lock["kernels"]):
                 raise ValueError("a unit of unknown kernels")
+            if not all(KEY.fullmatch(key) for key in keys):  # it names a folder
+                raise ValueError("a key that is none")
             str(unit["backend"]), str(unit["arch"])
         check_name(lock["name"])
     except (KeyError, TypeError, ValueError) as error:
@@ -151,7 +157,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
     if extra or not isinstance(tables, list) or not tables or not all(isinstance(t, dict) for t in tables):
         found = ", ".join(content) or "nothing"
         raise ParameterError(f"{path}: required one [[kernels]] table or more and nothing else; found {found}")
-    return [_check_table(f"{path}, [[kernels]] number {i + 1}", table) for i, table in enumerate(tables)]
+    return tables
 
 
 def _check_table(where: str, given: Mapping[str, Any]) -> dict[str, Any]:

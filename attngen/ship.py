@@ -50,6 +50,9 @@ def precompile(
     }  # fmt: skip
     cost = f", about {facts['estimate_s']:.0f} s on {workers} cores" if plan.missing else ""
     stderr().print(f"{facts['set']}: {facts['kernels']} kernels, {facts['there']} there, {facts['missing']} to build{cost}")
+    if plan.variant_set.cpu_by_default:
+        stderr().print(f'{source} names no archs for some of its kernels, which are built for CPUs alone; for GPUs give archs = '
+                       '["9.0a"], or say --arch 9.0a', style="yellow", markup=False, soft_wrap=True)  # fmt: skip
     if dry_run:
         return _print_dry_run(plan, facts, as_json)
     result = build(plan, workers) if as_json else _build_watched(plan, workers)
@@ -312,7 +315,7 @@ def _entries_of(source: Path | None) -> tuple[str, list[Entry], dict[str, Any] |
 
     store = cache.default()
     if source is None:
-        return "all", [entry for e in store.entries() if (entry := store.lookup(e.key)) is not None], None
+        return "all", [entry.light() for e in store.entries() if (entry := store.lookup(e.key)) is not None], None
     path = source if source.suffix == ".lock" else lock_path(source)
     if not path.exists():
         raise MissingKernelError(f"the set {source} has no lock file {path}: run `attngen precompile {source}` first")
@@ -326,7 +329,7 @@ def _entries_of(source: Path | None) -> tuple[str, list[Entry], dict[str, Any] |
         raise MissingKernelError(
             f"{len(missing)} kernels of {path} are not there, {missing[0][:12]} first: run `attngen precompile {source}` first"
         )
-    return lock["name"], [entry for entry in found.values() if entry is not None], lock
+    return lock["name"], [entry.light() for entry in found.values() if entry is not None], lock
 
 
 @cache_app.command("export")
@@ -445,7 +448,7 @@ def explain_miss(
     from . import cache, explain
 
     store = cache.default()
-    manifests = [entry.manifest for entry in store.entries()]
+    manifests = list(store.manifests())
     wanted = _find_inputs(key, store.base / "misses", lock, manifests)
     near = explain.nearest(wanted["inputs"], manifests, but=wanted["key"])
     rows = [record(d) for d in near.differences] if near else []

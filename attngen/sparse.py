@@ -20,7 +20,7 @@ from .errors import ParameterError, UnsupportedError
 from .expr import Node, apply, const, load, param, symbol, walk
 from .masks import custom_mask, segment_packbits
 from .ops import I32
-from .schedule import BAD_KV_INDPTR, BAD_PAGE, OVER_CAPACITY
+from .space import BAD_KV_INDPTR, BAD_PAGE, OVER_CAPACITY
 from .spec import AXES, Field, RopeTrace, Trace, Variant, _check_trace, _outside_dynamo, as_variant, compose
 
 _INT32_MAX = 2**31 - 1

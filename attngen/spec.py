@@ -16,19 +16,21 @@ import numbers
 import sys
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from dataclasses import field, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch.compiler import is_dynamo_compiling
 
 from . import expr
-from .bounds import TileBounds, analyse
 from .errors import VariantError
 from .expr import COL, LEVEL_NAMES, Node, Where, fail, symbol, text, verify, walk
 from .ops import BOOL, F32, I32
-from .rope import RoPE
+from .records import record
 from .trace import HOOKS, POSITION, Point, TensorSymbol, call_user, definition, kinds, trace_hook
+
+if TYPE_CHECKING:
+    from .rope import RoPE
 
 AXES = ("heads", "kv_heads", "requests", "requests + 1", "positions", "q_tokens", "kv_tokens")
 _DTYPES = {float: F32, int: I32, bool: BOOL, torch.float32: F32, torch.bfloat16: F32, torch.float16: F32,
@@ -44,7 +46,7 @@ STORAGE = {
 # ---------------------------------------------------------------- fields
 
 
-@dataclass(frozen=True)
+@record
 class Field:
     """A declared parameter: ``kind`` is "scalar", "const" or "tensor"; ``axes`` only for tensors."""
 
@@ -119,7 +121,7 @@ _CALL_ARGUMENTS = frozenset("q k v out variant layout q_lens kv_lens q_offset re
 # ---------------------------------------------------------------- the traced form
 
 
-@dataclass(frozen=True)
+@record
 class RopeTrace:
     """A traced RoPE: row-wise query positions (one per kind of key), the key's position, which kind a key is."""
 
@@ -129,7 +131,7 @@ class RopeTrace:
     kind: Node | None
 
 
-@dataclass(frozen=True)
+@record
 class Trace:
     """A variant as nodes: what every later stage works on. None marks a hook that was not given."""
 
@@ -332,7 +334,9 @@ class Variant(metaclass=_VariantMeta):
         if trace.rope:
             lines.append(f"rope = {trace.rope.rope}")
         if trace.mask is not None:
-            bounds: TileBounds = analyse(trace.mask)
+            from .bounds import analyse
+
+            bounds = analyse(trace.mask)
             lines += [f"bounds: {b}    from {text(b.source)}" for b in bounds.closed]
             lines += [f"bounds: none from {text(n)}: its tiles are evaluated" for n in bounds.opaque]
         return "\n".join(lines)
@@ -379,6 +383,8 @@ def _scale(owner: str, proxy: Variant) -> float | None:
 def _trace_rope(rope: Any, locations: dict[Node, Where]) -> RopeTrace | None:
     if rope is None:
         return None
+    from .rope import RoPE
+
     if not isinstance(rope, RoPE):
         raise fail(f"`rope` is {rope!r}", "Give ag.RoPE(theta, ...) as an attribute or return it from def rope(self, at)")
     positions = []
@@ -692,7 +698,7 @@ def as_variant(x: Any) -> Variant:
 # ---------------------------------------------------------------- what a kernel is compiled for
 
 
-@dataclass(frozen=True)
+@record
 class Problem:
     """The compile-time facts of a call. ``storage`` maps each tensor parameter to its stored dtype."""
 

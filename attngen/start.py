@@ -11,28 +11,28 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from . import cache, counters, layers, pins, sets
-from .choose import host_isa
+from .isa import host_isa
 from .entry import Entry
-from .errors import CacheError, MissingKernelError, ParameterError
+from .errors import CacheError, LoadError, MissingKernelError, ParameterError, VariantError
 from .load import host, load_kernel
 from .pack import SET_NAME, Pack
 from .run import collector_paused
+from .spec import Problem, Variant
 
 log = logging.getLogger("attngen.start")
 _SHOWN = 20  # missing kernels that an error lists
 
 
-@dataclass(frozen=True)
-class LoadedKernelRow:
+class LoadedKernelRow(NamedTuple):
     """One kernel of a start: what it is, which layer had it, and what finding and loading it took."""
 
     key: str
@@ -45,7 +45,7 @@ class LoadedKernelRow:
     load_ms: float
 
 
-@dataclass
+@dataclass(eq=False)
 class LoadedSet:
     """A set that this process serves.
 
@@ -55,7 +55,7 @@ class LoadedSet:
         units: what they serve, as the lock file says.
         device: where CUDA kernels are loaded; None where there are none.
         built: how many had to be compiled.
-        host_ms, total_ms: loading the host extension; all of load_set.
+        read_ms, host_ms, total_ms: reading the lock file or the pack's index; loading the host extension; all of load_set.
     """
 
     name: str
@@ -65,6 +65,7 @@ class LoadedSet:
     kernels: list[LoadedKernelRow] = field(default_factory=list)
     units: list[Mapping[str, Any]] = field(default_factory=list)
     built: int = 0
+    read_ms: float = 0.0
     host_ms: float = 0.0
     total_ms: float = 0.0
 
@@ -110,22 +111,16 @@ def load_set(source: str | os.PathLike[str], *, jit: bool = True, device: torch.
     allowed = jit and counters.jit_mode() != "off"
     with nullcontext() if allowed else counters.jit("off"), collector_paused():
         path, lock = _find(source)
+        read_ms = 1e3 * (time.perf_counter() - start)
         here, built = _here(device), 0
         try:
-            units, found = _gather(path, lock, here, device)
+            loaded = _load(path, lock, here, device)
         except MissingKernelError:
             if not allowed or path.suffix != ".toml":
                 raise
             lock, built = _build(path, list(here.values()))
-            units, found = _gather(path, lock, here, device)
-        assert lock is not None
-        loaded = LoadedSet(lock["name"], lock, path.parent, units=units, built=built)
-        begun = time.perf_counter()
-        host()
-        loaded.host_ms = 1e3 * (time.perf_counter() - begun)
-        if any(unit["backend"] == "cuda" for unit in loaded.units):
-            loaded.device = _cuda_device(device)
-        _load(loaded, found)
+            loaded = _load(path, lock, here, device)
+        loaded.built, loaded.read_ms = built, read_ms
     loaded.total_ms = 1e3 * (time.perf_counter() - start)
     facts = {"event": "load_set", "set": loaded.name, "kernels": len(loaded.kernels), "ms": loaded.total_ms, "layers": loaded.layers()}
     log.info("%s", loaded.summary(), extra={"facts": facts})
@@ -183,18 +178,6 @@ def _here(device: Any) -> dict[str, str]:
     return found
 
 
-def _gather(
-    path: Path, lock: Mapping[str, Any] | None, here: Mapping[str, str], device: Any
-) -> tuple[list[Mapping[str, Any]], dict[str, tuple[Entry, float]]]:
-    """The units that this machine serves and their entries, as ``_find_all``. Raises MissingKernelError where that is not all."""
-    lock = _fit(path, lock, here, device)
-    units = _fitting(lock, here)
-    found, missing = _find_all(units)
-    if missing:
-        raise _missing(path, lock, missing)
-    return units, found
-
-
 def _fitting(lock: Mapping[str, Any], here: Mapping[str, str]) -> list[Mapping[str, Any]]:
     """The units that this machine serves."""
     return [unit for unit in lock["units"] if here.get(unit["backend"]) == unit["arch"]]
@@ -210,6 +193,9 @@ def _fit(path: Path, lock: Mapping[str, Any] | None, here: Mapping[str, str], de
             f"the set {path} cannot be loaded as it is: {why}.\n  required: {sets.lock_path(toml)}, written for this set\n"
             f"  found: {why}\n  do: {sets.missing_command(toml, ())}"
         )
+    if device is None and "cuda" in here and not any(unit["backend"] == "cuda" for unit in lock["units"]):
+        log.warning("the set %s has kernels for CPUs alone: calls on this machine's GPU (%s) compile theirs, or fail under "
+                    "ATTNGEN_JIT=off. Add it to the set's archs", lock["name"], here["cuda"])  # fmt: skip
     for backend, arch in here.items():
         archs = sorted({unit["arch"] for unit in lock["units"] if unit["backend"] == backend})
         if arch not in archs and (archs or device is not None):
@@ -234,26 +220,6 @@ def sets_path(path: Path, lock: Mapping[str, Any] | None) -> Path:
     return Path(f"{lock['name'] if lock else path.name}.toml")
 
 
-def _find_all(units: Sequence[Mapping[str, Any]]) -> tuple[dict[str, tuple[Entry, float]], dict[str, str]]:
-    """Entries by key with the milliseconds that finding took; and for each missing key, why."""
-    store = cache.default()
-    found: dict[str, tuple[Entry, float]] = {}
-    missing: dict[str, str] = {}
-    for key in dict.fromkeys(role["key"] for unit in units for role in unit["roles"] if "key" in role):
-        begun = time.perf_counter()
-        try:
-            entry = store.find(key)
-        except CacheError as error:
-            missing[key] = str(error).splitlines()[0]
-            continue
-        if entry is None:
-            missing[key] = "in no layer"
-            continue
-        counters.count("hits", layer=entry.layer)
-        found[key] = entry, 1e3 * (time.perf_counter() - begun)
-    return found, missing
-
-
 def _missing(path: Path, lock: Mapping[str, Any], missing: Mapping[str, str]) -> MissingKernelError:
     rows = [
         f"    {k['variant']} {k['name']} {k['arch']} {key[:12]}: {why}"
@@ -262,8 +228,9 @@ def _missing(path: Path, lock: Mapping[str, Any], missing: Mapping[str, str]) ->
     more = [f"    and {len(rows) - _SHOWN} more"] if len(rows) > _SHOWN else []
     archs = sorted({str(lock["kernels"][key]["arch"]) for key in missing})
     text = "\n".join([*rows[:_SHOWN], *more])
+    count = "1 kernel" if len(missing) == 1 else f"{len(missing)} kernels"
     return MissingKernelError(
-        f"{len(missing)} of the kernels of the set {lock['name']} are not there.\n  required: {len(lock['kernels'])} kernels, as "
+        f"{count} of the set {lock['name']} {'is' if len(missing) == 1 else 'are'} not there.\n  required: all {len(lock['kernels'])}, as "
         f"its lock file says\n  found missing:\n{text}\n  do: {sets.missing_command(sets_path(path, lock), archs)}, or import its pack"
     )
 
@@ -287,48 +254,130 @@ def _cuda_device(device: Any) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if found.index is None else found
 
 
-def _load(loaded: LoadedSet, found: Mapping[str, tuple[Entry, float]]) -> None:
-    store, done = cache.default(), set()
-    for unit in loaded.units:
-        for role in unit["roles"]:
-            key = role.get("key")
-            if key is None or key in done:
-                continue
-            done.add(key)
-            entry, find_ms = found[key]
-            begun = time.perf_counter()
-            if unit["backend"] == "cpu":
-                load_kernel(entry)
-                counters.count("loads")
-                counters.count("load_ms", 1e3 * (time.perf_counter() - begun))
-            else:
-                from . import cuda
-                from .engine import Launcher
+def _load(path: Path, lock: Mapping[str, Any] | None, here: Mapping[str, str], device: Any) -> LoadedSet:
+    """What this machine serves of a set, all of it loaded. Raises MissingKernelError for all that no layer has."""
+    lock = _fit(path, lock, here, device)
+    loaded = LoadedSet(lock["name"], lock, path.parent, units=_fitting(lock, here))
+    if any(unit["backend"] == "cuda" for unit in loaded.units):
+        loaded.device = _cuda_device(device)
+    begun = time.perf_counter()
+    host()
+    loaded.host_ms, load = 1e3 * (time.perf_counter() - begun), _loader(loaded.device)
+    store, missing, found = cache.default(), {}, {}
+    for key in dict.fromkeys(role["key"] for unit in loaded.units for role in unit["roles"] if "key" in role):
+        begun = time.perf_counter()
+        try:
+            entry = store.find(key)
+        except CacheError as error:
+            missing[key] = str(error).splitlines()[0]
+            continue
+        if entry is None:
+            missing[key] = "in no layer"
+        if entry is None or missing:
+            continue  # nothing more is loaded, but all that is missing is named
+        counters.count("hits", layer=entry.layer)
+        read = time.perf_counter()
+        try:
+            load(entry)  # at once: what was read to be checked need not be held longer
+        except LoadError:
+            if entry.exists():
+                raise
+            missing[key] = "removed while it was loaded"
+            continue
+        find_ms, load_ms = 1e3 * (read - begun), 1e3 * (time.perf_counter() - read)
+        found[key] = entry = entry.light()
+        store.remember(entry)
+        m = entry.manifest
+        loaded.kernels.append(LoadedKernelRow(
+            key, str(m.get("variant")), str(m.get("name")), str(m.get("isa")), entry.layer, entry.size, find_ms, load_ms
+        ))  # fmt: skip
+    if missing:
+        raise _missing(path, lock, missing)
+    served = [(unit, [found[role["key"]] if "key" in role else role for role in unit["roles"]]) for unit in loaded.units]
+    for unit, roles in served:
+        _check_serves(unit, roles, path)
+    for unit, roles in served:  # none before all are loaded
+        pins.pin(unit["identity"], roles)
+    return loaded
 
-                assert loaded.device is not None and loaded.device.index is not None
-                special = cuda.from_entry(entry, None)
-                Launcher(special, loaded.device.index, getattr(special.config, "smem_bytes", 0))
-            took = 1e3 * (time.perf_counter() - begun)
-            store.remember(entry)
-            m = entry.manifest
-            loaded.kernels.append(LoadedKernelRow(
-                key, str(m.get("variant")), str(m.get("name")), str(m.get("isa")), entry.layer, entry.size, find_ms, took
-            ))  # fmt: skip
-    for unit in loaded.units:  # none before all are loaded
-        pins.pin(unit["identity"], [found[role["key"]][0] if "key" in role else role for role in unit["roles"]])
+
+def _check_serves(unit: Mapping[str, Any], roles: Sequence[pins.Role], path: Path) -> None:
+    """Raises CacheError where the kernels that a lock file gives to a unit serve something else, as after a bad merge of two."""
+    try:
+        fits = _serves(unit, [role.manifest if isinstance(role, Entry) else role for role in roles], path)
+    except (KeyError, TypeError, IndexError, ValueError) as error:
+        raise CacheError(f"the kernels of the set {path} do not say what they serve ({error!r}): build it again") from None
+    if not fits:
+        found = ", ".join(role.key[:12] for role in roles if isinstance(role, Entry))
+        raise CacheError(
+            f"the lock file of {path} gives {unit['variant']} ({unit['arch']}) kernels that serve something else.\n  required: the kernels "
+            f"that `attngen precompile` named\n  found: {found}\n  do: run attngen precompile again"
+        )
+
+
+def _serves(unit: Mapping[str, Any], roles: Sequence[Mapping[str, Any]], path: Path) -> bool:
+    """Whether the manifests of a unit's roles add up to its identity; of a role that is not built there is the choice alone."""
+    first = next(role for role in roles if "problem" in role)
+    if first["problem"] is None:
+        return len(roles) == 1 and unit["identity"] == pins.plain_identity(first["name"], pins.restore_config(first["choice"], path))
+    structure, storage = first["inputs"]["structure"], tuple([(str(name), str(dtype)) for name, dtype in first["problem"]["storage"]])
+    problem = Problem(**{**first["problem"], "storage": storage})
+    if unit["backend"] == "cpu":
+        return len(roles) == 1 and unit["identity"] == pins.cpu_identity(structure, problem)
+    *classes, plan = roles
+    built = [role for role in classes if "problem" in role]
+    if not all(role["inputs"]["structure"] == structure and role["problem"] == first["problem"] for role in built):
+        return False
+    page_size, invariant = sets.PAGE_SIZES[unit["layout"]], bool(unit["batch_invariant"])
+    few = (False, True) if invariant else (False,)
+    if unit["identity"] not in [pins.cuda_identity(structure, problem, page_size, invariant, x) for x in few]:
+        return False
+    # Layout and split are of the configuration, the tiles' rows what the planner counts on. Variants share planners.
+    tiles = [role["choice"]["fields"] for role in classes]
+    rows = [tile.get("block_m") or 64 * tile["groups"] for tile in tiles]
+    planned = [shape["fields"]["bm"] for shape in plan["choice"]["fields"]["classes"]]
+    return rows == planned and all(tile["paged"] == (page_size is not None) and bool(tile["split"]) == invariant for tile in tiles)
+
+
+def _loader(device: torch.device | None) -> Callable[[Entry], Any]:
+    """How a kernel is loaded; what a GPU's kernels need is imported now."""
+
+    def load_cpu(entry: Entry) -> None:
+        begun = time.perf_counter()
+        load_kernel(entry)
+        counters.count("loads")
+        counters.count("load_ms", 1e3 * (time.perf_counter() - begun))
+
+    if device is None:
+        return load_cpu
+    from . import cuda, engine
+
+    def load(entry: Entry) -> None:
+        if entry.manifest.get("kind") == "cpu":
+            return load_cpu(entry)
+        assert device.index is not None
+        engine.load(cuda.from_entry(entry, None), device.index)
+
+    return load
 
 
 # ---- warming up ------------------------------------------------------------------------------------------------------
 
 
-def warmup(loaded: LoadedSet, params: Mapping[str, Mapping[str, Any]] | None = None) -> float:
+def warmup(
+    loaded: LoadedSet,
+    params: Mapping[str, Mapping[str, Any]] | None = None,
+    variants: Mapping[str, Variant | type[Variant]] | None = None,
+) -> float:
     """Run everything that a loaded set serves once, on small inputs: what a driver or torch does at first use is done.
 
     Args:
         params: parameters by the variant's name, for variants whose tensors cannot be invented; others get random ones.
+        variants: the set's variants by their names in it, such as {"mine.py:Mine": Mine}. Others are of the library, or of
+            files that lie as the set names them, beside the set, lock file or pack that was loaded.
 
     Returns:
-        Milliseconds. Raises what the calls raise; VariantError where a file that the set names is not there.
+        Milliseconds. Raises what the calls raise; VariantError where a variant's file is not there.
     """
     start = time.perf_counter()
     with torch.no_grad():
@@ -342,7 +391,8 @@ def warmup(loaded: LoadedSet, params: Mapping[str, Mapping[str, Any]] | None = N
             elif unit["variant"] == "custom_mask":
                 _warm_mask(device)
             else:
-                _warm_attention(unit, device, loaded.folder, (params or {}).get(unit["variant"]))
+                variant = _variant_of(unit, loaded.folder, (variants or {}).get(unit["variant"]))
+                _warm_attention(unit, device, variant, (params or {}).get(unit["variant"]))
     if loaded.device is not None:
         torch.cuda.synchronize(loaded.device)
     took = 1e3 * (time.perf_counter() - start)
@@ -350,14 +400,29 @@ def warmup(loaded: LoadedSet, params: Mapping[str, Mapping[str, Any]] | None = N
     return took
 
 
-def _warm_attention(unit: Mapping[str, Any], device: torch.device, folder: Path, given: Mapping[str, Any] | None) -> None:
+def _variant_of(unit: Mapping[str, Any], folder: Path, given: Variant | type[Variant] | None) -> Variant:
+    from .find import is_file
+    from .units import variant_of_unit
+
+    if isinstance(given, type):
+        return given(**unit.get("bind", {}))
+    file, _, name = unit["variant"].partition(":")
+    if given is None and is_file(file) and not (folder / file).is_file():
+        raise VariantError(
+            f"warmup runs the variant {unit['variant']} of the set, and there is no file {folder / file}.\n  required: the file where "
+            f"the set names it\n  found: none; a pack holds kernels, not Python\n  do: copy {file} to {folder}, or pass "
+            f"variants={{\"{unit['variant']}\": {name or 'TheClass'}}}"
+        )
+    return variant_of_unit(unit, folder) if given is None else given
+
+
+def _warm_attention(unit: Mapping[str, Any], device: torch.device, variant: Variant, given: Mapping[str, Any] | None) -> None:
     from .batch import BatchAttention
     from .check import Case, invent
     from .run import attention
     from .sets import DTYPES
-    from .units import variant_of_unit
 
-    variant, dtype = variant_of_unit(unit, folder), DTYPES[unit["dtype"]]
+    dtype = DTYPES[unit["dtype"]]
     whole = all("key" in role for role in unit["roles"])  # else a set of the phase decode alone
     for rows in (1, 24, 80) if whole else (1,):
         heads, kv_heads, keys = 2, 2, 97 if unit.get("layout") == "paged-odd" else 96  # all of them one page

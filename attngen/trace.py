@@ -9,19 +9,19 @@ from __future__ import annotations
 import inspect
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from .errors import AttngenError
 from .expr import SYMBOLS, Node, Where, as_node, fail, load, recording, symbol, text, to_f32, where
 from .ops import BOOL, F32, I32
+from .records import record
 
 FUNCTIONS = "ag.where/min/max/abs/exp/exp2/log/log2/tanh/sigmoid/sqrt/rsqrt/floor/cast"
 _ROWWISE = frozenset(SYMBOLS) - {"kv", "kv_token", "dim", "s", "o"}
 _ELEMENT = frozenset(SYMBOLS) - {"dim", "s", "o"}
 
 
-@dataclass(frozen=True)
+@record
 class Hook:
     """What a hook is given, what it may read of ``at`` and what it returns."""
 

@@ -18,13 +18,14 @@ from typing import Any
 
 from .errors import CacheError, ParameterError
 
-OF_THE_COPY = ("signature", "created", "seconds", "origin")
+OF_THE_COPY = ("signature", "created", "seconds", "cpu_seconds", "origin")
 
 
-def check_private(folder: Path) -> None:
-    """Raises CacheError where others than root and this process's user can write ``folder``, or a pack. One stat."""
+def check_private(folder: Path, opened: int | None = None) -> None:
+    """Raises CacheError where others than root and this process's user can write ``folder``, or a pack, which is ``opened`` under
+    that descriptor. One stat."""
     try:
-        found = os.stat(folder)
+        found = os.stat(folder if opened is None else opened)
     except OSError:
         return  # not there, or not ours to see: who uses it says so
     others = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)

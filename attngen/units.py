@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from . import append, cuda, masks, merge, pins, run
-from .choose import host_isa
+from .isa import host_isa
 from .choose_cuda import DecodeConfig, arch_named
 from .engine import cuda_problem, kernels_of
 from .entry import FORMAT, Entry

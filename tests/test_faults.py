@@ -227,6 +227,20 @@ def test_a_cache_that_is_removed_under_a_running_process(tmp_path):
     assert store.get_or_build(key(1), plain())[1] is False
 
 
+def test_a_loaded_set_outlives_its_cache(tmp_path):
+    """Even what no call has used yet: it is loaded."""
+    pack = one_pack(tmp_path)
+    program = (
+        "import shutil, sys, torch, attngen as ag; from attngen.variants import Causal\n"
+        "ag.load_set('one', jit=False); shutil.rmtree(sys.argv[1]); q = torch.randn(1, 5, 2, 32)\n"
+        "print((ag.attention(q, q, q, Causal()) - ag.reference(q, q, q, Causal())).abs().max() < 1e-5)"
+    )
+    env = {"ATTNGEN_CACHE_DIR": str(tmp_path / "imported"), "ATTNGEN_JIT": "off"}
+    done = subprocess.run([sys.executable, "-m", "attngen", "cache", "import", pack], env={**os.environ, **env}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert toy.finish(toy.python(program, tmp_path / "imported", **env)).split()[-1] == "tensor(True)"
+
+
 def test_a_cache_that_is_removed_during_a_build(tmp_path):
     store, times = Cache(tmp_path / "cache"), []
 
@@ -282,6 +296,26 @@ def test_two_pythons_and_torches_share_kernels_and_not_the_extension(tmp_path, m
     monkeypatch.setattr(torch, "__version__", "9.9.9")
     monkeypatch.setattr(sys, "version_info", (3, 99, 0, "final", 0))
     assert run.specialise(Causal(), problem)[-1] == kernel_key and load._host_key("digest") != host_key
+
+
+OTHER = """
+import importlib.machinery, sys, torch
+if sys.argv[2] == "other":  # another Python and another torch, as far as attngen can tell
+    importlib.machinery.EXTENSION_SUFFIXES.insert(0, ".cpython-399-x86_64-linux-gnu.so")
+    torch.__version__ = "9.9.9"
+"""
+
+
+def test_two_pythons_share_a_cache_of_a_bare_checkout(tmp_path):
+    """In processes: each has a host extension of its own, and both load one kernel."""
+    checkout = tmp_path / "checkout"
+    for name in ("attngen", "templates", "variants"):
+        ignore = shutil.ignore_patterns("__pycache__", "_host*.so")
+        shutil.copytree(Path(ag.__file__).parent.parent / name, checkout / name, ignore=ignore)
+    env = {"ATTNGEN_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(checkout), "PYTHONSAFEPATH": "1"}
+    keys = [toy.finish(toy.python(OTHER + SERVE, "-", who, **env)).split()[-2] for who in ("this", "other", "this")]
+    shelves = {name: len(list((tmp_path / "cache" / "v1" / name).glob("*/*"))) for name in ("host", "kernels")}
+    assert len(set(keys)) == 1 and shelves == {"host": 2, "kernels": 1}
 
 
 # ---- many keys, pruning ----------------------------------------------------------------------------------------------
@@ -355,6 +389,92 @@ def test_prune_leaves_what_a_running_process_has_loaded(tmp_path, kind):
     assert Cache(store.root).lookup(toy.KEY) is not None and Cache(store.root).lookup(key(1)) is None
     process.communicate("go\n", timeout=60)
     assert [u.entry.key for u in prune(store, max_bytes=0).removed] == [toy.KEY]
+
+
+LOADS = """
+import shutil, sys, time
+from pathlib import Path
+import torch, toy
+from attngen import load
+from attngen.cache import Cache
+root, ready, times = Path(sys.argv[1]), Path(sys.argv[2]), 0
+
+def build(folder):
+    shutil.copy(ready / "kernel.so", folder)
+    return {"kind": "cpu", "abi": toy.LAUNCH_ABI, "artifact": "kernel.so", "sources": [], "flags": []}
+
+for i in range(150):
+    store = Cache(root)
+    find = lambda: store.get_or_build(f"{i:064x}", build)
+    entry, hit = find()
+    load._cpu_kernels.clear()  # as in a new process
+    time.sleep(0.004 * (i % 3))
+    x = torch.zeros(10)
+    load.load_kept(entry, lambda: find()[0]).launch(toy.PARAMS.pack(x.data_ptr(), 10, 2))
+    assert torch.equal(x, torch.ones(10)), x
+print("served")
+"""
+
+
+def test_prunes_race_with_loads(tmp_path):
+    """Two processes build, find and load, a third removes all it may: everything that is loaded is whole, and computes."""
+    ready = Cache(tmp_path / "ready").get_or_build(toy.KEY, toy.builder())[0].folder
+    root = tmp_path / "cache"
+    Cache(root).get_or_build(key(1), plain())
+    loading = [toy.python(LOADS, root, ready) for _ in range(2)]
+    removed = 0
+    while any(process.poll() is None for process in loading):
+        removed += len(prune(Cache(root), max_bytes=0).removed)
+    assert [toy.finish(process).split()[-1] for process in loading] == ["served"] * 2
+    assert removed
+
+
+def test_a_kernel_that_is_removed_before_it_is_loaded_is_found_anew(tmp_path):
+    store = Cache(tmp_path / "cache")
+    entry, _ = store.get_or_build(toy.KEY, toy.builder())
+    load._cpu_kernels.clear()
+    shutil.rmtree(entry.folder)
+    kernel = load.load_kept(entry, lambda: store.get_or_build(toy.KEY, toy.builder())[0])
+    x = torch.zeros(10)
+    kernel.launch(toy.PARAMS.pack(x.data_ptr(), 10, 1))
+    assert torch.equal(x, torch.ones(10)) and kernel.entry.exists()
+
+
+# ---- damage, seen by servers -----------------------------------------------------------------------------------------
+
+
+def spoil(path: Path, how: str) -> None:
+    content = bytearray(path.read_bytes())
+    if how == "cut":
+        content = content[: len(content) // 2]
+    else:
+        content[len(content) // 3] ^= 4
+    path.write_bytes(content)
+
+
+def test_a_server_meets_damage(tmp_path):
+    """Each in a process of its own: what is damaged is never loaded; it is built again, or with ATTNGEN_JIT=off an error that
+    says what was found. Times of 1970 and 2242 are no damage."""
+    env = {"ATTNGEN_CACHE_DIR": str(tmp_path / "cache")}
+    served = toy.finish(toy.python(SERVE, "-", **env)).split()[-2:]
+    folder = Cache(tmp_path / "cache").folder(served[0])
+    for moment in (0, 2**33):
+        for path in (tmp_path / "cache").rglob("*"):
+            os.utime(path, (moment, moment))
+        assert toy.finish(toy.python(SERVE, "-", **env)).split()[-2:] == [served[0], "0"]
+    for name, how, said in (
+        ("kernel.so", "flip", "with sha256"), ("kernel.so", "cut", "bytes"), ("manifest.json", "cut", "manifest.json with"),
+        ("manifest.json", "flip", "manifest.json|format 1|sha256|bytes|LoadError|launch ABI"),
+    ):  # fmt: skip
+        whole = (folder / name).read_bytes()
+        spoil(folder / name, how)
+        if not (name, how) == ("manifest.json", "flip"):  # a flip may fall where it changes nothing that counts
+            refused = toy.python(SERVE, "-", **env, ATTNGEN_JIT="off")
+            output, _ = refused.communicate(timeout=120)
+            assert refused.returncode and "damaged cache entry" in output and said in output, output
+        assert toy.finish(toy.python(SERVE, "-", **env)).split()[-2] == served[0]
+        if (folder / name).read_bytes() == whole and how == "cut":
+            assert list((tmp_path / "cache" / "v1" / "damaged").iterdir())
 
 
 # ---- a server --------------------------------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ from pathlib import Path
 import attngen as ag
 import pytest
 import torch
-from attngen import run
-from attngen.choose import host_isa
+from attngen import choose, run
+from attngen.isa import host_isa
 from attngen.paths import PACKAGE, templates_dir
 
 SOURCE = """
@@ -171,26 +171,26 @@ def test_rooms_that_decide_no_source_are_no_part_of_the_key(copied):
 
 def test_flags_format_and_launch_abi_are_part_of_the_key(monkeypatch):
     found = {key()}
-    for name, value in (("cpu_flags", lambda isa: ["-O2"]), ("FORMAT", 99), ("LAUNCH_ABI", "attngen-cpu-99")):
+    for room, name, value in ((choose, "cpu_flags", lambda isa: ["-O2"]), (run, "FORMAT", 99), (run, "LAUNCH_ABI", "attngen-cpu-99")):
         with monkeypatch.context() as patch:
-            patch.setattr(run, name, value)
+            patch.setattr(room, name, value)
             found.add(key())
     assert len(found) == 4
 
 
 def test_every_field_of_the_config_is_part_of_the_key(monkeypatch):
-    choose = run.choose_cpu
-    config = choose(run.problem_for(torch.float32, 64, 64, {}), host_isa()).config
+    choose_cpu = choose.choose_cpu
+    config = choose_cpu(run.problem_for(torch.float32, 64, 64, {}), host_isa()).config
     found = {key()}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         other = value + "x" if isinstance(value, str) else not value if isinstance(value, bool) else value + 1
 
         def changed(*args: object, name: str = field.name, to: object = other) -> object:
-            choice = choose(*args)
+            choice = choose_cpu(*args)
             return dataclasses.replace(choice, config=dataclasses.replace(choice.config, **{name: to}))
 
-        monkeypatch.setattr(run, "choose_cpu", changed)
+        monkeypatch.setattr(choose, "choose_cpu", changed)
         found.add(key())
     assert len(found) == 1 + len(dataclasses.fields(config))
 

@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 import torch
 from attngen.build import Recipe, compile_kernel
-from attngen.choose import CPU_ISAS, cpu_flags, host_isa
+from attngen.choose import cpu_flags
 from attngen.emit import CTYPE
+from attngen.isa import CPU_ISAS, host_isa
 from attngen.ops import BOOL, F32, I32, I32_MAX, I32_MIN, OPS, TORCH_DTYPE, c_text
 from attngen.paths import templates_dir
 from toolchain import needs_nvcc

@@ -23,6 +23,7 @@ from attngen.bounds import analyse
 from attngen.choose_cuda import PlanConfig, TileClass
 from attngen.paths import templates_dir
 from attngen.schedule import Lengths, QueuePlan, Reach, plan
+from attngen.space import workspace
 from attngen.spec import Problem
 from attngen.variants import Causal, SlidingWindow
 from compare import compare
@@ -113,7 +114,7 @@ def test_random_batches(variant, split):
                           rng.choice((128, 512)), rng.choice((2**12, 2**16, 2**25)), rng.choice((1, 2, 4)))  # fmt: skip
         group = rng.choice((1, 3))
         p = queued(v, q_lens, kv_lens, heads, group, workers, shape, **more)
-        space = schedule.workspace(
+        space = workspace(
             PlanConfig("90a", (shape,)), [workers], max_requests=n, max_q_tokens=max(sum(q_lens), 1), max_kv_len=max(*kv_lens, 1),
             num_heads=heads * group, num_kv_heads=heads, head_dim_v=64,
         )  # fmt: skip
@@ -177,7 +178,7 @@ def test_a_fixed_split_leaves_the_batch_and_the_prompt_out():
 def test_query_rows_that_overlap_do_not_write_outside():
     shape = replace(QUEUE, split=64)
     batch = Lengths(5, q_indptr=[0, 90, 0, 90, 0, 90], kv_lens=[600] * 5, kv_len=600, max_q_tokens=90)
-    space = schedule.workspace(PlanConfig("90a", (shape,)), [4], max_requests=5, max_q_tokens=90, max_kv_len=600, num_heads=2,
+    space = workspace(PlanConfig("90a", (shape,)), [4], max_requests=5, max_q_tokens=90, max_kv_len=600, num_heads=2,
                                num_kv_heads=2, head_dim_v=64)  # fmt: skip
     slots = space.classes[0].max_slots // 2
     (p,), status = plan(PlanConfig("90a", (shape,)), batch, Reach(analyse(None), {}, 2, 2), [4], max_slots=[slots])
@@ -284,7 +285,7 @@ def compare_plans(special: cuda.Specialised, launch, variant: ag.Variant, trials
         heads, group, window = rng.choice((1, 2, 5)), rng.choice((1, 4)), rng.choice((1, 500, 10**6))
         workers = [rng.choice((0, n, n, n)) for n in WORKERS[-len(config.classes) :]]
         workers[rng.randrange(len(workers))] = WORKERS[-1]
-        space = schedule.workspace(
+        space = workspace(
             config, workers, max_requests=batch.num_requests, max_q_tokens=batch.max_q_tokens, max_kv_len=60_000,
             num_heads=heads * group, num_kv_heads=heads, head_dim_v=16,
         )  # fmt: skip

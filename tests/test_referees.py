@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from attngen import variants
 from compare import compare
-from grid import VARIANTS, KernelCase
+from grid import KernelCase
 from torch.nn.attention import flex_attention as flex_module
 from torch.nn.attention.flex_attention import create_block_mask
 

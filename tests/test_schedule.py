@@ -13,6 +13,7 @@ from attngen import schedule
 from attngen.bounds import analyse
 from attngen.choose_cuda import PlanConfig, TileClass
 from attngen.schedule import ClassPlan, Lengths, Reach, plan
+from attngen.space import workspace
 
 
 class Full(ag.Variant):
@@ -219,7 +220,7 @@ def test_workspace_holds_every_plan():
         config = PlanConfig("90a", (TileClass(16, 64, 2, split), TileClass(64, 64, 2, split)))
         v = Windowed(window=30)
         plans, _ = plan(config, batch, Reach(analyse(v.trace.mask), v.values, heads * group, heads), [9, 4])
-        space = schedule.workspace(
+        space = workspace(
             config, [9, 4], max_requests=len(q_lens), max_q_tokens=sum(q_lens), max_kv_len=max(kv_lens),
             num_heads=heads * group, num_kv_heads=heads, head_dim_v=64,
         )  # fmt: skip

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
+import hashlib
+import io
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,12 +27,13 @@ from test_cache import never
 from test_cli import attngen, read_json  # noqa: F401
 
 import attngen as ag
-from attngen import cache, counters, debug, layers, logs, pins, run, sets, start
+from attngen import cache, counters, debug, find, layers, load, logs, pins, run, sets, start
 from attngen.cache import Cache
 from attngen.errors import CacheError, LoadError, MissingKernelError, ParameterError
 from attngen.pack import Pack, write_pack
 from attngen.paths import PACKAGE, templates_dir
 from attngen.precompile import Plan, build
+from attngen.records import record
 from attngen.spec import Problem
 from attngen.variants import Causal
 from toolchain import needs_nvcc
@@ -132,6 +139,69 @@ def test_archs_on_the_command_line_take_the_place_of_their_kind(tmp_path, attnge
     assert status == 2 and "archs has '3.0'" in err
 
 
+def test_a_set_that_names_no_archs_says_so(tmp_path, attngen):  # noqa: F811
+    (tmp_path / "bare.toml").write_text('[[kernels]]\nvariants = ["Causal"]\nphases = ["decode"]\nhead_dims = [64]\n')
+    status, _, err = attngen("precompile", tmp_path / "bare.toml", "--dry-run")
+    assert status == 0 and "built for CPUs alone" in err and "--arch 9.0a" in err
+    status, out, err = attngen("precompile", tmp_path / "bare.toml", "--dry-run", "--arch", "9.0a")
+    assert status == 0 and "CPUs alone" not in err and " 90a " in out and "avx" not in out
+
+
+def test_the_estimate_counts_cpu_seconds(here, built, monkeypatch):
+    """A clock's seconds count whatever else the machine did while a kernel was built."""
+    monkeypatch.setenv("ATTNGEN_CACHE_DIR", str(here / "cache"))
+    shutil.copytree(built / "cache", here / "cache")
+    one, two = keys_of(built)
+    manifest = Cache(here / "cache").folder(one) / "manifest.json"
+    found = json.loads(manifest.read_text())
+    assert 0 < found["cpu_seconds"] < 60
+    manifest.write_text(json.dumps({**found, "cpu_seconds": 7.5, "seconds": 1000.0}))
+    shutil.rmtree(Cache(here / "cache").folder(two))
+    assert Plan.of(sets.VariantSet(here / "llama.toml")).estimate(2) == 7.5
+
+
+@pytest.mark.parametrize("free,most", [(0, 1), (1 << 40, 4)], ids=["none left", "plenty"])
+def test_as_many_compilers_as_memory_allows(here, monkeypatch, free, most):
+    from attngen import precompile
+    from attngen.units import Job
+
+    monkeypatch.setattr(precompile, "free_bytes", lambda: free)
+    at_once, seen, change = 0, [], threading.Lock()
+
+    def compiler() -> tuple[object, bool, float]:
+        nonlocal at_once
+        with change:
+            at_once += 1
+            seen.append(at_once)
+        time.sleep(0.3)
+        with change:
+            at_once -= 1
+        return object(), False, 0.3
+
+    jobs = tuple(Job(f"{i:064x}", "Toy", "decode", "90a", compiler) for i in range(4))
+    plan = Plan(sets.VariantSet(here / "llama.toml"), (), jobs, {}, {job.key: 1.0 for job in jobs})
+    result = build(plan, 4)
+    assert result.complete and max(seen) == most and precompile.workers_for(None) == (1 if free == 0 else len(os.sched_getaffinity(0)))
+
+
+def test_the_display_shows_what_is_being_built(here):
+    from rich.console import Console
+
+    from attngen.precompile import Result, State
+    from attngen.ship import _display
+    from attngen.units import Job
+
+    jobs = [Job(f"{i:064x}", title, "decode", "90a", lambda: None) for i, title in enumerate(("Done", "Busy", "Later"))]
+    plan = Plan(sets.VariantSet(here / "llama.toml"), (), tuple(jobs), {}, {job.key: 3.0 for job in jobs})
+    states = [State(jobs[0], "built", 2.5), State(jobs[1], "builds", 1.2, cores=0.9, peak_bytes=99 << 20), State(jobs[2])]
+    console = Console(record=True, width=100, file=io.StringIO())
+    console.print(_display(Result(plan, states, {}, workers=2)))
+    text = console.export_text()
+    for said in (r"Done +decode +90a +built +2\.5", r"Busy +decode +90a +builds +1\.2 +0\.9 +99", r"1 of 3 built, 0 failed, about 3 s left"):
+        assert re.search(said, text), text
+    assert "Later" not in text
+
+
 def test_a_kernel_that_fails_does_not_stop_the_others(here, attngen, monkeypatch):  # noqa: F811
     real = run.build_cpu
 
@@ -212,9 +282,9 @@ def test_what_is_missing_is_said_at_once(here, built):
     with pytest.raises(MissingKernelError) as caught:
         ag.load_set(here / "llama.toml", jit=False)
     message = str(caught.value)
-    assert gone[:12] in message and kept[:12] not in message and f"do: attngen precompile {here / 'llama.toml'} --arch" in message
+    assert message.startswith("1 kernel of the set llama is not there.") and gone[:12] in message and kept[:12] not in message and f"do: attngen precompile {here / 'llama.toml'} --arch" in message
     flip(Cache(here / "cache").folder(kept) / "kernel.so")
-    with pytest.raises(MissingKernelError, match=f"(?s)2 of the kernels.*{kept[:12]}: a damaged cache entry"):
+    with pytest.raises(MissingKernelError, match=f"(?s)^2 kernels of the set llama are not there.*{kept[:12]}: a damaged cache entry"):
         ag.load_set(here / "llama.toml", jit=False)
 
 
@@ -230,7 +300,7 @@ def test_jit_builds_what_is_missing(here):
         text = text.replace(key, key[::-1])
     (here / "llama.lock").write_text(text)
     forget()
-    with pytest.raises(MissingKernelError, match="2 of the kernels"):
+    with pytest.raises(MissingKernelError, match="2 kernels of the set"):
         ag.load_set(here / "llama.toml", jit=False)
     assert {row.key for row in ag.load_set(here / "llama.toml").kernels} == {row.key for row in loaded.kernels}
 
@@ -258,6 +328,109 @@ def test_a_set_for_another_machine_is_refused(here, monkeypatch):
 def test_a_source_that_is_none(here, source):
     with pytest.raises(ParameterError, match="required"):
         ag.load_set(source)
+
+
+def test_warming_up_says_whose_file_it_lacks(here, monkeypatch):
+    """A pack holds no Python: the variants of a set are beside it, or are given."""
+    loaded = ag.load_set(here / "llama.attnpack", jit=False)
+    monkeypatch.setenv("ATTNGEN_JIT", "off")
+    assert ag.warmup(loaded) > 0
+    (here / "mine.py").rename(here / "elsewhere.py")
+    with pytest.raises(ag.VariantError, match="(?s)there is no file .*mine.py.*do: copy mine.py to .*variants={\"mine.py:Mine\": Mine}"):
+        ag.warmup(loaded)
+    mine = find._from_file(here / "elsewhere.py", "Mine")
+    for given in (mine, mine(gain=2)):
+        assert ag.warmup(loaded, variants={"mine.py:Mine": given}) > 0
+    assert ag.stats()["builds"] == 0
+
+
+def test_a_set_for_cpus_says_so_where_a_gpu_is(here, monkeypatch, caplog):
+    from attngen.choose_cuda import arch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr("attngen.cuda.device_arch", lambda index: arch("90a"))
+    ag.load_set(here / "llama.attnpack", jit=False)
+    assert "the set llama has kernels for CPUs alone" in caplog.text
+    caplog.clear()
+    ag.load_set(here / "llama.attnpack", jit=False, device="cpu")
+    assert "CPUs alone" not in caplog.text
+
+
+# ---- kernels that are not what they seem -----------------------------------------------------------------------------
+
+
+def exchanged(lock: dict, one: int, two: int) -> None:
+    units = lock["units"]
+    units[one]["roles"], units[two]["roles"] = units[two]["roles"], units[one]["roles"]
+
+
+def test_a_lock_file_that_gives_the_wrong_kernel_is_refused(here, built, monkeypatch):
+    """As after a bad merge of two lock files: each kernel is whole, and serves another variant."""
+    monkeypatch.setenv("ATTNGEN_CACHE_DIR", str(built / "cache"))
+    lock = json.loads((here / "llama.lock").read_text())
+    exchanged(lock, 0, 1)
+    (here / "llama.lock").write_text(json.dumps(lock))
+    with pytest.raises(CacheError, match="(?s)gives Causal .* kernels that serve something else.*precompile again"):
+        ag.load_set(here / "llama.toml", jit=False)
+    assert not pins._pinned  # nothing of it
+
+
+@pytest.mark.parametrize("key", ["../../../../tmp/evil", "A" * 64, "ab"])
+def test_a_lock_file_names_no_path(here, key):
+    text = (here / "llama.lock").read_text().replace(keys_of(here)[0], key)
+    (here / "llama.lock").write_text(text)
+    with pytest.raises(ParameterError, match="a key that is none"):
+        ag.load_set(here / "llama.lock", jit=False)
+    (here / "llama.lock").write_text("[" * 100_000)
+    with pytest.raises(ParameterError, match="cannot be read"):
+        ag.load_set(here / "llama.lock", jit=False)
+
+
+def test_a_kernel_for_a_better_cpu_is_not_loaded(here, built, monkeypatch):
+    """It would end the process by an illegal instruction."""
+    entry = Cache(built / "cache").lookup(keys_of(here)[0])
+    monkeypatch.setattr(load, "_cpu_kernels", {})
+    for isa, here_is in (("avx512_bf16", "avx512"), ("avx512", "avx2"), ("avx2", "generic"), ("armv9", "generic")):
+        monkeypatch.setattr(load, "host_isa", lambda isa=here_is: isa)
+        with pytest.raises(LoadError, match=f"(?s)required: a kernel that a CPU with {here_is} runs.*found: one for {isa}"):
+            load.load_kernel(dataclasses.replace(entry, manifest={**entry.manifest, "isa": isa}))
+
+
+def test_of_two_packs_with_one_key_the_first_serves_whole(tmp_path, monkeypatch):
+    """Other bytes under the same key: each pack is true to itself, and their files are never mixed."""
+    packs = []
+    for name in ("one", "two"):
+        store = Cache(tmp_path / name)
+        store.get_or_build("cd" + "0" * 62, described(name.encode() * 1000))
+        write_pack(tmp_path / f"{name}.attnpack", name, store.entries())
+        packs.append(Pack(tmp_path / f"{name}.attnpack"))
+    monkeypatch.setattr(layers, "_attached", [])
+    monkeypatch.setenv("ATTNGEN_CACHE_DIR", str(tmp_path / "cache"))
+    for pack in (*packs, packs[0]):
+        layers.attach(pack)
+    assert len(layers._attached) == 2
+    entry = cache.default().find("cd" + "0" * 62)
+    assert (entry.layer, entry.read(), entry.manifest["origin"]["sha256"]) == ("pack:one", b"one" * 1000, packs[0].digest)
+    # A pack whose blob is the other's does not open, though the index is untouched.
+    content = (tmp_path / "one.attnpack").read_bytes()
+    (tmp_path / "one.attnpack").write_bytes(content.replace(b"one" * 1000, b"two" * 1000))
+    with pytest.raises(CacheError, match="with sha256"):
+        Pack(tmp_path / "one.attnpack").lookup("cd" + "0" * 62, "pack")
+    with pytest.raises(CacheError, match="with sha256"):  # it is read where it lies
+        packs[0].lookup("cd" + "0" * 62, "pack")
+
+
+def test_the_pack_that_is_open_is_looked_at_not_its_name(packed, tmp_path):
+    opened = Pack(packed)
+    others = tmp_path / "others.attnpack"
+    shutil.copy(packed, others)
+    others.chmod(0o666)
+    packed.unlink()
+    packed.symlink_to(others)
+    opened.check_private()  # what is open is still ours alone
+    with pytest.raises(CacheError, match="can be written by others"):
+        Pack(packed).check_private()
 
 
 # ---- a later release, another place ----------------------------------------------------------------------------------
@@ -294,6 +467,7 @@ def test_a_later_release_serves_the_last_ones_pack(here, next_release):
     assert key in keys_of(here) and builds == "0"
     refused = toy.python(SERVE, "-", **{**env, "ATTNGEN_SYSTEM_CACHE": str(here / "llama.attnpack")})
     output, _ = refused.communicate(timeout=120)  # by its own key there is nothing
+    assert f"nearest: Causal {key[:12]} differs in sources.functions.h" in output, output  # in a pack
     assert refused.returncode and "MissingKernelError: Causal float32 head_dim 32 is not there, and ATTNGEN_JIT=off" in output
 
 
@@ -315,9 +489,7 @@ def test_a_configuration_of_another_release_is_made_or_refused():
 
 
 def test_an_identity_does_not_know_fields_at_their_default():
-    import dataclasses
-
-    @dataclasses.dataclass(frozen=True)
+    @record
     class Later(Problem):  # as a later release might have it
         k_scale: bool = False
 
@@ -584,6 +756,28 @@ def test_only_signed_packs_are_taken_where_keys_are_trusted(here, built, signers
         Pack(here / "signed.attnpack")
 
 
+def test_wheels_and_system_folders_must_be_signed_too(here, built, signers, attngen, monkeypatch):  # noqa: F811
+    one, _ = signers
+    for name, sign in (("bare", ()), ("signed", ("--sign", one))):
+        monkeypatch.delenv("ATTNGEN_TRUSTED_KEYS", raising=False)
+        monkeypatch.setenv("ATTNGEN_CACHE_DIR", str(built / "cache"))
+        wheel = read_json(attngen("cache", "wheel", here / "llama.toml", "-o", here / name, *sign, "--json"))["wheel"]
+        assert attngen("cache", "export", here / "llama.toml", "-o", here / f"{name}.attnpack", *sign)[0] == 0
+        assert attngen("cache", "import", here / f"{name}.attnpack", "--into", here / f"system of {name}")[0] == 0
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(here / name / "site")
+        monkeypatch.setenv("ATTNGEN_TRUSTED_KEYS", str(one.with_name("one.pub.pem")))
+        for layer in (layers.FolderLayer("wheel:llama", here / name / "site" / "attngen_kernels_llama"),
+                      layers.FolderLayer("system", here / f"system of {name}")):  # fmt: skip
+            found = [layers.look(layer, key, "kernels") for key in keys_of(here)]
+            assert [entry is not None for entry in found] == [name == "signed"] * 2, layer.name
+            if name == "bare":
+                with pytest.raises(CacheError, match="no signature"):
+                    layer.lock("llama")
+            else:
+                assert layer.lock("llama")["name"] == "llama"
+
+
 # ---- layers ----------------------------------------------------------------------------------------------------------
 
 
@@ -731,7 +925,7 @@ def test_doctor_has_a_verdict_and_a_remedy(here, attngen, monkeypatch):  # noqa:
 @needs_nvcc
 def test_cubins_are_shipped_checked_and_launched(here, monkeypatch, attngen):  # noqa: F811
     """All but the driver is real: what load_set hands to it is recorded."""
-    from attngen import cuda, engine, load
+    from attngen import cuda, engine
     from attngen.choose_cuda import arch
 
     (here / "gpu.toml").write_text(
@@ -746,6 +940,7 @@ def test_cubins_are_shipped_checked_and_launched(here, monkeypatch, attngen):  #
     assert built_or_not[0] and built_or_not[-1] and built_or_not.count(False) >= 2  # prefill is left out
 
     loaded: list[tuple[str, int, int]] = []
+    handed: list[bytes] = []
 
     class Driver:
         @staticmethod
@@ -756,6 +951,7 @@ def test_cubins_are_shipped_checked_and_launched(here, monkeypatch, attngen):  #
         def CudaKernel(content, symbol, *, device, threads, shared_bytes, dependent):  # noqa: N802
             assert symbol.encode() in content  # the name that profilers show
             loaded.append((symbol, threads, shared_bytes))
+            handed.append(content)
             return object()
 
     version = 13000
@@ -769,6 +965,15 @@ def test_cubins_are_shipped_checked_and_launched(here, monkeypatch, attngen):  #
     assert {symbol.rpartition("_")[0] for symbol, _, _ in loaded} == {"attngen_Causal_decode", "attngen_Causal_plan", "attngen_merge_states_merge", "attngen_custom_mask_mask"}
     assert all(key[:8] in {symbol[-8:] for symbol, _, _ in loaded} for key in lock["kernels"])
     assert len(found.kernels) == len(names)
+
+    wrong = json.loads((here / "gpu.lock").read_text())
+    roles = next(u for u in wrong["units"] if u["variant"] == "Causal")["roles"]
+    for one, two in ((0, 1), (0, len(roles) - 1)):  # tiles in another order; the planner as a class
+        roles[one], roles[two] = roles[two], roles[one]
+        (here / "wrong.lock").write_text(json.dumps(wrong))
+        with pytest.raises(CacheError, match="serve something else|do not say what they serve"):
+            ag.load_set(here / "wrong.lock", jit=False, device="cuda:0")
+        roles[one], roles[two] = roles[two], roles[one]
 
     # The pinned kernels serve, configurations and structs as a fresh choice would make them; what was left out says so.
     problem = engine.cuda_problem("90a", torch.bfloat16, 64, 64, ())
@@ -789,12 +994,14 @@ def test_cubins_are_shipped_checked_and_launched(here, monkeypatch, attngen):  #
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
     with pytest.raises(LoadError, match="(?s)required: a cubin for compute capability 8.0.*found: one for sm_90a"):
         ag.load_set(here / "gpu.toml", jit=False, device="cuda:0")
-    # A cubin that was damaged after it was found is not handed over.
+    # A cubin that was damaged after it was found is not handed over: what was checked is, or it is checked again.
     entry = cache.default().lookup(attention["roles"][0]["key"])
     flip(entry.artifact)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    load.load_cubin(entry, entry.manifest["symbol"], 0, 128, 0, False)
+    assert hashlib.sha256(handed[-1]).hexdigest() == entry.manifest["sha256"]
     with pytest.raises(CacheError, match="sha256"):
-        load.load_cubin(entry, entry.manifest["symbol"], 0, 128, 0, False)
+        load.load_cubin(entry.light(), entry.manifest["symbol"], 0, 128, 0, False)
 
 
 def test_a_start_reads_its_pack_without_the_collector(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import attngen as ag
 import pytest
 import torch
 from attngen import run, variants
-from attngen.choose import CPU_ISAS, host_isa
+from attngen.isa import CPU_ISAS, host_isa
 from attngen.paths import variants_dir
 from attngen.variants import example_params
 from compare import compare

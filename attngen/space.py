@@ -1,0 +1,100 @@
+"""Where plan and run write beside the outputs: the records that planners make, the status word, the layout of the workspace."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from .choose_cuda import PlanConfig, TileClass
+
+INT32_MAX = 2**31 - 1
+REQUEST = struct.Struct("=6iq")
+TILE = struct.Struct("=32s10iq")
+WORKER = struct.Struct("=3q6i80s")
+QUEUED_REQUEST = struct.Struct("=32s12i")
+QUEUE = struct.Struct("=4i")
+assert (REQUEST.size, TILE.size, WORKER.size) == (32, 80, 128)  # as work.cuh asserts
+assert (QUEUED_REQUEST.size, QUEUE.size) == (80, 16)  # as queue.cuh asserts
+
+# Bits of the status word; the request's number stands above them.
+BAD_Q_INDPTR, BAD_KV_INDPTR, OVER_CAPACITY, BAD_PAGE, SHORT_Q, SHORT_KV, SHORT_MASK = 1, 2, 4, 8, 32, 64, 128
+STATUS_TEXT = {
+    BAD_Q_INDPTR: "q_indptr is negative or decreases",
+    BAD_KV_INDPTR: "kv_indptr decreases, a length or kv_start is negative, or kv_last_page_len is not in 1 ... page_size",
+    OVER_CAPACITY: "more query tokens, keys or pages than the capacities given at construction, or than the page table given to plan",
+    BAD_PAGE: "a page number past the end of the cache",
+    SHORT_Q: "q has fewer rows than q_indptr counts",
+    SHORT_KV: "k and v have fewer rows than kv_indptr counts",
+}
+
+# Partial results of a worker that a queue without a fixed split has room for: it cuts tiles into fewer pieces rather than
+# need more.
+SLOTS_PER_WORKER = 4
+
+
+class ClassSpace(NamedTuple):
+    """Byte offsets in the workspace of one class's lists, by the names of struct fields, and how much they hold.
+
+    ``max_slots``: partial results that a class of kind "queue" has room for; of kind "slices", the most that it uses.
+    """
+
+    lists: Mapping[str, int]
+    num_workers: int
+    max_tiles: int
+    max_slots: int
+
+
+class Workspace(NamedTuple):
+    """Byte offsets of everything that plan and run write, beside the outputs. Partial results are shared by the classes,
+    whose kernels run one after another."""
+
+    classes: tuple[ClassSpace, ...]
+    status: int
+    partial_out: int
+    partial_state: int
+    num_bytes: int
+
+
+def max_tiles(shape: TileClass, max_requests: int, max_q_tokens: int, group: int, max_kv_len: int) -> int:
+    """How many tiles a class can have: every request may end in a tile that is not full, and with a fixed split every
+    tile is cut into ceil(max_kv_len / split) pieces."""
+    tiles = max_requests + max_q_tokens * group // shape.bm
+    return tiles * max(1, -(-max_kv_len // shape.split)) if shape.split else tiles
+
+
+def workspace(
+    config: PlanConfig,
+    num_workers: Sequence[int],
+    *,
+    max_requests: int,
+    max_q_tokens: int,
+    max_kv_len: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim_v: int,
+) -> Workspace:
+    """The layout of the workspace: a function of capacities alone. ``max_kv_len`` matters only with a fixed split."""
+    offset = 256  # the status word has the first line to itself
+
+    def take(size: int) -> int:
+        nonlocal offset
+        start, offset = offset, offset + -(-size // 256) * 256
+        return start
+
+    classes, rows = [], 0
+    for shape, workers in zip(config.classes, num_workers):
+        tiles = max_tiles(shape, max_requests, max_q_tokens, num_heads // num_kv_heads, max_kv_len) if workers else 0
+        if shape.kind == "queue":
+            requests = max_requests if workers else 0
+            slots = tiles * num_kv_heads if shape.split else SLOTS_PER_WORKER * workers
+            sizes = {"requests": QUEUED_REQUEST.size * requests, "unit_starts": 4 * (requests + 1), "queue": QUEUE.size,
+                     "counters": 4 * (slots // 2 * shape.groups)}  # fmt: skip
+        else:
+            slots = tiles * num_kv_heads if shape.split else 2 * workers
+            counters = tiles * num_kv_heads if shape.split else workers
+            sizes = {"workers": WORKER.size * workers, "tiles": TILE.size * tiles, "counters": 4 * counters}
+        rows = max(rows, slots * shape.bm)
+        classes.append(ClassSpace({name: take(size) for name, size in sizes.items()}, workers, tiles, slots))
+    partial_out, partial_state = take(4 * rows * head_dim_v), take(8 * rows)
+    return Workspace(tuple(classes), 0, partial_out, partial_state, offset)
