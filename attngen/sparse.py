@@ -42,14 +42,38 @@ def over_blocks(variant: Variant | type[Variant] | None, C: int, *, per_head: bo
     return over
 
 
-class _OverBlocks(Variant):
-    """``variant`` for a batch whose requests are rows of blocks: what its hooks read of ``at`` is that of the whole sequence."""
+def over_pages(variant: Variant | type[Variant], page_size: int) -> Variant:
+    """``variant`` for batches whose page tables hold some of a sequence's pages, as a selection by top-k does: hooks see true positions.
 
-    def __init__(self, variant: Variant, block: int, per_head: bool) -> None:
-        _outside_dynamo("BlockSparseAttention")
-        self._of, self._block, self._per_head = variant, block, per_head
+    For ``BatchAttention(over_pages(variant, page_size), page_size=page_size, ...)``, whose page tables and lengths say what is
+    selected, each request's newest page last. What hooks read more are parameters, of plan where the mask reads them, else of run:
+    ``page_starts`` int32, for each entry of the page table the position of its page's first key (a block table's flattened),
+    ``page_indptr`` int32 ``[requests + 1]``, where each request's entries begin, and
+    ``seq_lens`` int32 ``[requests]``, keys of the whole sequence; the last query stands at the last of them.
+
+    Raises UnsupportedError for a variant that reads at.kv_token, or whose RoPE depends on kv_len.
+    """
+    return _OverPages(as_variant(variant), page_size)
+
+
+class _Placed(Variant):
+    """``variant`` with other nodes in place of symbols: what its hooks read of ``at`` is that of the whole sequence."""
+
+    renamed = frozenset()  # axes whose sizes are not those of the batch
+
+    def __init__(self, variant: Variant, block: int) -> None:
+        _outside_dynamo("a variant over blocks")
+        self._of, self._block = variant, block
         for name in variant.trace.used():
             self.__dict__[name] = variant.__dict__.get(name)
+
+    def _places(self) -> dict[Node, Node]:
+        """What stands for each symbol."""
+        raise NotImplementedError
+
+    def _placing(self) -> dict[str, Field]:
+        """The parameters that it reads."""
+        raise NotImplementedError
 
     @property
     def name(self) -> str:
@@ -62,7 +86,6 @@ class _OverBlocks(Variant):
         old = self._of.trace
         if old.rope and old.rope.rope.needs_kv_lens:
             raise UnsupportedError(f"{self._of.name} over blocks: its RoPE's table depends on kv_len; give one that does not")
-        renamed = frozenset(AXES) - (frozenset() if self._per_head else _OF_HEADS)
         done = dict(self._places())
 
         def placed(root: Node | None) -> Node | None:
@@ -71,7 +94,7 @@ class _OverBlocks(Variant):
                     continue
                 args = tuple(done[a] for a in node.args)
                 if node.op == "load":
-                    done[node] = load(node.attr[0], node.dtype, _rename(node.attr[1], renamed), args)
+                    done[node] = load(node.attr[0], node.dtype, self._axes(node.attr[1]), args)
                 else:
                     done[node] = apply(node.op, *args) if args else node
             return None if root is None else done[root]
@@ -80,23 +103,42 @@ class _OverBlocks(Variant):
         rope = old.rope and RopeTrace(
             old.rope.rope, tuple(map(placed, old.rope.q_positions)), placed(old.rope.kv_position), placed(old.rope.kind)
         )
-        fields = {n: Field(f.kind, f.dtype, _rename(f.axes, renamed), f.stored) for n, f in old.fields.items()} | {
-            "bsr_starts": Field("tensor", I32, ("bsr_entries",)), "bsr_indptr": Field("tensor", I32, ("requests + 1",)),
-            **{f"bsr_{name}": Field("scalar", I32) for name in _SCALARS},
-        }  # fmt: skip
+        fields = {n: Field(f.kind, f.dtype, self._axes(f.axes), f.stored) for n, f in old.fields.items()} | self._placing()
         where = {done[node]: place for node, place in old.where.items() if node in done}
         trace = Trace(**hooks, rope=rope, scale=old.scale, fields=fields, where=where)
         _check_trace(self.name, trace)
         return trace
 
+    def _axes(self, names: Sequence[str | int]) -> tuple[str | int, ...]:
+        """Axes of free names in place of those whose sizes are not the batch's."""
+        return tuple(f"all {name}" if name in self.renamed else name for name in names)
+
+    def _position(self, starts: str, entries: str, indptr: str) -> Node:
+        """Of the key at ``kv`` of the table's keys."""
+        kv = symbol("kv")
+        first = load(indptr, I32, ("requests + 1",), (symbol("request"),))
+        return load(starts, I32, (entries,), (first + kv // self._block,)) + kv % self._block
+
+
+class _OverBlocks(_Placed):
+    """For a batch whose requests are rows of blocks."""
+
+    def __init__(self, variant: Variant, block: int, per_head: bool) -> None:
+        self._per_head = per_head
+        self.renamed = frozenset(AXES) - (frozenset() if per_head else _OF_HEADS)
+        super().__init__(variant, block)
+
+    def _placing(self) -> dict[str, Field]:
+        return {
+            "bsr_starts": Field("tensor", I32, ("bsr_entries",)), "bsr_indptr": Field("tensor", I32, ("requests + 1",)),
+            **{f"bsr_{name}": Field("scalar", I32) for name in _SCALARS},
+        }  # fmt: skip
+
     def _places(self) -> dict[Node, Node]:
-        """What stands for each symbol."""
         scalar = {name: param(f"bsr_{name}", I32) for name in _SCALARS}
-        kv, request, entries = symbol("kv"), symbol("request"), ("bsr_entries",)
-        first = load("bsr_indptr", I32, ("requests + 1",), (request,))
-        position = load("bsr_starts", I32, entries, (first + kv // self._block,)) + kv % self._block
+        request, position = symbol("request"), self._position("bsr_starts", "bsr_entries", "bsr_indptr")
         places = {
-            kv: position, symbol("kv_token"): position, symbol("q_token"): symbol("q") - scalar["q_offset"], request: const(0),
+            symbol("kv"): position, symbol("kv_token"): position, symbol("q_token"): symbol("q") - scalar["q_offset"], request: const(0),
             **{symbol(name): scalar[name] for name in ("q_len", "kv_len", "q_offset")},
         }  # fmt: skip
         if self._per_head:
@@ -106,9 +148,31 @@ class _OverBlocks(Variant):
         return places
 
 
-def _rename(names: Sequence[str | int], renamed: frozenset[str]) -> tuple[str | int, ...]:
-    """Axes of free names in place of those whose sizes are not the batch's."""
-    return tuple(f"all {name}" if name in renamed else name for name in names)
+class _OverPages(_Placed):
+    """For a batch whose page tables hold a selection."""
+
+    @property
+    def name(self) -> str:
+        return f"{self._of.name} over pages"
+
+    def __repr__(self) -> str:
+        return f"{self._of!r} over pages"
+
+    def _placing(self) -> dict[str, Field]:
+        return {
+            "page_starts": Field("tensor", I32, ("page_entries",)), "page_indptr": Field("tensor", I32, ("requests + 1",)),
+            "seq_lens": Field("tensor", I32, ("requests",)),
+        }  # fmt: skip
+
+    def _places(self) -> dict[Node, Node]:
+        if any("kv_token" in node.symbols for node in self._of.trace.roots().values()):
+            raise UnsupportedError(f"{self._of.name} over pages: it reads at.kv_token, and keys that are not selected have no row; read at.kv")
+        length = load("seq_lens", I32, ("requests",), (symbol("request"),))
+        first = length - symbol("q_len")
+        return {
+            symbol("kv"): self._position("page_starts", "page_entries", "page_indptr"), symbol("kv_len"): length, symbol("q_offset"): first,
+            symbol("q"): symbol("q") - symbol("q_offset") + first,
+        }  # fmt: skip
 
 
 # ---------------------------------------------------------------- what both forms share

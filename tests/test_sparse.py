@@ -7,8 +7,9 @@ import random
 import attngen as ag
 import pytest
 import torch
-from attngen.sparse import over_blocks
-from attngen.variants import ALiBi, Causal, Document, Gemma2, Llama3RoPE, Sigmoid, Sinks
+from attngen.sparse import over_blocks, over_pages
+from attngen.variants import ALiBi, Causal, Document, Gemma2, Llama3RoPE, Sigmoid, Sinks, example_params
+from batches import Batch, judge, make, split_params
 from compare import compare
 
 WHERE = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -234,6 +235,73 @@ def test_variable_blocks(seed, where):
     planned, ran = split(variant, params)
     attn.plan(blocks.to(where), row_sz.int().to(where), col_sz.int().to(where), N=n, **call.there(planned))
     call.check(attn, variant, kept.repeat_interleave(HEADS // heads, 0), ran, params)
+
+
+class ByPosition(Everything):
+    """Without the rows of keys, which a selection does not have; tensors as several requests have them."""
+
+    cost: ag.Tensor("requests", "kv_heads")
+    late: ag.Tensor("requests", "positions", dtype=int)
+
+    def mask(self, at):
+        return at.q - at.q_offset + self.late[at.request, at.kv] + at.kv_len // 4 >= at.kv // 2
+
+
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("form", ["indices", "table"])
+@pytest.mark.parametrize("name", ["causal, ALiBi", "Gemma 2", "RoPE", "by position"])
+def test_selected_pages_of_a_cache(name, form, where):
+    """Top-k pages of each request, the newest among them, at their true positions."""
+    page, q_lens, kv_lens = 16, [1, 3, 40, 1], [300, 64, 133, 5]
+    variant = ByPosition() if name == "by position" else VARIANTS[name][0]
+    dtype = torch.float32 if where == "cpu" else torch.bfloat16
+    batch = Batch(q_lens, kv_lens, page_size=page, d=32, heads=HEADS, kv_heads=KV_HEADS, dtype=dtype, device=where)
+    params = example_params(variant, **batch.sizes())
+    rng = random.Random(1)
+    chosen = [sorted(rng.sample(range(-(-n // page) - 1), (-(-n // page) - 1) // 2)) + [-(-n // page) - 1] for n in kv_lens]
+    lens = [page * (len(c) - 1) + (n - 1) % page + 1 for c, n in zip(chosen, kv_lens)]
+    width = max(map(len, chosen)) if form == "table" else None
+    table = torch.full((4, width or 0), -1, dtype=torch.int32)
+    starts, indices, first = [], [], [0]
+    for r, c in enumerate(chosen):
+        rows = batch.table[r].cpu()[torch.tensor(c)].tolist()
+        if width:
+            table[r, : len(c)] = torch.tensor(rows, dtype=torch.int32)
+        padding = (width or len(c)) - len(c)
+        starts += [page * i for i in c] + [0] * padding
+        indices += rows
+        first.append(len(starts))
+    over = over_pages(variant, page)
+    attn = make(over, batch)
+    given = params | {"page_starts": batch.ints(starts), "page_indptr": batch.ints(first), "seq_lens": batch.ints(kv_lens)}
+    given = {n: x for n, x in given.items() if n in over.trace.used()}
+    to_plan, to_run = split_params(over, given, where, batch)
+    if form == "table":
+        attn.plan(batch.q_indptr, block_table=table.to(where), kv_lens=batch.ints(lens), **to_plan)
+    else:
+        last = batch.ints([(n - 1) % page + 1 for n in kv_lens])
+        attn.plan(batch.q_indptr, batch.ints(first), batch.ints(indices), last, **to_plan)
+    out, lse = attn.run(batch.q, (batch.k, batch.v), return_lse=True, **to_run)
+    attn.check()
+    kept = torch.zeros(4, max(kv_lens), dtype=torch.bool)
+    for r, c in enumerate(chosen):
+        for i in c:
+            kept[r, page * i : page * (i + 1)] = True
+    judge(out, lse, batch, ag.compose(variant, Selected()), **params, selected=kept)
+
+
+class Selected(ag.Variant):
+    """The selection as a dense mask, for the oracle."""
+
+    selected: ag.Tensor("requests", "positions", dtype=bool)
+
+    def mask(self, at):
+        return self.selected[at.request, at.kv]
+
+
+def test_a_selection_has_no_rows_of_keys():
+    with pytest.raises(ag.UnsupportedError, match="it reads at.kv_token"):
+        over_pages(Everything, 16)
 
 
 def test_out_is_written():
