@@ -62,8 +62,9 @@ def segment_packbits(x: torch.Tensor, indptr: torch.Tensor, bitorder: str = "lit
     segment = (torch.searchsorted(out_indptr, byte, right=True) - 1).clamp(0, segments - 1)
     first = (byte - out_indptr[segment]) * 8
     place = first[:, None] + torch.arange(8, device=x.device)
-    inside = place < lengths[segment][:, None]
-    bits = x.reshape(-1)[torch.where(inside, indptr.long()[segment][:, None] + place, 0).clamp(0, x.numel() - 1)] & inside
+    source = indptr.long()[segment][:, None] + place
+    inside = (place < lengths[segment][:, None]) & (source >= 0) & (source < x.numel())
+    bits = x.reshape(-1)[torch.where(inside, source, 0)] & inside
     return _bytes(bits, bitorder), out_indptr.int()
 
 
@@ -127,25 +128,27 @@ def custom_mask(
         q_indptr = _ints("q_indptr", q_indptr, device)
         if q_indptr.shape[0] != requests + 1:
             raise ParameterError(f"q_indptr has {q_indptr.shape[0]} entries and kv_lens {requests}: required one more than kv_lens")
-    q_lens = torch.ones_like(kv_lens) if q_indptr is None else q_indptr.diff()
-    bits = q_lens.long() * kv_lens
+
+    def bits() -> torch.Tensor:
+        return kv_lens.long() if q_indptr is None else q_indptr.diff().long() * kv_lens
+
     if mask.dtype == torch.bool:
         if mask_indptr is not None:
             raise ParameterError("mask_indptr with a mask of bools: it says where packed bytes begin; give one of the two")
         if host is not None and mask.numel() < sum(host):
             raise ParameterError(f"mask has {mask.numel()} bools: required the sum of q_len * kv_len, {sum(host)}")
         starts = torch.zeros(requests + 1, dtype=torch.int64, device=device)
-        torch.cumsum(bits, 0, out=starts[1:])
+        torch.cumsum(bits(), 0, out=starts[1:])
         mask, mask_indptr = segment_packbits(mask, starts)
     elif mask_indptr is None:
         mask_indptr = torch.zeros(requests + 1, dtype=torch.int32, device=device)
-        mask_indptr[1:] = torch.cumsum((bits + 7) // 8, 0)
+        mask_indptr[1:] = torch.cumsum((bits() + 7) // 8, 0)
     else:
         mask_indptr = _ints("mask_indptr", mask_indptr, device)
         if mask_indptr.shape[0] != requests + 1:
             raise ParameterError(f"mask_indptr has {mask_indptr.shape[0]} entries for {requests} requests: required {requests + 1}")
     if device.type == "cpu":
-        _check_bytes(mask, mask_indptr, bits)
+        _check_bytes(mask, mask_indptr, bits())
     elif host is not None and (needed := sum(-(-n // 8) for n in host)) > mask.numel():
         raise ParameterError(f"the packed mask has {mask.numel()} bytes: required {needed}, q_len * kv_len bits a request, each from a byte on")
     found = torch.empty(3, num_tokens, dtype=torch.int32, device=device)

@@ -627,10 +627,10 @@ class VariableBlockSparseAttention(_Sparse):
             found = f"{block_mask_map.dtype} {tuple(block_mask_map.shape)}" if isinstance(block_mask_map, torch.Tensor) else type(block_mask_map).__name__
             raise ParameterError(f"block_mask_map is {found}: required torch.bool [heads, row blocks, column blocks]")
         lists, row_blocks, column_blocks = block_mask_map.shape
-        if lists not in (self.num_heads, self.num_kv_heads) or not 1 <= row_blocks <= self.max_row_blocks:
+        if lists not in (self.num_heads, self.num_kv_heads) or not 1 <= row_blocks <= self.max_row_blocks or not column_blocks:
             raise ParameterError(
-                f"block_mask_map is of {lists} heads and {row_blocks} row blocks: required {self.num_heads} or {self.num_kv_heads} heads, and 1 "
-                f"to max_row_blocks={self.max_row_blocks}"
+                f"block_mask_map is of {lists} heads, {row_blocks} row blocks and {column_blocks} column blocks: required {self.num_heads} or "
+                f"{self.num_kv_heads} heads, 1 to max_row_blocks={self.max_row_blocks}, and 1 or more"
             )
         host = _host(block_row_sz, block_col_sz)
         rows, columns = self._vector("block_row_sz", block_row_sz, (2,)), self._vector("block_col_sz", block_col_sz, (2,))
@@ -646,7 +646,7 @@ class VariableBlockSparseAttention(_Sparse):
         # ---- of each page of each head its column block, and whether each row attends to it
         ends = columns.cumsum(1)
         first_key = torch.arange(0, n, page, device=self.device)
-        block = torch.searchsorted(ends, first_key.expand(self.num_heads, -1).contiguous(), right=True).clamp(max=max(column_blocks - 1, 0))
+        block = torch.searchsorted(ends, first_key.expand(self.num_heads, -1).contiguous(), right=True).clamp(max=column_blocks - 1)
         keep = keep.gather(2, block[:, None].expand(-1, row_blocks, -1)).view(self.num_heads * row_blocks, -1)
         counts = keep.sum(1)
         indptr = torch.zeros(counts.shape[0] + 1, dtype=torch.int64, device=self.device)

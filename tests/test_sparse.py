@@ -374,7 +374,7 @@ WRONG = {
     "negative size": (lambda: variable(((-1, 65),) * 2), "block_row_sz has -1"),
     "long row": (lambda: variable(max_row_size=16), "block_row_sz has 32: required at most max_row_size=16"),
     "map": (lambda: variable(blocks=torch.ones(2, 2, 2)), "block_mask_map is torch.float32"),
-    "map's heads": (lambda: variable(blocks=torch.ones(3, 2, 2).bool()), "of 3 heads and 2 row blocks: required 4 or 2"),
+    "map's heads": (lambda: variable(blocks=torch.ones(3, 2, 2).bool()), "of 3 heads, 2 row blocks and 2 column blocks: required 4 or 2"),
     "map's columns": (lambda: variable(blocks=torch.ones(2, 2, 3).bool()), r"block_col_sz has shape \(2, 2\): required \(2, 3\)"),
 }  # fmt: skip
 
