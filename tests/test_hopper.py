@@ -235,6 +235,43 @@ def test_the_same_bits_again():
     assert torch.equal(attn.run(batch.q, (batch.k, batch.v)), first)  # counters and queue are left as they were
 
 
+def test_surplus_rows_have_no_say():
+    """What lies past a request's last row in its tile changes no bit of the rows before: neither large scores nor NaN."""
+    batch = Batch([70], [400], d=64, device="cpu")
+    attn = make(variants.Causal(), batch)
+    outs = []
+    for surplus in (0.0, 3e4, torch.nan):
+        attn.plan(*batch.pages())
+        q = torch.cat([batch.q, torch.full((30, *batch.q.shape[1:]), surplus, dtype=batch.q.dtype)])
+        outs.append(attn.run(q, (batch.k, batch.v))[:70])
+    assert torch.equal(outs[1], outs[0]) and torch.equal(outs[2], outs[0])
+
+
+@pytest.mark.parametrize("variant", [variants.Causal(), ag.compose(variants.SoftCap(1e8), variants.Causal())])
+def test_batch_invariance(variant, monkeypatch):
+    """With pieces of a fixed length: same bits alone, beside another request, and in chunks, where some rows' scores are so large
+    that they are rounded."""
+    pieces = lambda problem, hooks, *, page_size, **_: [choose_hopper(problem, problem.isa, hooks, page_size, split=128)]
+    monkeypatch.setattr(engine, "choices_of", pieces)
+    batch = Batch([70, 40], [200, 90], d=64, device="cpu")
+    batch.q[[45, 52]] *= 1e8  # a warp has the rows of four tokens: its other three are others in a chunk
+    batch.q[70:] *= 1e8
+    attn = make(variant, batch, batch_invariant=True, max_kv_len=1024)
+
+    def run(q, plan):
+        attn.plan(*plan)
+        return torch.cat([x.flatten(1).float() for x in attn.run(q, (batch.k, batch.v), return_lse=True)], 1)
+
+    whole = run(batch.q, batch.pages())
+    pages = -(-200 // 16)
+    alone = batch.q_indptr[:2], batch.kv_indptr[:2], batch.kv_indices[:pages], batch.last[:1]
+    assert torch.equal(run(batch.q[:70], alone), whole[:70])
+    for q, kv_len, rows in ((batch.q[:50], 180, whole[:50]), (batch.q[50:70], 200, whole[50:70]), (batch.q[46:70], 200, whole[46:70])):
+        count = -(-kv_len // 16)
+        plan = batch.ints([0, len(q)]), batch.ints([0, count]), batch.kv_indices[:count], batch.ints([kv_len - 16 * (count - 1)])
+        assert torch.equal(run(q, plan), rows)
+
+
 # ---------------------------------------------------------------- what is chosen
 
 
