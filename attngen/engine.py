@@ -5,7 +5,7 @@
     engine = Engine(Facts, workspace)              kernels built and loaded, memory allocated
     plan = engine.plan(lengths, page_table, params)
     engine.launch(plan, site, q_at, k_at, v_at, out, lse, params, partial)
-    engine.status()                                0, or what the device found, as in schedule.STATUS_TEXT
+    engine.status()                                what the device found wrong, a status.Status
     engine.workspace_bytes, engine.problem
 """
 
@@ -32,6 +32,7 @@ from .run import DTYPE_NAMES, stored_dtypes
 from .schedule import Workspace
 from .schedule import workspace as workspace_layout
 from .spec import Problem, Variant, as_variant
+from .status import STATUS_WORDS, Status
 
 _FIXED_SPLIT = 2048  # keys of a piece under batch_invariant: long enough to hide a merge, short enough to fill a GPU
 POINTERS = struct.Struct("=5Q")  # q, k, v, out, lse: the first fields
@@ -392,7 +393,7 @@ class CudaEngine:
         self._base = workspace.data_ptr()
         if self._base % 256:
             raise ParameterError("workspace starts at an address that is no multiple of 256: give a tensor of its own")
-        self._status = workspace.view(torch.uint8).flatten()[:4].view(torch.int32)
+        self._status = workspace.view(torch.uint8).flatten()[: 4 * STATUS_WORDS].view(torch.int32)
         self._status.zero_()
         self._rope = trace.rope.rope if trace.rope else None
         self._inv_freq = None if self._rope is None else self._rope.inv_freq(facts.head_dim, device)
@@ -480,9 +481,9 @@ class CudaEngine:
         boxes = launcher.boxes(values)
         return launcher.template(values if boxes is None else values | boxes.fields), boxes
 
-    def status(self) -> int:
-        """Waits for the device; the status word since the last call, 0 if all went well."""
-        status = int(self._status.item())
+    def status(self) -> Status:
+        """Waits for the device; what it found wrong since the last call."""
+        status = Status.of(self._status.tolist())
         if status:
             self._status.zero_()
         return status

@@ -12,6 +12,7 @@ from attngen.paths import PACKAGE
 # Top to bottom; a room may import from those above it.
 STREET = (
     "errors",
+    "status",
     "counters",
     "logs",
     "paths",
