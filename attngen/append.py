@@ -17,6 +17,7 @@ from . import cuda
 from .abi_cuda import APPEND_FIELDS
 from .cache import Entry
 from .choose_cuda import AppendConfig, arch_named
+from .devices import as_device, cuda_index
 from .errors import ParameterError, UnsupportedError
 from .library import NO_GRAD, define
 from .rope import RoPE, alive, rotate
@@ -234,7 +235,7 @@ def append_positions(
 def check_append(device: torch.device | str | int | None = None) -> None:
     """Wait for a CUDA device (by default the current one) and raise ParameterError, naming one token that ``append_kv``
     could not place there since the last check. Such tokens were skipped. On the CPU append_kv itself raises."""
-    found = torch.device("cuda" if device is None else device)
+    found = as_device("cuda" if device is None else device)
     if found.type != "cuda" or not _status:
         return
     status = _status.get(torch.cuda.current_device() if found.index is None else found.index)
@@ -255,9 +256,7 @@ def compile(  # noqa: A001
     """Build append_kv's kernel ahead: for a named architecture ("90a"), without a GPU, or for a CUDA device (by default
     the current one), where it is loaded too, so that the first call may be captured. Returns its cache entry."""
     if arch is None:
-        found = torch.device("cuda" if device is None else device)
-        index = torch.cuda.current_device() if found.index is None else found.index
-        return cuda.build(_load(index, dtype, head_dim, head_dim_v or head_dim, rope).special)[0]
+        return cuda.build(_load(cuda_index(device, 'give arch=, such as "90a"'), dtype, head_dim, head_dim_v or head_dim, rope).special)[0]
     return cuda.build(_specialise(_config(arch, dtype, head_dim, head_dim_v or head_dim, rope)))[0]
 
 

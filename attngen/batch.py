@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch.compiler import is_dynamo_compiling
 
+from .devices import as_device, cuda_index
 from .engine import CudaEngine, Facts, Plan, Site
 from .engine_cpu import CpuEngine
 from .engine_cpu import Plan as CpuPlan
@@ -386,6 +387,9 @@ class BatchAttention:
         """What is not there yet is copied: ints that fit int32."""
         if isinstance(given, torch.Tensor) and given.device == self.device:
             return given
+        if isinstance(given, torch.Tensor) and given.device.type not in ("cpu", "cuda"):
+            others = "" if self.device.type == "cpu" else ", or on the CPU"
+            raise ParameterError(f"{name} is on {given.device}: required ints on {self.device}{others}")
         tensor = torch.as_tensor(given)
         if tensor.numel() and (tensor.dtype not in (torch.int32, torch.int64) or int(tensor.abs().max()) > _INT32_MAX):
             raise ParameterError(f"{name} is {given!r:.200}: required ints of 32 bits")
@@ -514,14 +518,10 @@ def _extent(t: torch.Tensor) -> int:
 
 
 def _device(device: Any) -> torch.device:
-    found = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    found = as_device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     if found.type == "cpu":
         return torch.device("cpu")
-    if found.type != "cuda":
-        raise UnsupportedError(f"device {found}: BatchAttention runs on CUDA devices and on the CPU")
-    if not torch.cuda.is_available():
-        raise UnsupportedError('no CUDA device here: leave out device=, or give device="cpu"')
-    return torch.device("cuda", torch.cuda.current_device() if found.index is None else found.index)
+    return torch.device("cuda", cuda_index(found, 'leave out device=, or give device="cpu"'))
 
 
 def _same(known: int | None, found: int) -> int:

@@ -272,8 +272,6 @@ def compile_cuda(
     paged: bool | None, batch_invariant: bool,
 ) -> list[BuiltKernel]:  # fmt: skip
     """``compile`` for a GPU: everything that BatchAttention and attention look up for these facts."""
-    if arch is None and not torch.cuda.is_available():
-        raise ParameterError("compile for CUDA without a CUDA device: required arch=, such as 'sm_90a'")
     gpu = arch_named(arch) if arch else cuda.device_arch(torch.cuda.current_device())
     problem = cuda_problem(gpu.name, dtype, head_dim, head_dim_v, tuple(sorted(storage.items())))
     specials: dict[str, cuda.Specialised] = {}

@@ -13,6 +13,7 @@ from attngen.paths import PACKAGE
 STREET = (
     "errors",
     "status",
+    "devices",
     "counters",
     "logs",
     "paths",
