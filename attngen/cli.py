@@ -38,6 +38,7 @@ app.command("explain-miss")(explain_miss)
 
 VariantArg = Annotated[str, typer.Argument(metavar="VARIANT", help="A name of the library, FILE.py or FILE.py:Class.")]
 SetOption = Annotated[list[str], typer.Option("--set", metavar="NAME=VALUE", help="Bind a field; may be repeated.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 DTYPE_NAMES = ("float32", "bfloat16", "float16")
 
 
@@ -68,6 +69,13 @@ def main() -> None:
         else:
             stderr().print(f"[bold red]{type(error).__name__}:[/] [red]{escape(str(error))}[/]", soft_wrap=True)
         sys.exit(2)
+
+
+def _device(given: str) -> str:
+    """ "cpu", or "cuda:N" of a device that is there."""
+    from .devices import as_device, cuda_index
+
+    return "cpu" if as_device(given).type == "cpu" else f"cuda:{cuda_index(given)}"
 
 
 def _check_dtypes(names: Iterable[str]) -> None:
@@ -201,36 +209,39 @@ def _specialise(variant: Variant, dtype: str, head_dim: int, head_dim_v: int | N
 @app.command()
 def check(
     variant: VariantArg,
-    dtype: Annotated[list[str], typer.Option(help="May be repeated.")] = list(DTYPE_NAMES),  # noqa: B006
+    dtype: Annotated[list[str], typer.Option(help="May be repeated; all that the device has, unless given.")] = [],  # noqa: B006
     head_dim: Annotated[list[int], typer.Option(help="May be repeated.")] = [64],  # noqa: B006
+    device: DeviceOption = "cpu",
     bound: SetOption = [],  # noqa: B006
     as_json: JsonFlag = False,
 ) -> None:
     """Compile a variant and compare it with the float64 oracle over a grid of shapes. Exit status 1 if it differs."""
+    on = _device(device)
+    dtype = dtype or list(DTYPE_NAMES if on == "cpu" else DTYPE_NAMES[1:])
     _check_dtypes(dtype)
     found = load_variant(variant, bound)
     from . import check as checking
 
     _, notes = checking.invent(found, checking.CASES[0])
     with stderr().status("tracing") as status:
-        results = list(checking.check(found, dtype, head_dim, progress=lambda text: status.update(escape(text))))
+        results = list(checking.check(found, dtype, head_dim, progress=lambda text: status.update(escape(text)), device=on))
     passed = all(r.ok for r in results)
     if as_json:
         rows = [record(r) | {"case": record(r.case), "ok": r.ok} for r in results]
-        print_json({"variant": found.name, "passed": passed, "invented": notes, "results": rows})
+        print_json({"variant": found.name, "device": on, "passed": passed, "invented": notes, "results": rows})
     else:
-        _print_check(found, results, notes)
+        _print_check(found, results, notes, on)
     if not passed:
         raise typer.Exit(1)
 
 
-def _print_check(variant: Variant, results: Sequence[Any], notes: Sequence[str]) -> None:
+def _print_check(variant: Variant, results: Sequence[Any], notes: Sequence[str], device: str) -> None:
     out = stdout()
     several = len({r.head_dim for r in results}) > 1
     shown = table(
         "case", "dtype", *(["head_dim"] if several else []), ">max error", ">torch's", ">compile s", ">warm ms",
         "verdict",
-        title=f"{variant!r} against the float64 oracle",
+        title=f"{variant!r}{'' if device == 'cpu' else f' on {device}'} against the float64 oracle",
     )  # fmt: skip
     for i, r in enumerate(results):
         first = i == 0 or (r.dtype, r.head_dim) != (results[i - 1].dtype, results[i - 1].head_dim)
@@ -256,12 +267,15 @@ def run(
     heads: Annotated[int, typer.Option(min=1)] = 8,
     kv_heads: Annotated[int | None, typer.Option(min=1, help="Defaults to heads.")] = None,
     head_dim: Annotated[int, typer.Option()] = 64,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; float32, on a GPU bfloat16, unless given.")] = None,
+    device: DeviceOption = "cpu",
     repeat: Annotated[int, typer.Option(min=1, help="Timed calls; the median is printed.")] = 10,
     bound: SetOption = [],  # noqa: B006
     as_json: JsonFlag = False,
 ) -> None:
-    """Run attention on random inputs: time, GFLOP/s, whether the kernel was in the cache."""
+    """Run attention on random inputs: time, GFLOP/s, whether the kernels were in the cache."""
+    on = _device(device)
+    dtype = dtype or ("float32" if on == "cpu" else "bfloat16")
     _check_dtypes([dtype])
     found = load_variant(variant, bound)
     import torch
@@ -272,31 +286,32 @@ def run(
     case = checking.Case("run", batch, q_len, kv_len or q_len, heads, kv_heads or heads)
     q, k, v = checking.inputs(case, checking.DTYPES[dtype], head_dim)
     params, notes = checking.invent(found, case)
+    q, k, v = (x.to(on) for x in (q, k, v))
+    params = checking.on_device(found, params, on)
     times = []
     with torch.no_grad(), stderr().status("compiling") as status:
         start = time.perf_counter()
-        kernel, cached = checking.compile_for(found, dtype, head_dim)
+        compiled = checking.compile_for(found, dtype, head_dim, on)
         ready = time.perf_counter() - start
         for i in range(repeat + 1):
-            start = time.perf_counter()
-            conductor.attention(q, k, v, found, **params)
-            times.append(time.perf_counter() - start)
+            times.append(checking.timed(lambda: conductor.attention(q, k, v, found, **params), on))
             status.update(f"running, call {i + 1} of {repeat + 1}")
     seconds = median(times[1:])
     work = 4 * batch * heads * q_len * case.kv_len * head_dim  # q.k and p.v over the whole matrix, masked or not
     facts = {
         "variant": found.name, "sizes": str(case).removeprefix("run "), "head_dim": head_dim, "dtype": dtype,
-        "isa": kernel.problem.isa, "threads": torch.get_num_threads(), "key": kernel.spec_hash,
-        "cache": "hit" if cached else "miss", "ready_s": ready, "first_call_s": times[0],
+        "device": on, "isa": compiled.isa, "threads": torch.get_num_threads(), "key": compiled.keys[0], "keys": compiled.keys,
+        "cache": "hit" if compiled.cached else "miss", "ready_s": ready, "first_call_s": times[0],
         "ms": 1e3 * seconds, "gflops": work / seconds / 1e9, "invented": notes,
     }  # fmt: skip
     if as_json:
         return print_json(facts)
-    cache_text = "cache hit" if cached else f"cache miss, built in {ready:.2f} s"
+    cache_text = "cache hit" if compiled.cached else f"cache miss, built in {ready:.2f} s"
+    isa, where = (compiled.isa, f"{facts['threads']} threads") if on == "cpu" else (f"sm_{compiled.isa}", on)
     out = stdout()
     out.print(
-        f"{found.name} {facts['sizes']} d={head_dim} {dtype} {kernel.problem.isa} | {1e3 * seconds:.3f} ms | "
-        f"{facts['gflops']:.1f} GFLOP/s (masked elements counted) | {facts['threads']} threads | {cache_text}",
+        f"{found.name} {facts['sizes']} d={head_dim} {dtype} {isa} | {1e3 * seconds:.3f} ms | "
+        f"{facts['gflops']:.1f} GFLOP/s (masked elements counted) | {where} | {cache_text}",
         markup=False, highlight=False, soft_wrap=True,
     )  # fmt: skip
     for note in notes:
