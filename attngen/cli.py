@@ -1,4 +1,4 @@
-"""The command line: ``attngen list | show | check | run | precompile | cache | explain-miss | doctor``, each with ``--json``.
+"""The command line: ``attngen list | show | check | run | tune | precompile | cache | explain-miss | doctor``, each with ``--json``.
 
 A VARIANT is a name of the library or a file, ``FILE.py`` or ``FILE.py:Class``. Results go to stdout, progress and
 errors to stderr. Exit status: 0 well, 1 a check failed, 2 an error; ``ATTNGEN_DEBUG=1`` shows an error's traceback.
@@ -39,6 +39,9 @@ app.command("explain-miss")(explain_miss)
 VariantArg = Annotated[str, typer.Argument(metavar="VARIANT", help="A name of the library, FILE.py or FILE.py:Class.")]
 SetOption = Annotated[list[str], typer.Option("--set", metavar="NAME=VALUE", help="Bind a field; may be repeated.")]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+NoTuned = Annotated[
+    bool, typer.Option("--no-tuned", help="Choose by rule alone, as under ATTNGEN_TUNED=off.", callback=lambda ctx, on: _ignore_tuned(ctx, on))
+]
 DTYPE_NAMES = ("float32", "bfloat16", "float16")
 
 
@@ -71,11 +74,19 @@ def main() -> None:
         sys.exit(2)
 
 
+def _ignore_tuned(ctx: typer.Context, wanted: bool) -> bool:
+    if wanted:
+        from . import tuned
+
+        ctx.with_resource(tuned.ignored())
+    return wanted
+
+
 def _device(given: str) -> str:
     """ "cpu", or "cuda:N" of a device that is there."""
     from .devices import as_device, cuda_index
 
-    return "cpu" if as_device(given).type == "cpu" else f"cuda:{cuda_index(given)}"
+    return "cpu" if as_device(given).type == "cpu" else f"cuda:{cuda_index(given, '--device cpu is there')}"
 
 
 def _check_dtypes(names: Iterable[str]) -> None:
@@ -138,6 +149,7 @@ def show(
     block_q: Annotated[int, typer.Option(help="With --stage bounds: queries of a tile.")] = 128,
     block_kv: Annotated[int, typer.Option(help="With --stage bounds: keys of a tile.")] = 128,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="With --stage bounds: draw the mask and its tiles.")] = None,
+    no_tuned: NoTuned = False,
     bound: SetOption = [],  # noqa: B006
     as_json: JsonFlag = False,
 ) -> None:
@@ -212,6 +224,7 @@ def check(
     dtype: Annotated[list[str], typer.Option(help="May be repeated; all that the device has, unless given.")] = [],  # noqa: B006
     head_dim: Annotated[list[int], typer.Option(help="May be repeated.")] = [64],  # noqa: B006
     device: DeviceOption = "cpu",
+    no_tuned: NoTuned = False,
     bound: SetOption = [],  # noqa: B006
     as_json: JsonFlag = False,
 ) -> None:
@@ -270,6 +283,7 @@ def run(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; float32, on a GPU bfloat16, unless given.")] = None,
     device: DeviceOption = "cpu",
     repeat: Annotated[int, typer.Option(min=1, help="Timed calls; the median is printed.")] = 10,
+    no_tuned: NoTuned = False,
     bound: SetOption = [],  # noqa: B006
     as_json: JsonFlag = False,
 ) -> None:
@@ -316,3 +330,69 @@ def run(
     )  # fmt: skip
     for note in notes:
         out.print(f"invented  {note}", markup=False, highlight=False)
+
+
+# ---------------------------------------------------------------- tune
+
+
+@app.command()
+def tune(
+    variant: VariantArg,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; float32, on a GPU bfloat16, unless given.")] = None,
+    head_dim: Annotated[int, typer.Option(help="As the calls that it is for.")] = 64,
+    head_dim_v: Annotated[int | None, typer.Option(help="Defaults to head_dim.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; a GPU where there is one, unless given.")] = None,
+    page_size: Annotated[int, typer.Option(help="On a GPU: slots of a page, 0 without pages.")] = 16,
+    phase: Annotated[list[str], typer.Option(help="'16 rows', '32 rows', '64 rows' or 'prefill'; all unless given.")] = [],  # noqa: B006
+    batch: Annotated[int | None, typer.Option(min=1, help="Requests; 32, of a prefill 4, on the CPU 1, unless given.")] = None,
+    kv_len: Annotated[int | None, typer.Option(min=1, help="Keys of each; 4096, on the CPU 1024, unless given.")] = None,
+    heads: Annotated[int | None, typer.Option(min=1, help="32, on the CPU 8, unless given.")] = None,
+    kv_heads: Annotated[int | None, typer.Option(min=1, help="8 unless given.")] = None,
+    bound: SetOption = [],  # noqa: B006
+    as_json: JsonFlag = False,
+) -> None:
+    """Time the candidates of each kernel's configuration on this machine, and keep the fastest for it.
+
+    Results stay what they are but for rounding. A record serves a structure, dtypes, head sizes, layout and row-tile class on one model
+    of GPU or CPU, until attngen is upgraded. ATTNGEN_TUNED=off ignores all records, `attngen cache clear` removes them."""
+    from . import tune as tuning
+    from .check import DTYPES
+    from .devices import as_device
+    import torch
+
+    on = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or ("float32" if on == "cpu" else "bfloat16")
+    _check_dtypes([dtype])
+    found = load_variant(variant, bound)
+    num_heads, num_kv_heads = heads or (8 if on == "cpu" else 32), kv_heads or 8
+    if num_heads % num_kv_heads:
+        raise ParameterError(f"--heads {num_heads}, --kv-heads {num_kv_heads}: the second must divide the first")
+    listed = {p: tuning.workload_of(p, num_heads, num_kv_heads, batch, kv_len) for p in tuning.chosen_phases(on, phase)}
+    workloads = {p: w for p, w in listed.items() if w is not None}
+    if on == "cpu" and device is None and not as_json:
+        stderr().print("no CUDA device here: the CPU's kernel is tuned", markup=False, highlight=False)
+    results = []
+    with stderr().status("tracing") as status, torch.no_grad():
+        for result in tuning.tune(
+            found, dtype=DTYPES[dtype], head_dim=head_dim, head_dim_v=head_dim_v or head_dim, device=on, workloads=workloads,
+            page_size=page_size or None if as_device(on).type == "cuda" else None, progress=lambda text: status.update(escape(text)),
+        ):  # fmt: skip
+            results.append(result)
+            if not as_json:
+                _print_tuned(result)
+    if as_json:
+        rows = [record(r) | {"workload": str(r.workload), "measured": [record(m) for m in r.measured], "ratio": r.ratio} for r in results]
+        print_json({"variant": found.name, "device": on, "dtype": dtype, "head_dim": head_dim, "phases": rows})
+
+
+def _print_tuned(result: Any) -> None:
+    out = stdout()
+    shown = table(*result.measured[0].shape, ">ms", "verdict", title=f"{result.phase}, {result.workload}")
+    for i, m in enumerate(result.measured):
+        verdict = "[green]kept[/]" if i == result.best else "the rule's choice" if i == result.by_rule else escape(m.left_out)
+        shown.add_row(*map(str, m.shape.values()), "" if m.ms is None else f"{m.ms:.3f}", verdict)
+    out.print(shown)
+    if result.best == result.by_rule:
+        out.print(f"{result.phase}: the rule's choice stays, no other is faster by 2%")
+    else:
+        out.print(f"{result.phase}: {result.ratio:.2f}x the time of the rule's choice")

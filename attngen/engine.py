@@ -20,9 +20,10 @@ from typing import Any, ClassVar
 
 import torch
 
-from . import cuda, pins
+from . import cuda, pins, tuned
 from .boxes import Boxes
 from .cache import Entry
+from .choose import Preference
 from .choose_cuda import PlanConfig, arch, arch_named, choose_attention, choose_decode, most_blocks, tile_class
 from .choose_hopper import choose_hopper
 from .emit import Hooks, emit
@@ -31,10 +32,11 @@ from .ops import I32_MAX
 from .run import DTYPE_NAMES, stored_dtypes
 from .schedule import Workspace
 from .schedule import workspace as workspace_layout
-from .spec import Problem, Variant, as_variant
+from .spec import Problem, Trace, Variant, as_variant
 from .status import STATUS_WORDS, Status
 
 _FIXED_SPLIT = 2048  # keys of a piece under batch_invariant: long enough to hide a merge, short enough to fill a GPU
+PHASES = ("16 rows", "32 rows", "64 rows", "prefill")  # names of the row-tile classes, for what was measured of them
 POINTERS = struct.Struct("=5Q")  # q, k, v, out, lse: the first fields
 
 
@@ -98,25 +100,30 @@ class Kernels:
 
 
 def choices_of(
-    problem: Problem, hooks: Hooks, *, page_size: int | None, batch_invariant: bool = False, most_rows: int = 0
-) -> list[Any]:
-    """A choice a row-tile class, smallest tile first: a configuration, and the candidates it was chosen from. Arguments as
-    ``kernels_of``."""
+    trace: Trace, problem: Problem, hooks: Hooks, *, page_size: int | None, batch_invariant: bool = False, most_rows: int = 0
+) -> dict[str, Any]:
+    """A choice a row-tile class, smallest tile first, by the class's name: a configuration, and the candidates it was chosen from.
+    Arguments as ``kernels_of``. What was measured (tuned.py) counts, but not under batch_invariant."""
     paged, name, split = page_size is not None, problem.isa, _FIXED_SPLIT if batch_invariant else 0
-    choices: list[Any] = []
-    if not split or most_rows <= 16:
-        choices.append(choose_decode(problem, name, hooks, paged=paged, split=split))
-    if not split:
-        with contextlib.suppress(UnsupportedError):
-            choices.append(choose_decode(problem, name, hooks, 32, paged=paged))
-        choices.append(choose_attention(problem, name, hooks, 64, paged=paged))
-        try:
-            choices.append(choose_hopper(problem, name, hooks, page_size))
-        except UnsupportedError:
-            with contextlib.suppress(UnsupportedError):  # wide heads where shared memory is small do without
-                choices.append(choose_attention(problem, name, hooks, 128, paged=paged))
-    elif not choices:  # one kernel for all lengths: two would round differently, and a prompt may be cut anywhere
-        choices.append(choose_attention(problem, name, hooks, 64, paged=paged, split=split))
+    if split:  # one kernel for all lengths: two would round differently, and a prompt may be cut anywhere
+        if most_rows <= 16:
+            return {PHASES[0]: choose_decode(problem, name, hooks, paged=paged, split=split)}
+        return {PHASES[2]: choose_attention(problem, name, hooks, 64, paged=paged, split=split)}
+
+    def prefer(phase: str) -> Preference | None:
+        layout = "pages" if paged else "contiguous"
+        return tuned.preference(trace.key(problem.head_dim), problem, phase, layout, cuda.compiler_digest())
+
+    few, some, more, many = PHASES
+    choices: dict[str, Any] = {few: choose_decode(problem, name, hooks, paged=paged, prefer=prefer(few))}
+    with contextlib.suppress(UnsupportedError):
+        choices[some] = choose_decode(problem, name, hooks, 32, paged=paged, prefer=prefer(some))
+    choices[more] = choose_attention(problem, name, hooks, 64, paged=paged, prefer=prefer(more))
+    try:
+        choices[many] = choose_hopper(problem, name, hooks, page_size, prefer=prefer(many))
+    except UnsupportedError:
+        with contextlib.suppress(UnsupportedError):  # wide heads where shared memory is small do without
+            choices[many] = choose_attention(problem, name, hooks, 128, paged=paged, prefer=prefer(many))
     return choices
 
 
@@ -132,8 +139,8 @@ def kernels_of(
         *classes, plan = (cuda.from_entry(entry, problem) for entry in pinned)
         return Kernels(tuple(classes), plan)
     hooks = emit(trace, dict(problem.storage), problem.head_dim, dialect="cuda", device_scalars=True)
-    choices = choices_of(problem, hooks, page_size=page_size, batch_invariant=batch_invariant, most_rows=most_rows)
-    configs = [choice.config for choice in choices]
+    choices = choices_of(trace, problem, hooks, page_size=page_size, batch_invariant=batch_invariant, most_rows=most_rows)
+    configs = [choice.config for choice in choices.values()]
     planned = PlanConfig(name, tuple(tile_class(c, problem) for c in configs))
     named = [*((c.template, c) for c in configs), ("plan", planned)]
     specials = [cuda.specialise(n, variant.name, trace, problem, c, name) for n, c in named]

@@ -19,7 +19,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from . import cache, counters, pins
+from . import cache, counters, pins, tuned
 from .abi import BASE_FIELDS, LAUNCH_ABI, Layout, layout
 from .choose import Choice, choose_cpu, cpu_flags, host_isa
 from .emit import emit
@@ -195,7 +195,7 @@ def problem_for(
 def kernel_for(variant: Variant, problem: Problem) -> Kernel:
     """The CPU kernel of ``variant`` for ``problem``: of this process, from the cache, or compiled now."""
     trace = variant.trace
-    memo = (trace.key(problem.head_dim), problem)
+    memo = (trace.key(problem.head_dim), problem, *tuned.state())
     kernel = _kernels.get(memo)
     if kernel is None:
         with collector_paused():
@@ -220,7 +220,8 @@ def specialise(variant: Variant, problem: Problem) -> tuple[Any, Choice, Layout,
     trace = variant.trace
     storage = dict(problem.storage)
     hooks = emit(trace, storage, problem.head_dim)
-    choice = choose_cpu(problem, problem.isa, hooks)
+    prefer = tuned.preference(trace.key(problem.head_dim), problem, "attention", "any", compiler_digest())
+    choice = choose_cpu(problem, problem.isa, hooks, prefer)
     struct_layout = layout(trace.used(), storage)
     flags = tuple(cpu_flags(problem.isa))
     facts = (FORMAT, LAUNCH_ABI, trace.key(problem.head_dim), problem, repr(choice.config), flags, compiler_digest())

@@ -251,7 +251,7 @@ def test_surplus_rows_have_no_say():
 def test_batch_invariance(variant, monkeypatch):
     """With pieces of a fixed length: same bits alone, beside another request, and in chunks, where some rows' scores are so large
     that they are rounded."""
-    pieces = lambda problem, hooks, *, page_size, **_: [choose_hopper(problem, problem.isa, hooks, page_size, split=128)]
+    pieces = lambda trace, problem, hooks, *, page_size, **_: {"prefill": choose_hopper(problem, problem.isa, hooks, page_size, split=128)}
     monkeypatch.setattr(engine, "choices_of", pieces)
     batch = Batch([70, 40], [200, 90], d=64, device="cpu")
     batch.q[[45, 52]] *= 1e8  # a warp has the rows of four tokens: its other three are others in a chunk
