@@ -61,8 +61,10 @@ _device_sites["cuda"], _device_compilers["cuda"] = _dense_site, _compile_cuda
 # What not every program needs is imported when it is asked for.
 _LATE = {
     "BatchAttention": "batch", "append_kv": "append", "append_positions": "append", "check_append": "append",
+    "BlockSparseAttention": "sparse", "VariableBlockSparseAttention": "sparse", "over_blocks": "sparse", "over_pages": "sparse",
+    "check_masks": "masks", "custom_mask": "masks", "packbits": "masks", "segment_packbits": "masks",
     "flex_attention": "flex", "from_flex": "flex",
-    "DynamicNTK": "rope", "Linear": "rope", "Llama3": "rope", "LongRoPE": "rope", "RoPE": "rope", "YaRN": "rope",
+    "DynamicNTK": "rope", "Linear": "rope", "Llama3": "rope", "LongRoPE": "rope", "Proportional": "rope", "RoPE": "rope", "YaRN": "rope",
     "merge_states": "merge", "workspace_bytes": "engine", "load_set": "start", "warmup": "start", "LoadedSet": "start",
 }  # fmt: skip
 
@@ -83,9 +85,9 @@ if _os.environ.get("ATTNGEN_LOG"):
     _configure(_os.environ["ATTNGEN_LOG"])
 
 __all__ = [
-    "AttngenError", "BatchAttention", "BuildError", "BuildRecord", "CacheError", "CacheWarning", "Const", "DynamicNTK", "JitWarning", "Kernel",
-    "Linear", "Llama3", "LoadError", "LoadedSet", "LongRoPE", "MissingKernelError", "ParameterError", "RoPE", "Scalar", "Tensor", "UnsupportedError", "Variant",
+    "AttngenError", "BatchAttention", "BlockSparseAttention", "BuildError", "BuildRecord", "CacheError", "CacheWarning", "Const", "DynamicNTK", "JitWarning", "Kernel",
+    "Linear", "Llama3", "LoadError", "LoadedSet", "LongRoPE", "MissingKernelError", "ParameterError", "Proportional", "RoPE", "Scalar", "Tensor", "UnsupportedError", "VariableBlockSparseAttention", "Variant",
     "VariantError", "YaRN", "abs", "append_kv", "append_positions", "attention", "build_log", "cast", "check_append",
-    "compile", "compose", "exp", "exp2", "flex_attention", "floor", "from_flex", "load_set", "log", "log2", "max", "merge_states", "min", "reference", "rsqrt",
-    "sigmoid", "sqrt", "stats", "tanh", "warmup", "where", "workspace_bytes",
+    "check_masks", "compile", "compose", "custom_mask", "exp", "exp2", "flex_attention", "floor", "from_flex", "load_set", "log", "log2", "max", "merge_states", "min", "over_blocks", "over_pages", "packbits", "reference", "rsqrt",
+    "segment_packbits", "sigmoid", "sqrt", "stats", "tanh", "warmup", "where", "workspace_bytes",
 ]  # fmt: skip

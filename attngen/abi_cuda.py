@@ -76,6 +76,14 @@ APPEND_FIELDS: tuple[tuple[str, str], ...] = (
     ("int32_t", "num_kv_heads"), ("int32_t", "page_size"), ("int32_t", "num_pages"), ("float", "rope_mscale"),
 )  # fmt: skip
 
+# custom_mask: rows of packed bits, one a query token. A row of request r has kv_lens[r] bits; the request's first is bit 0 of byte
+# mask_indptr[r] of num_bytes. Null q_indptr: a token a request. Writes what CustomMask says of begin, run and end.
+MASK_FIELDS: tuple[tuple[str, str], ...] = (
+    ("const uint8_t*", "mask"), ("const int32_t*", "mask_indptr"), ("const int32_t*", "q_indptr"), ("const int32_t*", "kv_lens"),
+    ("int32_t*", "mask_begin"), ("int32_t*", "mask_run"), ("int32_t*", "mask_end"), ("int32_t*", "status"),
+    ("int64_t", "num_bytes"), ("int32_t", "num_tokens"), ("int32_t", "num_requests"),
+)  # fmt: skip
+
 # merge_states: state i is out and lse number i % MERGE_POINTERS, i // MERGE_POINTERS times the *_stride_states further.
 # Strides count elements; states share theirs, the result is contiguous. log2_base is the logarithm of
 # the base to 2, log_2 its inverse. Null lse0: plain sums.

@@ -502,8 +502,9 @@ class BatchAttention:
                 f"(another dtype: BatchAttention(storage={{{name!r}: ...}}))"
             )
         heads = {"heads": (self.num_heads, self.total_heads), "kv_heads": (self.num_kv_heads, self.total_heads // self.group)}
+        others = {"requests": (requests,), "requests + 1": (requests + 1,)}
         for axis, size in zip(f.axes, value.shape):
-            wanted = (axis,) if isinstance(axis, int) else heads.get(axis) or ((requests,) if axis == "requests" else None)
+            wanted = (axis,) if isinstance(axis, int) else heads.get(axis) or others.get(axis)
             if (wanted is not None and size not in wanted) or size > _INT32_MAX:
                 required = " or ".join(map(str, sorted(set(wanted or (_INT32_MAX,)))))
                 raise ParameterError(f"{self.variant.name}.{name} has {size} entries on axis {axis!r}: required {required}")

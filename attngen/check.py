@@ -195,7 +195,7 @@ def _axis_sizes(variant: Variant, case: Case, params: dict[str, Any]) -> dict[st
         if field.kind == "tensor":
             sizes.update((axis, size) for axis, size in zip(field.axes, tensor.shape) if isinstance(axis, str))
     return sizes | {
-        "heads": case.num_heads, "kv_heads": case.num_kv_heads, "requests": case.batch, "positions": case.kv_len,
+        "heads": case.num_heads, "kv_heads": case.num_kv_heads, "requests": case.batch, "requests + 1": case.batch + 1, "positions": case.kv_len,
         "q_tokens": case.batch * case.q_len, "kv_tokens": case.batch * case.kv_len,
     }  # fmt: skip
 
@@ -297,7 +297,7 @@ def plain_torch(
         "head": head, "kv_head": head // (heads // kv_heads), "num_heads": i32(heads, 0),
         "num_kv_heads": i32(kv_heads, 0), "request": request, "q_len": i32(rows, 0), "kv_len": kv_len, "kv": kv,
         "kv_token": kv + request * slots,
-        "q": row + kv_len - rows, "q_token": row + request * rows,
+        "q": row + kv_len - rows, "q_offset": kv_len - rows, "q_token": row + request * rows,
     }  # fmt: skip
 
     def value(node: Node, **extra: torch.Tensor) -> torch.Tensor:

@@ -409,6 +409,16 @@ class AppendConfig(_GridConfig):
 
 
 @record
+class MaskConfig(_GridConfig):
+    """The kernel that looks at the rows of a packed mask. A warp takes a row."""
+
+    arch: str
+    threads: int = 256
+
+    columns = 32  # lanes
+
+
+@record
 class MergeConfig(_GridConfig):
     """The kernel that merges attention states. Every thread takes eight elements of a row (token and head) through all
     states."""

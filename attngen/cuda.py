@@ -58,7 +58,7 @@ class Specialised:
 
     @property
     def phase(self) -> str:
-        """decode, attention, plan, append or merge: the entry point that the template renders is attngen_<phase>."""
+        """decode, attention, plan, append, mask or merge: the entry point that the template renders is attngen_<phase>."""
         return self.name.partition("_")[0]
 
 
@@ -82,7 +82,7 @@ def specialise(name: str, title: str, trace: Trace, problem: Problem, config: An
 
 
 def specialise_plain(name: str, title: str, config: Any, fields: tuple[tuple[str, str], ...]) -> Specialised:
-    """A kernel without hooks, which its configuration decides alone: append, merge."""
+    """A kernel without hooks, which its configuration decides alone: append, mask_rows, merge."""
     pinned = pins.pinned_plain(name, config)
     if pinned is not None:
         return from_entry(pinned, None)

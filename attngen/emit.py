@@ -201,7 +201,7 @@ _F32_MAX = 3.4028234663852886e38
 
 _SYMBOL_TEXT = {
     "num_heads": "p.total_heads", "num_kv_heads": "(p.total_heads / (p.num_heads / p.num_kv_heads))",
-    "request": "t.request", "q_len": "t.q_len", "kv_len": "t.kv_len", "kv_head": "t.kv_head",
+    "request": "t.request", "q_len": "t.q_len", "kv_len": "t.kv_len", "q_offset": "t.q_offset", "kv_head": "t.kv_head",
 }  # fmt: skip
 
 

@@ -31,14 +31,14 @@ _TORCH = str(Path(torch.__file__).parent) + os.sep
 # Symbols: what a hook's `at` offers, and the values handed to hooks. Name -> type.
 SYMBOLS = {
     "q": I32, "kv": I32, "q_token": I32, "kv_token": I32, "head": I32, "kv_head": I32, "num_heads": I32,
-    "num_kv_heads": I32, "request": I32, "q_len": I32, "kv_len": I32, "dim": I32, "s": F32, "o": F32,
+    "num_kv_heads": I32, "request": I32, "q_len": I32, "kv_len": I32, "q_offset": I32, "dim": I32, "s": F32, "o": F32,
 }  # fmt: skip
 
 # Dependence classes, in the order in which a kernel can compute them.
 CONST, CALL, TILE, ROW, COL, ELEM = range(6)
 LEVEL_NAMES = ("constant", "per call", "per request", "per row", "per column", "per element")
 _SYMBOL_LEVEL = {
-    "num_heads": CALL, "num_kv_heads": CALL, "request": TILE, "q_len": TILE, "kv_len": TILE, "kv_head": TILE,
+    "num_heads": CALL, "num_kv_heads": CALL, "request": TILE, "q_len": TILE, "kv_len": TILE, "q_offset": TILE, "kv_head": TILE,
     "q": ROW, "q_token": ROW, "head": ROW, "kv": COL, "kv_token": COL, "s": ELEM, "o": ELEM, "dim": ELEM,
 }  # fmt: skip
 

@@ -106,7 +106,7 @@ def reference_attention(
         base = {
             "head": head, "kv_head": head // group, "num_heads": i32(total_heads or heads),
             "num_kv_heads": i32((total_heads or heads) // group), "request": i32(b), "q_len": i32(n_q),
-            "kv_len": i32(n_kv), "kv": kv, "kv_token": kv + b * kv_rows,
+            "kv_len": i32(n_kv), "q_offset": i32(q_offsets[b]), "kv": kv, "kv_token": kv + b * kv_rows,
         }  # fmt: skip
         kf = k[b, :n_kv].double().transpose(0, 1)  # [kv_heads, n_kv, head_dim]
         vf = v[b, :n_kv].double().transpose(0, 1).repeat_interleave(group, 0)

@@ -372,7 +372,8 @@ def _symbols(
     """Values of what the hooks read of ``at``, int32, to be broadcast over [tokens, heads, head_dim_v]."""
     read = frozenset().union(*(node.symbols for node in hooks), ())
     given = {"q_indptr": q_indptr, "kv_lens": kv_lens, "num_kv_heads": num_kv_heads}
-    sources = {**_SOURCES, "q": ("q_indptr",) if q_positions is not None else ("q_indptr", "kv_lens")}
+    offset = ("q_indptr",) if q_positions is not None else ("q_indptr", "kv_lens")
+    sources = {**_SOURCES, "q": offset, "q_offset": offset}
     missing = {name: f"at.{symbol}" for symbol in sorted(read & sources.keys()) for name in sources[symbol] if given[name] is None}
     if missing:
         wants = ", ".join(f"{name}= (for {symbol})" for name, symbol in missing.items())
@@ -402,7 +403,7 @@ def _symbols(
             raise ParameterError(f"num_kv_heads {num_kv_heads} of {heads} heads: required to divide them")
         group = heads // num_kv_heads
         found |= {"kv_head": head // group, "num_kv_heads": full(total // group)}
-    if q_indptr is not None and read & {"request", "q_len", "kv_len", "q"}:
+    if q_indptr is not None and read & {"request", "q_len", "kv_len", "q", "q_offset"}:
         indptr = vector("q_indptr", q_indptr)
         requests = indptr.shape[0] - 1
         if requests < 1 and tokens:
@@ -419,5 +420,6 @@ def _symbols(
         if q_positions is not None:
             start = vector("q_positions", q_positions, requests)[request]
         if start is not None:
+            found["q_offset"] = start.view(-1, 1, 1).to(i32)
             found["q"] = (start - first).view(-1, 1, 1).to(i32) + token
     return found

@@ -21,7 +21,7 @@ import torch
 from .errors import VariantError
 from .records import record
 
-__all__ = ["DynamicNTK", "Linear", "Llama3", "LongRoPE", "RoPE", "Scaling", "YaRN", "rotate"]
+__all__ = ["DynamicNTK", "Linear", "Llama3", "LongRoPE", "Proportional", "RoPE", "Scaling", "YaRN", "rotate"]
 
 
 @record
@@ -121,7 +121,21 @@ class LongRoPE:
             )
 
 
-Scaling = Linear | DynamicNTK | YaRN | Llama3 | LongRoPE
+@record
+class Proportional:
+    """Of a head's pairs the first ``portion`` turn, each as plain RoPE over the whole head would turn it, slower by ``factor``; the
+    others do not. (``rotary_dim`` would pair other elements, and turn them faster.)"""
+
+    portion: float
+    factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "portion", "factor")
+        if self.portion > 1:
+            raise VariantError(f"Proportional: portion of 1 or less required; found {self.portion}; lower it")
+
+
+Scaling = Linear | DynamicNTK | YaRN | Llama3 | LongRoPE | Proportional
 
 
 alive: WeakValueDictionary[str, RoPE] = WeakValueDictionary()  # by handle: what graphs call a RoPE
@@ -131,7 +145,7 @@ alive: WeakValueDictionary[str, RoPE] = WeakValueDictionary()  # by handle: what
 class RoPE:
     """Fused rotary embedding of a variant: `rope = RoPE(500000.0, scaling=Llama3(8, 1, 4, 8192))`.
 
-    `scaling`: one of `Linear, DynamicNTK, YaRN, Llama3, LongRoPE`, or a dict as transformers writes it
+    `scaling`: one of `Linear, DynamicNTK, YaRN, Llama3, LongRoPE, Proportional`, or a dict as transformers writes it
     (`{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}`).
     `interleaved`: pairs are (2i, 2i+1) as in GPT-J, Cohere and GLM; else (i, i + rotary_dim/2) as in Llama.
     `rotary_dim`: how many leading elements of a head are rotated; None means head_dim.
@@ -215,7 +229,9 @@ class RoPE:
         head_dim = _first(config, "head_dim") or config.hidden_size // config.num_attention_heads
         rotary_dim = _first(config, "rotary_dim")
         portion = parameters.pop("partial_rotary_factor")
-        if portion is not None:
+        if kind == "proportional":
+            parameters["portion"] = 1.0 if portion is None else portion
+        elif portion is not None:
             rotary_dim = int(head_dim * portion)
         return cls(
             float(parameters.pop("rope_theta")),
@@ -321,6 +337,9 @@ class RoPE:
                     "set rotary_dim to the model's, or give as many factors"
                 )
             return plain / torch.tensor([scaling.short_factor, scaling.long_factor], dtype=torch.float64)
+        if isinstance(scaling, Proportional):
+            turning = torch.arange(dim // 2, device=device) < int(scaling.portion * dim // 2)
+            return torch.where(turning, plain / scaling.factor, 0.0)
         return plain
 
 
@@ -376,6 +395,7 @@ _KINDS: dict[str, type | None] = {
     "llama3": Llama3,
     "longrope": LongRoPE,
     "su": LongRoPE,  # Phi-3's first name for it
+    "proportional": Proportional,
 }
 _RENAMED = {"original_max_position_embeddings": "original_max_position", "max_position_embeddings": "max_position"}
 
@@ -390,6 +410,8 @@ def _from_mapping(given: Mapping[str, Any], theta: float) -> tuple[float, Scalin
     own_theta = float(found.pop("rope_theta", theta))
     if theta not in (own_theta, RoPE.theta):
         raise VariantError(f"RoPE: one theta required; found {theta} and rope_theta {own_theta}; give it once")
+    if kind == "proportional" and "partial_rotary_factor" in found:
+        found["portion"] = found.pop("partial_rotary_factor")
     if "partial_rotary_factor" in found:
         raise VariantError(
             "RoPE: rotary_dim= required; found partial_rotary_factor in the dict; "

@@ -27,7 +27,7 @@ from .library import NO_GRAD, NOT_IN_GRAPHS, PARAMETERS, define, operands, param
 from .load import LoadedKernel, host, load_kept
 from .ops import F32, I32, I32_MAX, I32_MIN
 from .paths import PACKAGE, templates_dir
-from .spec import STORAGE, Bare, Problem, Variant, as_variant, plain_number
+from .spec import AXES, STORAGE, Bare, Problem, Variant, as_variant, plain_number
 
 if TYPE_CHECKING:
     from .choose import Choice
@@ -168,7 +168,7 @@ def stored_dtypes(variant: Variant, storage: Mapping[str, torch.dtype] | None) -
     for name, f in variant.trace.used().items():
         if f.kind == "tensor":
             bound = variant.values.get(name)
-            chosen = (storage or {}).get(name) or (bound.dtype if bound is not None else STORAGE[f.dtype][0])
+            chosen = (storage or {}).get(name) or (bound.dtype if bound is not None else f.stored or STORAGE[f.dtype][0])
             if chosen not in STORAGE[f.dtype]:
                 raise ParameterError(_storage_message(variant, name, f.dtype, chosen))
             stored[name] = DTYPE_NAMES[chosen]
@@ -653,7 +653,7 @@ class _Shape:
     def sizes(self) -> dict[str, int]:
         """What the known axis names stand for."""
         return {
-            "heads": self.num_heads, "kv_heads": self.num_kv_heads, "requests": self.batch,
+            "heads": self.num_heads, "kv_heads": self.num_kv_heads, "requests": self.batch, "requests + 1": self.batch + 1,
             "q_tokens": self.batch * self.q_len, "kv_tokens": self.batch * self.kv_len,
         }  # fmt: skip
 
@@ -968,5 +968,4 @@ def check_free_axes(fields: Mapping[str, Any], values: Mapping[str, Any], free: 
 
 
 def _free_axes(variant: Variant) -> set[str]:
-    known = {"heads", "kv_heads", "requests", "positions", "q_tokens", "kv_tokens"}
-    return {a for f in variant.trace.used().values() for a in f.axes if isinstance(a, str) and a not in known}
+    return {a for f in variant.trace.used().values() for a in f.axes if isinstance(a, str) and a not in AXES}

@@ -217,7 +217,7 @@ class Reach:
     def _range(self, index: int, r: Request, head: int, q_lo: int, q_hi: int) -> tuple[int, int]:
         group, total = self.num_heads // self.num_kv_heads, self.total_heads or self.num_heads
         symbols = {
-            "request": index, "kv_head": self.head_offset // group + head, "q_len": r.q_len, "kv_len": r.kv_len,
+            "request": index, "kv_head": self.head_offset // group + head, "q_len": r.q_len, "kv_len": r.kv_len, "q_offset": r.q_offset,
             "num_heads": total, "num_kv_heads": total // group,
         }  # fmt: skip
         tensors = {name: torch.tensor(value, dtype=torch.int32) for name, value in symbols.items()}

@@ -7,7 +7,7 @@
     head_dims = [64, 128, "192x128"]                  or head_dim x head_dim_v
     layouts = ["paged", "contiguous"]                 of keys and values, the default; "paged-odd": pages that are no
                                                       multiples of 8. The CPU's kernels serve all
-    phases = ["prefill", "decode", "append", "merge"] default prefill and decode; append needs no variant but its RoPE
+    phases = ["prefill", "decode", "append", "merge", "mask"] default prefill and decode; append needs no variant but its RoPE
     archs = ["9.0a", "8.0", "cpu"]                    GPUs by compute capability, CPUs as "cpu" or an instruction set; default cpu
     batch_invariant = false
     storage = {slopes = "float32"}                    stored dtypes of tensor fields
@@ -37,7 +37,7 @@ LOCK_FORMAT = "attngen-lock-1"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STORED = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 PAGE_SIZES = {"paged": 16, "paged-odd": 1, "contiguous": None}  # one of each layout
-_PHASES = ("prefill", "decode", "append", "merge")
+_PHASES = ("prefill", "decode", "append", "merge", "mask")
 _KEYS = ("variants", "dtypes", "head_dims", "layouts", "phases", "archs", "batch_invariant", "storage")
 
 

@@ -138,7 +138,7 @@ def show_bounds(variant: Variant, q_len: int, kv_len: int, block_q: int, block_k
     mask = variant.trace.mask
     given = variant.q_offset
     offset = kv_len - q_len if given is None else int(given.flatten()[0] if hasattr(given, "flatten") else given)
-    symbols = {"request": 0, "head": 0, "kv_head": 0, "num_heads": 1, "num_kv_heads": 1, "q_len": q_len, "kv_len": kv_len}
+    symbols = {"request": 0, "head": 0, "kv_head": 0, "num_heads": 1, "num_kv_heads": 1, "q_len": q_len, "kv_len": kv_len, "q_offset": offset}
     params = {**variant.values, **example_params(variant, requests=1, q_len=q_len, kv_len=kv_len, num_heads=1, num_kv_heads=1)}
     rows, columns = tiles(q_len, kv_len, offset, block_q, block_kv)
     known = {name: (torch.tensor(x), torch.tensor(x)) for name, x in symbols.items()}

@@ -32,7 +32,7 @@ from .trace import HOOKS, POSITION, Point, TensorSymbol, call_user, definition, 
 if TYPE_CHECKING:
     from .rope import RoPE
 
-AXES = ("heads", "kv_heads", "requests", "positions", "q_tokens", "kv_tokens")
+AXES = ("heads", "kv_heads", "requests", "requests + 1", "positions", "q_tokens", "kv_tokens")
 _DTYPES = {float: F32, int: I32, bool: BOOL, torch.float32: F32, torch.bfloat16: F32, torch.float16: F32,
            torch.int32: I32, torch.int64: I32, torch.uint8: I32, torch.bool: BOOL}  # fmt: skip
 # The storage dtypes a Tensor field of each value type accepts at the call.
@@ -53,6 +53,7 @@ class Field:
     kind: str
     dtype: str | None
     axes: tuple[str | int, ...] = ()
+    stored: torch.dtype | None = field(default=None, repr=False)  # a tensor's, where a BatchAttention is told no other
 
 
 class Scalar:
@@ -91,8 +92,9 @@ class Tensor(Field):
     "positions", dtype=int)``.
 
     ``dtype`` is what hooks see: float (default; stored as float32, bfloat16 or float16), int (int32, int64 or uint8;
-    int64 wraps to i32) or bool (bool or uint8). The axis names heads, kv_heads, requests, positions, q_tokens and
-    kv_tokens are checked against the call's sizes; other names are free and must agree; an int is a fixed size.
+    int64 wraps to i32) or bool (bool or uint8); a torch dtype or its name ("uint8") is also what BatchAttention expects. The axis names
+    heads, kv_heads, requests, requests + 1, positions, q_tokens and kv_tokens are checked against the call's sizes; other
+    names are free and must agree; an int is a fixed size.
     A read out of range yields 0 or False.
     """
 
@@ -105,9 +107,11 @@ class Tensor(Field):
             close = difflib.get_close_matches(str(axis), AXES, n=1, cutoff=0.88)
             if close and axis not in AXES:
                 raise VariantError(f"axis {axis!r} of a Tensor field: did you mean {close[0]!r}? A free axis needs another name")
+        if isinstance(dtype, str):
+            dtype = getattr(torch, dtype, dtype)
         if dtype not in _DTYPES:
             raise VariantError(f"Tensor dtype {dtype!r}: hooks see float, int or bool")
-        super().__init__("tensor", _DTYPES[dtype], axes)
+        super().__init__("tensor", _DTYPES[dtype], axes, dtype if isinstance(dtype, torch.dtype) else None)
 
 
 # A call passes parameters by name beside its own arguments.

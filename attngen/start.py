@@ -386,6 +386,8 @@ def warmup(
                 _warm_append(unit, device)
             elif unit["variant"] == "merge_states":
                 _warm_merge(unit, device)
+            elif unit["variant"] == "custom_mask":
+                _warm_mask(device)
             else:
                 variant = _variant_of(unit, loaded.folder, (variants or {}).get(unit["variant"]))
                 _warm_attention(unit, device, variant, (params or {}).get(unit["variant"]))
@@ -458,6 +460,12 @@ def _warm_append(unit: Mapping[str, Any], device: torch.device) -> None:
     cached = (k.new_zeros(1, 1, 1, unit["head_dim"]), v.new_zeros(1, 1, 1, unit["head_dim_v"]))
     places = {"positions": slot.int()} if rope else {}
     append_kv(k, v, cached, slot_mapping=slot, rope=rope, **places)
+
+
+def _warm_mask(device: torch.device) -> None:
+    from .masks import custom_mask
+
+    custom_mask(torch.zeros(1, 1, 1, dtype=torch.bool, device=device))
 
 
 def _warm_merge(unit: Mapping[str, Any], device: torch.device) -> None:

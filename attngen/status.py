@@ -36,6 +36,7 @@ class Wrong(IntEnum):
     BAD_REQUEST = 16
     SHORT_Q = 32
     SHORT_KV = 64
+    SHORT_MASK = 128  # custom_mask alone
 
 
 _OF_BATCH = {

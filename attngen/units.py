@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from . import append, cuda, merge, pins, run, tuned
+from . import append, cuda, masks, merge, pins, run, tuned
 from .isa import host_isa
 from .choose_cuda import DecodeConfig, arch_named
 from .engine import cuda_problem, kernels_of
@@ -31,7 +31,7 @@ class Job:
 
     key: str
     title: str
-    name: str  # the template's: decode, attention_sm80, plan, attention, append, merge
+    name: str  # the template's: decode, attention_sm80, plan, attention, append, mask_rows, merge
     arch: str
     build: Callable[[], tuple[Entry, bool, float]] = field(compare=False, repr=False)
 
@@ -80,8 +80,10 @@ def _units_of_table(table: Mapping[str, Any], folder: Path) -> Iterator[Unit]:
 
 
 def _plain_units(arch: str, dtypes: Sequence[str], table: Mapping[str, Any], folder: Path) -> Iterator[Unit]:
-    """append_kv for each rope of the variants, or none; merge_states to the dtype and from raw states."""
+    """append_kv for each rope of the variants, or none; merge_states to the dtype and from raw states; custom_mask."""
     target = arch_named(gpu(arch)).name
+    if "mask" in table["phases"]:
+        yield _plain_unit("mask_rows", masks._specialise(target), {"backend": "cuda", "arch": target})
     for dtype in dtypes:
         for d, dv in table["head_dims"]:
             facts = {"backend": "cuda", "arch": target, "dtype": dtype, "head_dim": d, "head_dim_v": dv}

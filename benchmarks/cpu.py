@@ -1,6 +1,6 @@
 """CPU benchmarks: attngen beside torch SDPA and compiled FlexAttention, in one process; start-up costs in fresh ones.
 
-    python benchmarks/cpu.py [sdpa] [decode] [flex] [startup] [call]      (default: all)
+    python benchmarks/cpu.py [sdpa] [decode] [flex] [masks] [startup] [call]      (default: all)
 
 One line a case: what | attngen's median | rate | ratio to the peer (median of the pairwise ratios) | bar. The two sides
 run in turn, so that a drift of the machine's speed falls on both.
@@ -16,14 +16,26 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 import attngen as ag
-from attngen.variants import ALiBi, Causal, Document, SlidingWindow, SoftCap
+from attngen.variants import (
+    ALiBi,
+    Causal,
+    Chunked,
+    DilatedWindow,
+    Document,
+    Neighborhood2D,
+    PrefixLM,
+    SlidingWindow,
+    SoftCap,
+    Streaming,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 ROUNDS = 15
@@ -90,8 +102,6 @@ def decode() -> None:
 
 def flex() -> None:
     """Variants beside compiled FlexAttention (its block mask is built outside the timed region)."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
     s, h, d = 2048, 8, 64
     slopes = torch.tensor([2.0 ** -(i + 1) for i in range(h)])
     lengths = torch.distributions.LogNormal(5.0, 0.8).sample((s,)).int().clamp(16, 1024)
@@ -119,24 +129,58 @@ def flex() -> None:
         ("document", ag.compose(Document(), Causal()), document_params(ids), None, document),
     ]
     for dtype, bar in ((torch.float32, 0.6), (torch.bfloat16, 0.3)):
-        ratios = []
-        q, k, v = (torch.randn(1, h, s, d, dtype=dtype) for _ in range(3))
-        for what, variant, params, score_mod, mask_mod in cases:
-            torch._dynamo.reset()
-            compiled = torch.compile(flex_attention)
-            mask = create_block_mask(mask_mod, None, None, s, s, device="cpu")
-            peer = compiled(q, k, v, score_mod=score_mod, block_mask=mask)
-            out = ag.attention(q, k, v, variant, layout="bhsd", **params)
-            error = (out.float() - peer.float()).abs().max().item()
-            assert error < (1e-4 if dtype == torch.float32 else 5e-2), f"{what}: differs from FlexAttention by {error}"
-            ours, ratio = paired(
-                lambda: ag.attention(q, k, v, variant, layout="bhsd", **params),
-                lambda: compiled(q, k, v, score_mod=score_mod, block_mask=mask),
-            )
-            ratios.append(ratio)
-            line(f"{what} b=1 h={h}/{h} q={s} kv={s} d={d} {name(dtype)}", ours, "", ratio, "flex", None)
-        mean = math.exp(statistics.fmean(map(math.log, ratios)))
-        print(f"geometric mean {name(dtype)}: {mean:.3f}x flex | bar {bar} {'met' if mean <= bar else 'MISSED'}", flush=True)
+        beside_flex(cases, s, h, d, dtype, bar)
+
+
+def masks() -> None:
+    """Masks alone beside compiled FlexAttention: every kind of skipping."""
+    s, h, d, side = 4096, 4, 64, 64
+    lengths = torch.distributions.LogNormal(6.0, 1.0).sample((s,)).int().clamp(16, 2048)
+    ids = torch.repeat_interleave(torch.arange(s), lengths)[:s].int()
+    prefix = torch.tensor([1024], dtype=torch.int32)
+    grid = {"height": side, "width": side, "kernel": 13}
+
+    def neighborhood(b, h, q, kv):
+        y, x = ((i - 6).clamp(0, side - 13) for i in (q // side, q % side))
+        return (kv // side >= y) & (kv // side < y + 13) & (kv % side >= x) & (kv % side < x + 13)
+
+    cases = [
+        ("causal", Causal(), {}, None, lambda b, h, q, kv: q >= kv),
+        ("window 256", SlidingWindow(256), {}, None, lambda b, h, q, kv: (q >= kv) & (q - kv < 256)),
+        ("window 1024", SlidingWindow(1024), {}, None, lambda b, h, q, kv: (q >= kv) & (q - kv < 1024)),
+        ("prefix 1024", PrefixLM(), {"prefix_len": prefix}, None, lambda b, h, q, kv: (q >= kv) | (kv < 1024)),
+        ("documents", Document() & Causal(), document_params(ids), None, lambda b, h, q, kv: (q >= kv) & (ids[q] == ids[kv])),
+        ("chunked 2048", Chunked(2048), {}, None, lambda b, h, q, kv: (q >= kv) & (q // 2048 == kv // 2048)),
+        ("streaming 64+1024", Streaming(64, 1024), {}, None, lambda b, h, q, kv: (q >= kv) & ((q - kv < 1024) | (kv < 64))),
+        ("dilated 256x4", DilatedWindow(256, 4), {}, None, lambda b, h, q, kv: (q >= kv) & (q - kv < 1024) & ((q - kv) % 4 == 0)),
+        ("2-D window 13", Neighborhood2D(), grid, None, neighborhood),
+    ]  # fmt: skip
+    for dtype in (torch.float32, torch.bfloat16):
+        beside_flex(cases, s, h, d, dtype, 0.6, worst=0.8)
+
+
+def beside_flex(cases: Sequence[Any], s: int, h: int, d: int, dtype: torch.dtype, bar: float, worst: float | None = None) -> None:
+    """(title, variant, parameters, score_mod, mask_mod) each: a line a case, and the geometric mean."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    ratios = []
+    q, k, v = (torch.randn(1, h, s, d, dtype=dtype) for _ in range(3))
+    for what, variant, params, score_mod, mask_mod in cases:
+        torch._dynamo.reset()
+        compiled = torch.compile(flex_attention)
+        mask = create_block_mask(mask_mod, None, None, s, s, device="cpu")
+        peer = compiled(q, k, v, score_mod=score_mod, block_mask=mask)
+        out = ag.attention(q, k, v, variant, layout="bhsd", **params)
+        error = (out.float() - peer.float()).abs().max().item()
+        assert error < (1e-4 if dtype == torch.float32 else 5e-2), f"{what}: differs from FlexAttention by {error}"
+        ours, ratio = paired(
+            lambda: ag.attention(q, k, v, variant, layout="bhsd", **params),
+            lambda: compiled(q, k, v, score_mod=score_mod, block_mask=mask),
+        )
+        ratios.append(ratio)
+        line(f"{what} b=1 h={h}/{h} q={s} kv={s} d={d} {name(dtype)}", ours, "", ratio, "flex", worst)
+    mean = math.exp(statistics.fmean(map(math.log, ratios)))
+    print(f"geometric mean {name(dtype)}: {mean:.3f}x flex | bar {bar} {'met' if mean <= bar else 'MISSED'}", flush=True)
 
 
 def document_params(ids: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -226,7 +270,7 @@ def startup() -> None:
         print(f"imported on a warm start: {', '.join(warm[0]['loaded']) or 'no ninja, no Jinja, no cpp_extension'}")
 
 
-SECTIONS = {"sdpa": sdpa, "decode": decode, "flex": flex, "startup": startup, "call": call}
+SECTIONS = {"sdpa": sdpa, "decode": decode, "flex": flex, "masks": masks, "startup": startup, "call": call}
 
 if __name__ == "__main__":
     torch.manual_seed(0)

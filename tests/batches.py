@@ -74,6 +74,19 @@ class Batch:
         out = torch.cat([out[r, :n] for r, n in enumerate(self.q_lens)])
         return out, None if sums is None else torch.cat([sums[r, :, :n].T for r, n in enumerate(self.q_lens)])
 
+    def _tokens(self) -> torch.Tensor:
+        """Of each packed row of q its row among those of padded requests, which are the oracle's."""
+        return torch.cat([torch.arange(n) + r * self.dense_q.shape[1] for r, n in enumerate(self.q_lens)])
+
+    def packed(self, x: torch.Tensor) -> torch.Tensor:
+        """A parameter by the rows of padded requests as one by packed rows of q."""
+        return x[self._tokens()]
+
+    def padded(self, x: torch.Tensor) -> torch.Tensor:
+        """The other way."""
+        rows = self.dense_q.shape[1] * len(self.q_lens)
+        return torch.zeros(rows, *x.shape[1:], dtype=x.dtype).index_copy_(0, self._tokens(), x.cpu())
+
     def sizes(self) -> dict[str, int]:
         """Arguments of variants.example_params."""
         return dict(requests=len(self.q_lens), q_len=self.dense_q.shape[1], kv_len=self.dense_k.shape[1],
@@ -90,9 +103,15 @@ def make(variant: ag.Variant, batch: Batch, **more: Any) -> ag.BatchAttention:
     return ag.BatchAttention(variant, **{**given, **more})
 
 
-def split_params(variant: ag.Variant, params: dict[str, Any], device: str = "cuda") -> tuple[dict[str, Any], dict[str, Any]]:
-    """What belongs to plan and what to run, on the device."""
+def split_params(
+    variant: ag.Variant, params: dict[str, Any], device: str = "cuda", batch: Batch | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What belongs to plan and what to run, on the device. With ``batch``, rows of padded queries, which the oracle takes, become packed
+    ones."""
     reads = variant.trace.mask.params if variant.trace.mask is not None else ()
+    if batch is not None:
+        fields = variant.trace.fields
+        params = {n: batch.packed(x) if fields[n].axes[:1] == ("q_tokens",) else x for n, x in params.items()}
     there = {n: x.to(device) if isinstance(x, torch.Tensor) else x for n, x in params.items()}
     return {n: x for n, x in there.items() if n in reads}, {n: x for n, x in there.items() if n not in reads}
 

@@ -39,7 +39,7 @@ def test_every_variant_in_every_phase(kernel, phase):
     batch = batch_of(phase, page_size=draw.choice((1, 5, 16, 64)), layout=draw.choice(("NHD", "HND")), seed=draw.randrange(99))
     variant = kernel.variant
     bound = example_params(variant, **batch.sizes())
-    to_plan, to_run = split_params(variant, bound, "cpu")
+    to_plan, to_run = split_params(variant, bound, "cpu", batch)
     style = draw.choice(("indices", "table", "one tensor", "ragged"))
     if style == "ragged":
         attn = make(variant, batch, page_size=None, max_kv_tokens=8192)

@@ -34,7 +34,7 @@ def test_every_variant_in_every_phase(name, phase):
     bound = example_params(cls, **batch.sizes())
     variant = cls()
     attn = make(variant, batch)
-    to_plan, to_run = split_params(variant, bound)
+    to_plan, to_run = split_params(variant, bound, "cuda", batch)
     attn.plan(*batch.pages(), **to_plan)
     out = torch.full((len(batch.q), 8, 128), torch.nan, dtype=torch.bfloat16, device="cuda")
     lse = None
@@ -66,7 +66,7 @@ def test_short_appends(name):
     variant = variants.library()[name]()
     bound = example_params(type(variant), **batch.sizes())
     attn = make(variant, batch, max_q_len=8, max_pages=16384)
-    to_plan, to_run = split_params(variant, bound)
+    to_plan, to_run = split_params(variant, bound, "cuda", batch)
     attn.plan(*batch.pages(), **to_plan)
     out = torch.full((len(batch.q), 8, 128), torch.nan, dtype=torch.bfloat16, device="cuda")
     if variant.trace.weight is None:

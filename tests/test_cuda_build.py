@@ -12,10 +12,11 @@ import pytest
 
 import attngen as ag
 from attngen import cuda
-from attngen.abi_cuda import APPEND_FIELDS, MERGE_FIELDS
+from attngen.abi_cuda import APPEND_FIELDS, MASK_FIELDS, MERGE_FIELDS
 from attngen.choose_cuda import (
     ARCHS,
     AppendConfig,
+    MaskConfig,
     MergeConfig,
     PlanConfig,
     TileClass,
@@ -111,6 +112,7 @@ def _jobs() -> dict[str, tuple[str, str, dict[str, str], bool]]:
         rotary = {"80": 0, "86": 40, "89": 64}.get(arch, 128)
         dtypes = ("float32", "bfloat16", "float16")
         plain = [("append", AppendConfig(arch, "bfloat16", 128, 128, rotary, arch == "89"), APPEND_FIELDS)]
+        plain.append(("mask_rows", MaskConfig(arch), MASK_FIELDS))
         if arch in ("80", "90a"):
             plain += [("merge", MergeConfig(arch, a, b, 128), MERGE_FIELDS) for a in dtypes for b in dtypes]
         for name, config, fields in plain:

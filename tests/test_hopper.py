@@ -11,6 +11,7 @@ from typing import Any
 
 import hopper_on_host
 import pytest
+import test_sparse
 import torch
 from batches import Batch, judge, make, split_params
 from compare import compare
@@ -42,7 +43,7 @@ def check(variant: ag.Variant, q_lens, kv_lens, ragged: bool = False, **more) ->
     """A batch against the oracle, with surplus rows of q, which stay as they are, and NaN in every slot that is not read."""
     batch = Batch(q_lens, kv_lens, device="cpu", **more)
     params = example_params(variant, **batch.sizes())
-    plan, run = split_params(variant, params, "cpu")
+    plan, run = split_params(variant, params, "cpu", batch)
     softmax = variant.trace.weight is None
     q = torch.cat([batch.q, torch.full((3, *batch.q.shape[1:]), torch.nan, dtype=batch.q.dtype)])
     out = torch.full((len(q), batch.dense_q.shape[2], batch.dense_v.shape[3]), torch.nan, dtype=q.dtype)
@@ -102,6 +103,12 @@ def test_lengths(q_lens, kv_lens):
 def test_pieces_of_every_kind():
     for variant in (Sunk(), variants.Sigmoid()):
         check(variant, [3, 2], [2000, 1100], d=64)
+
+
+@pytest.mark.parametrize("layout, per_head, masked", [("NHD", False, False), ("HND", False, True), ("NHD", True, False), ("HND", True, False)])
+def test_blocks(layout, per_head, masked):
+    """Rows of blocks as requests, and pages that overlap where heads differ."""
+    test_sparse.check_on_hopper(layout, per_head, masked)
 
 
 def test_negative_scale():

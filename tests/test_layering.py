@@ -59,8 +59,10 @@ STREET = (
     "engine_cpu",
     "append",
     "merge",
+    "masks",
     "dense",
     "batch",
+    "sparse",
     "flex",
     "find",
     "check",
@@ -80,7 +82,7 @@ STREET = (
     "integrations",
 )
 # attngen.variants is the library that users import; these may too, since `import attngen` imports none of them.
-MAY_USE_VARIANTS = {"check", "cli", "find", "integrations", "show"}
+MAY_USE_VARIANTS = {"check", "cli", "find", "integrations", "show", "sparse"}
 
 
 def rooms() -> dict[str, list[ast.Module]]:

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from attngen.errors import VariantError
-from attngen.rope import DynamicNTK, Linear, Llama3, LongRoPE, RoPE, YaRN, rotate
+from attngen.rope import DynamicNTK, Linear, Llama3, LongRoPE, Proportional, RoPE, YaRN, rotate
 
 HEAD_DIM = 64
 NEAR = torch.arange(0, 300)
@@ -45,6 +45,8 @@ CASES = {
          "original_max_position_embeddings": 1024},
         Llama3(8.0, 1.0, 4.0, 1024),
     ),
+    "proportional": ({"rope_type": "proportional", "partial_rotary_factor": 0.25, "factor": 8.0}, Proportional(0.25, 8.0)),
+    "proportional-all": ({"rope_type": "proportional"}, Proportional(1.0)),
     "longrope": (
         {"rope_type": "longrope", "short_factor": list(SHORT), "long_factor": list(LONG),
          "original_max_position_embeddings": 1024, "factor": 4.0},
@@ -245,7 +247,7 @@ ERRORS = {
     "odd head_dim": (lambda: RoPE().structure(65), "even head_dim required; found 65"),
     "negative theta": (lambda: RoPE(-1.0), "positive theta required; found -1.0"),
     "keys": (lambda: RoPE(keys="yes"), "keys='cached' or keys='rotate' required; found 'yes'"),
-    "scaling": (lambda: RoPE(scaling=4.0), "None, Linear, DynamicNTK, YaRN, Llama3, LongRoPE or a dict required"),
+    "scaling": (lambda: RoPE(scaling=4.0), "None, Linear, DynamicNTK, YaRN, Llama3, LongRoPE, Proportional or a dict required"),
     "unknown rope_type": (lambda: RoPE(scaling={"rope_type": "axial"}), "found 'axial'"),
     "missing factor": (lambda: RoPE(scaling={"rope_type": "linear"}), "missing factor"),
     "missing context": (lambda: RoPE(scaling={"rope_type": "dynamic", "factor": 2.0}), "missing max_position"),
@@ -260,6 +262,7 @@ ERRORS = {
     ),
     "factor of zero": (lambda: Linear(0.0), "Linear: positive factor required; found 0.0"),
     "factor below 1": (lambda: DynamicNTK(0.5, 4096), "factor of 1 or more required"),
+    "portion": (lambda: RoPE(scaling=Proportional(1.5)), "portion of 1 or less required; found 1.5"),
     "swapped factors": (lambda: Llama3(8.0, 4.0, 1.0, 8192), "high_freq_factor above low_freq_factor required"),
     "longrope stretch": (lambda: LongRoPE((1.0,), (1.0,), 16), "one of factor and max_position required"),
     "longrope lengths": (lambda: LongRoPE((1.0,), (1.0, 2.0), 16, factor=2.0), "found 1 and 2 values"),

@@ -929,12 +929,12 @@ def test_cubins_are_shipped_checked_and_launched(here, monkeypatch, attngen):  #
     from attngen.choose_cuda import arch
 
     (here / "gpu.toml").write_text(
-        '[[kernels]]\nvariants = ["Causal"]\nhead_dims = [64]\nlayouts = ["paged"]\nphases = ["decode", "merge"]\narchs = ["9.0a"]\n'
+        '[[kernels]]\nvariants = ["Causal"]\nhead_dims = [64]\nlayouts = ["paged"]\nphases = ["decode", "merge", "mask"]\narchs = ["9.0a"]\n'
     )
     assert attngen("precompile", here / "gpu.toml")[0] == 0
     lock = json.loads((here / "gpu.lock").read_text())
     names = [k["name"] for k in lock["kernels"].values()]
-    assert set(names) == {"decode", "merge", "plan"} and names.count("merge") == 2 and names.count("plan") == 1
+    assert set(names) == {"decode", "merge", "mask_rows", "plan"} and names.count("merge") == 2 and names.count("plan") == 1
     attention = next(u for u in lock["units"] if u["variant"] == "Causal")
     built_or_not = ["key" in role for role in attention["roles"]]
     assert built_or_not[0] and built_or_not[-1] and built_or_not.count(False) >= 2  # prefill is left out
@@ -962,7 +962,7 @@ def test_cubins_are_shipped_checked_and_launched(here, monkeypatch, attngen):  #
     monkeypatch.setattr(cuda, "device_arch", lambda index: arch("90a"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     found = ag.load_set(here / "gpu.toml", jit=False, device="cuda:0")
-    assert {symbol.rpartition("_")[0] for symbol, _, _ in loaded} == {"attngen_Causal_decode", "attngen_Causal_plan", "attngen_merge_states_merge"}
+    assert {symbol.rpartition("_")[0] for symbol, _, _ in loaded} == {"attngen_Causal_decode", "attngen_Causal_plan", "attngen_merge_states_merge", "attngen_custom_mask_mask"}
     assert all(key[:8] in {symbol[-8:] for symbol, _, _ in loaded} for key in lock["kernels"])
     assert len(found.kernels) == len(names)
 

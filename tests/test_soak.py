@@ -56,7 +56,7 @@ def run_one(seed: int, device: str, most: int) -> None:
     params = example_params(cls, **batch.sizes())
     variant = cls()
     attn = engine(kernel, page_size, layout, rng.random() < 0.2, device)
-    to_plan, to_run = split_params(variant, params, device)
+    to_plan, to_run = split_params(variant, params, device, batch)
     q_indptr = None if decode and rng.random() < 0.5 else batch.q_indptr
     if page_size is None:
         kv_indptr, k, v = batch.ragged()

@@ -7,6 +7,7 @@ kinds of head dims, instruction sets and stored dtypes.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -305,6 +306,8 @@ def test_every_variant_is_listed_and_has_a_formula() -> None:
     }  # fmt: skip
     assert found == set(variants.library()) == set(FORMULAS)
     assert set(variants.__all__) >= found
+    page = (Path(__file__).parent.parent / "docs" / "library.md").read_text()
+    assert found == {name for name in re.findall(r"`(\w+)`", page) if name in found}
 
 
 @pytest.mark.parametrize("file", sorted(variants_dir().glob("[!_]*.py")), ids=lambda f: f.name)

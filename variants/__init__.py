@@ -11,11 +11,17 @@ from typing import Any
 
 # The file of each, in reading order. It is imported when its variant is asked for: a server needs one or two.
 _FILES = {
-    "Full": "full", "Causal": "causal", "SlidingWindow": "sliding_window", "SoftCap": "soft_cap", "Gemma2": "gemma2",
-    "ALiBi": "alibi", "ALiBiSlopes": "alibi", "T5Bias": "t5_bias", "PrefixLM": "prefix_lm", "Document": "document",
-    "Chunked": "chunked", "Sinks": "sinks", "GptOss": "sinks", "Streaming": "streaming", "DilatedWindow": "dilated_window",
-    "Sigmoid": "sigmoid", "TreeMask": "tree_mask", "Llama3RoPE": "llama3_rope", "Llama4Temperature": "llama4_temperature",
-    "Grok": "grok", "StreamingLLM": "streaming_llm",
+    "Full": "full", "Causal": "causal", "SlidingWindow": "sliding_window", "BidirectionalWindow": "bidirectional_window",
+    "PrefixLM": "prefix_lm", "PrefixWindow": "prefix_window", "Document": "document", "Images": "images", "MultiItem": "multi_item",
+    "LeftPadding": "left_padding", "Chunked": "chunked", "BlockCausal": "block_causal", "BlockDiffusion": "block_diffusion",
+    "Streaming": "streaming", "DuoAttention": "duo_attention", "DilatedWindow": "dilated_window", "Longformer": "longformer",
+    "Neighborhood2D": "neighborhood", "SlidingTile": "sliding_tile", "SelectedBlocks": "selected_blocks", "VerticalSlash": "vertical_slash",
+    "TreeMask": "tree_mask", "CustomMask": "custom_mask", "SoftCap": "soft_cap", "ALiBi": "alibi", "ALiBiSlopes": "alibi",
+    "T5Bias": "t5_bias", "RelativeBias2D": "relative_bias", "AttentionBias": "attention_bias", "Forgetting": "forgetting",
+    "Llama4Temperature": "llama4_temperature", "Ministral3Temperature": "llama4_temperature", "ScalableSoftmax": "scalable_softmax",
+    "Sinks": "sinks", "Sigmoid": "sigmoid", "Retention": "retention", "HSTU": "hstu", "OutputGate": "output_gate",
+    "HeadGate": "output_gate", "Llama3RoPE": "llama3_rope", "StreamingLLM": "streaming_llm", "Gemma2": "gemma2", "GptOss": "sinks",
+    "Grok": "grok",
 }  # fmt: skip
 
 
