@@ -17,19 +17,13 @@ from . import cuda
 from .abi_cuda import APPEND_FIELDS
 from .cache import Entry
 from .choose_cuda import AppendConfig, arch_named
+from .devices import as_device, cuda_index
 from .errors import ParameterError, UnsupportedError
 from .library import NO_GRAD, define
 from .rope import RoPE, alive, rotate
 from .run import DTYPE_NAMES, MAX_LENGTH
-from .space import BAD_KV_INDPTR, BAD_PAGE, OVER_CAPACITY
+from .status import STATUS_WORDS, Status, Wrong
 
-BAD_REQUEST = 16  # as in work.cuh
-STATUS_TEXT = {
-    BAD_KV_INDPTR: "kv_indptr decreases, is negative or runs past kv_indices at its request",
-    OVER_CAPACITY: "its position is past the pages of its request, or 2^30 or more",
-    BAD_PAGE: "its page or slot is past the end of the cache",
-    BAD_REQUEST: "its request is past the last one",
-}
 _CUDA_DTYPES = (torch.bfloat16, torch.float16)
 _DTYPES = (*_CUDA_DTYPES, torch.float32)
 _INT32_MAX = 2**31 - 1
@@ -241,14 +235,13 @@ def append_positions(
 def check_append(device: torch.device | str | int | None = None) -> None:
     """Wait for a CUDA device (by default the current one) and raise ParameterError, naming one token that ``append_kv``
     could not place there since the last check. Such tokens were skipped. On the CPU append_kv itself raises."""
-    found = torch.device("cuda" if device is None else device)
+    found = as_device("cuda" if device is None else device)
     if found.type != "cuda" or not _status:
         return
     status = _status.get(torch.cuda.current_device() if found.index is None else found.index)
-    value = 0 if status is None else int(status.item())
-    if value:
+    if status is not None and (wrong := Status.of(status.tolist())):
         status.zero_()
-        _raise(value & 0xFF, value >> 8 & 0xFFFFFF)
+        wrong.raise_for_token()
 
 
 def compile(  # noqa: A001
@@ -263,9 +256,7 @@ def compile(  # noqa: A001
     """Build append_kv's kernel ahead: for a named architecture ("90a"), without a GPU, or for a CUDA device (by default
     the current one), where it is loaded too, so that the first call may be captured. Returns its cache entry."""
     if arch is None:
-        found = torch.device("cuda" if device is None else device)
-        index = torch.cuda.current_device() if found.index is None else found.index
-        return cuda.build(_load(index, dtype, head_dim, head_dim_v or head_dim, rope).special)[0]
+        return cuda.build(_load(cuda_index(device, 'give arch=, such as "90a"'), dtype, head_dim, head_dim_v or head_dim, rope).special)[0]
     return cuda.build(_specialise(_config(arch, dtype, head_dim, head_dim_v or head_dim, rope)))[0]
 
 
@@ -306,7 +297,7 @@ def _load(index: int, dtype: torch.dtype, d: int, dv: int, rope: RoPE | None) ->
         device = torch.device("cuda", index)
         if index not in _status:  # a copy from the host waits, so that other streams may use it at once
             with torch.inference_mode(False):
-                _status.setdefault(index, torch.tensor([0], dtype=torch.int32, device=device))
+                _status.setdefault(index, torch.tensor([0] * STATUS_WORDS, dtype=torch.int32, device=device))
         inv_freq = None if rope is None else rope.inv_freq(d, device)
         found = _loaded.setdefault(ident, _Loaded(kernel, config, special, inv_freq, _status[index]))
     return found
@@ -323,41 +314,40 @@ def _find_slots(
     zero = torch.zeros(site.num_tokens, dtype=torch.int64, device="cpu")
     position, request, mapped = (zero if t is None else t.long() for t in (positions, request_of, slot_mapping))
     skip = (position < 0) | (request < 0) | (mapped < 0)
-    wrong = torch.where(position >= MAX_LENGTH, OVER_CAPACITY, torch.where(request >= site.requests, BAD_REQUEST, 0))
+    wrong = torch.where(position >= MAX_LENGTH, Wrong.LONG_POSITION, torch.where(request >= site.requests, Wrong.BAD_REQUEST, 0))
+    found = torch.where(wrong == Wrong.BAD_REQUEST, request, position)
 
-    def mark(bad: torch.Tensor, what: int) -> None:
-        wrong[(wrong == 0) & ~skip & bad] = what
+    def mark(bad: torch.Tensor, what: Wrong, number: torch.Tensor) -> None:
+        bad = (wrong == 0) & ~skip & bad
+        wrong[bad], found[bad] = what, number[bad]
 
     wrong[skip] = 0
     if slot_mapping is not None:
-        mark(mapped >= site.pages * site.page_size, BAD_PAGE)
+        mark(mapped >= site.pages * site.page_size, Wrong.BAD_PAGE, mapped)
         page, slot = mapped // site.page_size, mapped % site.page_size
     else:
         index, slot = position // site.page_size, position % site.page_size
         safe = torch.where(skip | (wrong != 0), 0, request)
         if block_table is None:
             begin, end = (kv_indptr[safe + i].long() if site.requests else zero for i in (0, 1))
-            mark((begin < 0) | (end < begin) | (end > kv_indices.shape[0]), BAD_KV_INDPTR)
-            mark(index >= end - begin, OVER_CAPACITY)
+            mark((begin < 0) | (end < begin) | (end > kv_indices.shape[0]), Wrong.BAD_PAGES, request)
+            mark(index >= end - begin, Wrong.LONG_POSITION, position)
             place, table = begin + index, kv_indices
         else:
-            mark(index >= block_table.shape[1], OVER_CAPACITY)
+            mark(index >= block_table.shape[1], Wrong.LONG_POSITION, position)
             place, table = safe * block_table.shape[1] + index, block_table.reshape(-1)
         usable = ~skip & (wrong == 0)
         page = torch.full_like(zero, -1)
         page[usable] = table[place[usable]].long()
-        mark(page >= site.pages, BAD_PAGE)
+        mark(page >= site.pages, Wrong.BAD_PAGE, page)
     bad = wrong.nonzero()
     if len(bad):
-        _raise(int(wrong[bad[0]]), int(bad[0]))
+        at = int(bad[0])
+        Status(int(wrong[at]), at, int(found[at])).raise_for_token()
     return torch.where(skip, -1, page), slot
 
 
 # ---------------------------------------------------------------- checks
-
-
-def _raise(what: int, token: int) -> None:
-    raise ParameterError(f"append_kv, token {token}: {STATUS_TEXT.get(what, f'status {what}')}")
 
 
 def _is_pair(kv_cache: Any) -> bool:

@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.compiler import is_dynamo_compiling
 
+from .devices import as_device, cuda_index
 from .engine import CudaEngine, Facts, Plan, Site
 from .errors import ParameterError, UnsupportedError
 from .library import NO_GRAD, NOT_IN_GRAPHS, PARAMETERS, define, operands, parameters
 from .ops import F32
 from .run import DTYPE_NAMES, _free_axes, _scale, check_free_axes, check_scalar, stored_dtypes
-from .space import STATUS_TEXT
+from .schedule import Lengths, all_good, read_requests
 from .spec import Variant, as_variant
 
 if TYPE_CHECKING:
@@ -131,6 +132,7 @@ class BatchAttention:
         self.dtype, self.page_size, self.kv_layout = dtype, page_size, kv_layout
         self.max_requests, self.max_q_tokens, self.capacity = max_requests, max_q_tokens, capacity
         self.max_q_len = min(max_q_len or max_q_tokens, max_q_tokens)
+        self.max_kv_len = min(max_kv_len or capacity * (page_size or 1), _INT32_MAX)
         self.head_offset, self.total_heads = head_offset, all_heads
         self.scale = _scale(self.variant, scale, head_dim)
         self._fields, self._free = dict(trace.used()), _free_axes(self.variant)
@@ -154,6 +156,8 @@ class BatchAttention:
         if isinstance(first, int):
             first = torch.full((max_requests,), first, dtype=torch.int32, device=self.device)
         self._first_position: torch.Tensor | None = first
+        self._limits: dict[str, Any] = {}  # of the last plan, for messages
+        self._top_page = -1, 0  # the largest page number that the host has seen in the plan, and its request
         self._planned: tuple[Plan | CpuPlan, int, int] | None = None  # the plan, its requests, the rows that q must have
         self._plan_params: Mapping[str, Any] = {}
         self._sites: dict[Any, Site] = {}
@@ -183,7 +187,9 @@ class BatchAttention:
     ) -> None:
         """Lay out a batch: one kernel on the current stream, without a sync.
 
-        All arguments are int32 tensors on this object's device (a list or a CPU tensor is copied there).
+        All arguments are int32 tensors on this object's device (a list or a CPU tensor is copied there). Where all lengths come
+        as lists, or from the CPU to a CUDA object, bad ones raise here; pages that are not in the cache raise in run. Else
+        ``check`` tells of them.
 
         Args:
             q_indptr: ``[requests + 1]``, where each request's query tokens begin; None: one token each (decode).
@@ -200,17 +206,20 @@ class BatchAttention:
             raise UnsupportedError("plan inside a function that torch.compile traces: call it before; run belongs inside")
         self._planned = None  # nor will there be one if this fails
         values: dict[str, Any] = {}
+        seen: dict[str, Any] | None = {}  # the lengths, if the host sees all of them
 
         def give(name: str, given: Any, length: int | None, field: str | None = None) -> int:
+            nonlocal seen
             tensor = values[field or name] = self._ints(name, given, length)
+            if seen is not None and name != "q_positions":  # any will do
+                seen = {**seen, field or name: torch.as_tensor(given)} if self._on_host(given) else None
             return tensor.shape[0]
 
         requests, rows = None, 0  # rows: that q must have, as far as the host knows
         if q_indptr is not None:
             requests = give("q_indptr", q_indptr, None) - 1
-            on_host = not isinstance(q_indptr, torch.Tensor) or q_indptr.device != self.device
-            rows = int(torch.as_tensor(q_indptr).max()) if on_host and requests >= 0 else 0
-        page_table = None
+            rows = int(torch.as_tensor(q_indptr).max()) if self._on_host(q_indptr) and requests >= 0 else 0
+        page_table, table, room = None, None, f"max_kv_tokens={self.capacity}"
         if self.page_size is None:
             if kv_indptr is None or not (kv_indices is kv_last_page_len is block_table is kv_lens is None):
                 raise ParameterError("plan of ragged k and v: required kv_indptr alone; for pages, make the object with page_size=")
@@ -219,20 +228,22 @@ class BatchAttention:
         elif block_table is not None:
             if kv_lens is None or not (kv_indptr is kv_indices is kv_last_page_len is None):
                 raise ParameterError("plan with block_table: required kv_lens beside it, and none of kv_indptr, kv_indices, ...")
-            page_table = self._table(block_table)
+            page_table, table = self._table(block_table), block_table
             requests = _same(requests, page_table.shape[0])
             give("kv_lens", kv_lens, requests)
             values["block_table_stride"] = page_table.stride(0)
             values["kv_capacity"], values["page_size"] = page_table.shape[1] * self.page_size, self.page_size
+            room = f"the {page_table.shape[1]} pages of {self.page_size} keys that block_table has for it"
         else:
             if kv_indptr is None or kv_indices is None or kv_last_page_len is None or kv_lens is not None:
                 raise ParameterError(
                     "plan of a paged batch: required kv_indptr, kv_indices and kv_last_page_len, or block_table and kv_lens"
                 )
             requests = _same(requests, give("kv_indptr", kv_indptr, None) - 1)
-            page_table = self._ints("kv_indices", kv_indices, None)
+            page_table, table = self._ints("kv_indices", kv_indices, None), kv_indices
             give("kv_last_page_len", kv_last_page_len, requests)
             values["kv_capacity"], values["page_size"] = page_table.shape[0], self.page_size
+            room = f"the {page_table.shape[0]} entries of kv_indices"
         if requests < 0 or requests > self.max_requests:
             raise ParameterError(f"{requests} requests: required 0 to max_requests={self.max_requests}")
         if q_positions is None and self._first_position is not None:
@@ -249,6 +260,15 @@ class BatchAttention:
                 raise ParameterError(f"max_q_len {max_q_len}: required 1 to the object's {self.max_q_len}")
             longest = max_q_len
         values |= {"num_requests": requests, "q_len": 1, "max_q_len": longest}
+        self._limits = {
+            "max_q_tokens": self.max_q_tokens, "max_q_len": longest, "page_size": self.page_size, "max_kv_len": self.max_kv_len,
+            "room": room, "end": "pages end" if self.page_size is not None and kv_indptr is not None else "keys end",
+        }  # fmt: skip
+        self._top_page = -1, 0
+        if seen:
+            self._check_lengths(values | seen)
+            if table is not None and self._on_host(table):
+                self._top_page = self._largest_page(torch.as_tensor(table), seen)
         bound = self._bind("plan", self._mask_fields, params, requests)
         self._plan_params = bound
         self._planned = self.engine.plan(values, page_table, bound), requests, requests if q_indptr is None else rows
@@ -293,6 +313,9 @@ class BatchAttention:
             raise ParameterError("q, k or v starts at an address that is no multiple of 16 bytes: give an aligned tensor")
         if return_lse and self.variant.trace.weight is not None:
             raise UnsupportedError(f"return_lse with {self.variant.name}: its weight hook replaces softmax: there is no LSE")
+        if self._top_page[0] >= site.strides["num_pages"]:
+            page, request = self._top_page
+            raise ParameterError(f"request {request}: page {page} of the plan: required below the {k.shape[0]} pages of the cache")
         if q.shape[0] < rows:
             raise ParameterError(f"q has {q.shape[0]} rows: required the {rows} of the {requests} planned requests, or more")
         dtype = torch.float32 if partial else self.dtype
@@ -320,12 +343,35 @@ class BatchAttention:
         """Wait for the device and raise ParameterError for what only the device could see: an indptr that decreases, a
         batch over capacity, a page that does not exist, fewer rows of q or of ragged k and v than were planned. The rows
         concerned are NaN."""
-        status = self.engine.status()
-        if status:
-            what = STATUS_TEXT.get(status & 0xFF, f"status {status & 0xFF}")
-            raise ParameterError(f"request {status >> 8}: {what}")
+        if status := self.engine.status():
+            status.raise_for_batch(**self._limits)
 
     # ---- checks
+    def _on_host(self, given: Any) -> bool:
+        """Whether an argument of plan comes from the host to another device, or as a list."""
+        return not isinstance(given, torch.Tensor) or given.device != self.device
+
+    def _check_lengths(self, values: Mapping[str, Any]) -> None:
+        """Raises for lengths, on the host, that the planner would refuse."""
+        lengths = Lengths(**values, max_q_tokens=self.max_q_tokens, max_kv_len=self.max_kv_len)
+        if not all_good(lengths):
+            lists = {name: x.tolist() if isinstance(x, torch.Tensor) else x for name, x in vars(lengths).items()}
+            read_requests(Lengths(**lists))[1].raise_for_batch(**self._limits)
+
+    def _largest_page(self, table: torch.Tensor, values: Mapping[str, Any]) -> tuple[int, int]:
+        """The largest page of good lengths and a request that has it; all on the host."""
+        if table.dim() == 2:
+            used = -(-values["kv_lens"] // self.page_size)
+            pages = torch.where(torch.arange(table.shape[1]) < used[:, None], table, -1).flatten()
+            starts = torch.arange(table.shape[0] + 1) * table.shape[1]
+        else:
+            pages, starts = table[: values["kv_indptr"][-1]].clone(), values["kv_indptr"].long()
+            pages[: starts[0]] = -1
+        if not pages.numel():
+            return -1, 0
+        at = int(pages.argmax())
+        return int(pages[at]), int(torch.searchsorted(starts, at, right=True)) - 1
+
     def _ints(self, name: str, given: Any, length: int | None) -> torch.Tensor:
         """A contiguous int32 vector on the device."""
         tensor = self._on_device(name, given)
@@ -350,6 +396,9 @@ class BatchAttention:
         """What is not there yet is copied: ints that fit int32."""
         if isinstance(given, torch.Tensor) and given.device == self.device:
             return given
+        if isinstance(given, torch.Tensor) and given.device.type not in ("cpu", "cuda"):
+            others = "" if self.device.type == "cpu" else ", or on the CPU"
+            raise ParameterError(f"{name} is on {given.device}: required ints on {self.device}{others}")
         tensor = torch.as_tensor(given)
         if tensor.numel() and (tensor.dtype not in (torch.int32, torch.int64) or int(tensor.abs().max()) > _INT32_MAX):
             raise ParameterError(f"{name} is {given!r:.200}: required ints of 32 bits")
@@ -479,14 +528,10 @@ def _extent(t: torch.Tensor) -> int:
 
 
 def _device(device: Any) -> torch.device:
-    found = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    found = as_device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     if found.type == "cpu":
         return torch.device("cpu")
-    if found.type != "cuda":
-        raise UnsupportedError(f"device {found}: BatchAttention runs on CUDA devices and on the CPU")
-    if not torch.cuda.is_available():
-        raise UnsupportedError('no CUDA device here: leave out device=, or give device="cpu"')
-    return torch.device("cuda", torch.cuda.current_device() if found.index is None else found.index)
+    return torch.device("cuda", cuda_index(found, 'leave out device=, or give device="cpu"'))
 
 
 def _same(known: int | None, found: int) -> int:

@@ -187,7 +187,7 @@ class Cache:
     def clear(self) -> tuple[int, int]:
         """Removes everything but lock files: (kernels removed, bytes freed). Loaded kernels go on working."""
         before, count = self.size(), sum(1 for _ in self.entries())
-        folders = [self.base / name for name in ("kernels", "host", "damaged", "building", "hits", "misses", "sets")]
+        folders = [self.base / name for name in ("kernels", "host", "damaged", "building", "hits", "misses", "sets", "tuned")]
         for folder in (*folders, self.root / "failed"):
             try:
                 shutil.rmtree(folder)
@@ -398,6 +398,18 @@ class Cache:
                         shutil.rmtree(folder, ignore_errors=True)
                 except FileNotFoundError:  # its builder published it at this moment
                     continue
+
+    # ---- records -----------------------------------------------------------------------------------------------------
+
+    def write_record(self, shelf: str, name: str, record: Mapping[str, Any]) -> None:
+        """Writes a small JSON record under its name, whole or not at all."""
+        folder = self.base / shelf
+        self.check_private()
+        with self._writing(folder):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            private = folder / f".{name}.{os.getpid()}-{threading.get_ident()}"
+            private.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+            private.replace(folder / f"{name}.json")
 
     # ---- misses ------------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,8 @@
 """Checking a variant: its kernels against the float64 oracle over a grid of calls. Behind ``attngen check``.
 
-The yardstick is what plain torch makes of the same inputs in the same dtype: a kernel passes if it is wrong by no more
-than twice that, plus rounding. Slots that a call must not read hold NaN.
+The yardstick is what plain torch makes of the same inputs in the same dtype, with scores and logits in float32, as the kernels
+have them: a kernel passes if it is wrong by no more than twice that, plus rounding. (Logits rounded to bfloat16 would make an
+error of 1 out of a position's bias of 300, and forgive a kernel as much.) Slots that a call must not read hold NaN.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import Any
 
 import torch
 
-from . import run
+from . import counters, run
+from .devices import as_device
 from .expr import Node, discrete_inputs
 from .interp import evaluate
 from .ops import BOOL, F32, I32
@@ -79,31 +81,49 @@ def check(
     head_dims: Sequence[int] = (64,),
     cases: Sequence[Case] = CASES,
     progress: Callable[[str], None] = lambda text: None,
+    device: Any = "cpu",
 ) -> Iterator[Result]:
-    """Compile ``variant`` for each dtype and head_dim and compare it with the oracle in each case.
+    """Compile ``variant`` for each dtype and head_dim and compare it with the oracle in each case, on the CPU or a CUDA device.
 
     ``progress`` is told what is about to be done. Raises what compiling raises.
     """
     for name in dtypes:
         for head_dim in head_dims:
             progress(f"compiling {name}, head_dim {head_dim}")
-            kernel, cached = compile_for(variant, name, head_dim)
-            seconds = kernel.loaded.entry.manifest["seconds"]
+            compiled = compile_for(variant, name, head_dim, device)
             for case in cases:
                 progress(f"checking {name}, head_dim {head_dim}: {case}")
                 q, k, v = inputs(case, DTYPES[name], head_dim)
                 params, _ = invent(variant, case)
-                outcome = _compare(variant, q, k, v, case.kv_lens, params)
-                yield Result(case, name, head_dim, *outcome[:2], seconds, cached, *outcome[2:])
+                outcome = _compare(variant, q, k, v, case.kv_lens, params, device)
+                yield Result(case, name, head_dim, *outcome[:2], compiled.seconds, compiled.cached, *outcome[2:])
 
 
-def compile_for(variant: Variant, dtype: str, head_dim: int) -> tuple[run.Kernel, bool]:
-    """The kernel for ``variant`` with tensors stored as ``invent`` makes them, and whether it was there already."""
-    before = len(run.build_log())
+@dataclass(frozen=True)
+class Compiled:
+    """The kernels of a call, on the CPU one: the CPU features or GPU they are for, their keys, and what compiling took, now or when
+    the cache got them."""
+
+    isa: str
+    keys: tuple[str, ...]
+    seconds: float
+    cached: bool
+
+
+def compile_for(variant: Variant, dtype: str, head_dim: int, device: Any = "cpu") -> Compiled:
+    """What ``attention`` needs for ``variant`` with tensors stored as ``invent`` makes them."""
     params, _ = invent(variant, CASES[0])
     storage = {name: value.dtype for name, value in params.items() if isinstance(value, torch.Tensor)}
-    kernel = run.compile(variant, dtype=DTYPES[dtype], head_dim=head_dim, storage=storage)
-    return kernel, all(record.hit for record in run.build_log()[before:])
+    given: dict[str, Any] = dict(dtype=DTYPES[dtype], head_dim=head_dim, storage=storage)
+    before = counters.stats()["builds"]
+    if as_device(device).type == "cpu":
+        kernel = run.compile(variant, **given)
+        found, entries = [kernel], [kernel.loaded.entry]
+    else:
+        found = run.compile(variant, device=device, paged=False, **given)
+        entries = [kernel.entry for kernel in found]
+    seconds = max(entry.manifest["seconds"] for entry in entries)  # all at once
+    return Compiled(found[0].problem.isa, tuple(k.spec_hash for k in found), seconds, counters.stats()["builds"] == before)
 
 
 def inputs(case: Case, dtype: torch.dtype, head_dim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -157,6 +177,13 @@ def invent(variant: Variant, case: Case) -> tuple[dict[str, Any], list[str]]:
     return params, notes
 
 
+def on_device(variant: Variant, params: dict[str, Any], device: Any) -> dict[str, Any]:
+    """The parameters, and the tensors that the variant has bound, on a device."""
+    bound = {name: variant.values.get(name) for name in variant.trace.used()}
+    tensors = {name: x for name, x in (bound | params).items() if isinstance(x, torch.Tensor)}
+    return params | {name: x.to(device) for name, x in tensors.items()}
+
+
 _KINDS = {F32: "floats", I32: "ints 0 to 3", BOOL: "bools"}
 
 
@@ -191,18 +218,18 @@ def _compare(
     v: torch.Tensor,
     kv_lens: Sequence[int] | None,
     params: dict[str, Any],
+    device: Any = "cpu",
 ) -> tuple[float, float, float, str]:
-    """(error, torch's error, milliseconds of the fastest call, reason to fail or '')."""
+    """(error, torch's error on the CPU, milliseconds of the fastest call, reason to fail or '')."""
     wants_lse = variant.trace.weight is None
-    arguments = dict(kv_lens=kv_lens, return_lse=wants_lse, **params)
-    expected = run.reference(q, k, v, variant, **arguments)
+    lens = dict(kv_lens=kv_lens, return_lse=wants_lse)
+    expected = run.reference(q, k, v, variant, **lens, **params)
+    there = [x.to(device) for x in (q, k, v)]
+    moved = on_device(variant, params, device)
     with torch.no_grad():
-        found = run.attention(q, k, v, variant, **arguments)
-        times = []
-        for _ in range(_WARM_CALLS):
-            start = time.perf_counter()
-            run.attention(q, k, v, variant, **arguments)
-            times.append(time.perf_counter() - start)
+        found = run.attention(*there, variant, **lens, **moved)
+        times = [timed(lambda: run.attention(*there, variant, **lens, **moved), device) for _ in range(_WARM_CALLS)]
+    found = tuple(x.cpu() for x in found) if wants_lse else found.cpu()
     plain = plain_torch(variant, q, k, v, kv_lens, params)
     (out, lse), (ref, ref_lse) = (found, expected) if wants_lse else ((found, None), (expected, None))
     torch_error = _largest(plain, ref)
@@ -212,6 +239,18 @@ def _compare(
     if wants_lse and not reason:
         reason = _fault("LSE", lse, ref_lse, 8 * floor * (1 + ref_lse.nan_to_num(neginf=0.0).abs()))
     return error, torch_error, 1e3 * min(times), reason
+
+
+def timed(call: Callable[[], Any], device: Any = "cpu") -> float:
+    """Seconds of a call, on a CUDA device up to its end."""
+    on_cuda = as_device(device).type == "cuda"
+    if on_cuda:
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    call()
+    if on_cuda:
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
 
 
 def _largest(x: torch.Tensor, ref: torch.Tensor) -> float:
@@ -239,7 +278,8 @@ def plain_torch(
     kv_lens: Sequence[int] | None,
     params: dict[str, Any],
 ) -> torch.Tensor:
-    """The variant as one would write it in eager torch: every step rounded to q's dtype, the whole matrix at once."""
+    """The variant as one would write it in eager torch, the whole matrix at once: scores, logits and softmax in float32, what is
+    multiplied and the output rounded to q's dtype."""
     trace, dtype = variant.trace, q.dtype
     (batch, rows, heads, head_dim), (slots, kv_heads), dim_v = q.shape, k.shape[1:3], v.shape[3]
     values = {name: params.get(name, variant.values.get(name)) for name in trace.used()}
@@ -278,17 +318,17 @@ def plain_torch(
         k = turned(k, value(trace.rope.kv_position).transpose(2, 3))
     k, v = (x.repeat_interleave(heads // kv_heads, 1) for x in (k, v))
     queries = [turned(q, value(node)) for node in trace.rope.q_positions] if trace.rope else [q]
-    scores = [x @ k.transpose(2, 3) for x in queries]
+    scores = [x.float() @ k.float().transpose(2, 3) for x in queries]
     s = scores[0]
     if trace.rope and trace.rope.kind is not None:
         for n, other in enumerate(scores):
             s = torch.where(value(trace.rope.kind) == n, other, s)
     scale = head_dim**-0.5 if trace.scale is None else trace.scale
-    s = (s * scale).to(dtype)
+    s = s * scale
     if trace.query_scale is not None:
-        s = (s * value(trace.query_scale)).to(dtype)
+        s = (s * value(trace.query_scale)).float()
     if trace.logits is not None:
-        s = value(trace.logits, s=s).to(dtype).expand(batch, heads, rows, slots)
+        s = value(trace.logits, s=s).float().expand(batch, heads, rows, slots)
     keep = (kv < kv_len).expand(s.shape)
     if trace.mask is not None:
         keep = keep & value(trace.mask)
@@ -297,8 +337,8 @@ def plain_torch(
     else:
         s = torch.where(keep, s, -torch.inf)
         if trace.sink is not None:
-            s = torch.cat((s, value(trace.sink).to(dtype).expand(batch, heads, rows, 1)), -1)
-        p = torch.softmax(s, -1).nan_to_num()[..., :slots]
+            s = torch.cat((s, value(trace.sink).float().expand(batch, heads, rows, 1)), -1)
+        p = torch.softmax(s, -1).nan_to_num()[..., :slots].to(dtype)
     o = p @ v
     if trace.output is not None:
         o = value(trace.output, o=o, dim=i32(torch.arange(dim_v), 3)).to(dtype).expand(batch, heads, rows, dim_v)

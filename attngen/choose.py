@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import UnsupportedError
 from .isa import CPU_ISAS
@@ -72,10 +73,33 @@ class Candidate:
 
 @record
 class Choice:
-    """The chosen configuration, and every candidate that was considered for it, in the order of the list."""
+    """The chosen configuration, every candidate that was considered for it, in the order of the list, and what chose: "rule", or
+    what was measured."""
 
     config: KernelConfig
     candidates: tuple[Candidate, ...]
+    by: str = "rule"
+
+
+@record
+class Preference:
+    """A candidate that was measured to be the fastest: its fields, and a line that says so."""
+
+    shape: Mapping[str, Any]
+    why: str
+
+
+C = TypeVar("C", bound=Any)
+
+
+def settle(candidates: Sequence[C], possible: Sequence[C], won: C, prefer: Preference | None) -> tuple[tuple[C, ...], C, str]:
+    """Candidates, winner and what chose it: the rule's ``won``, unless one of ``possible`` is preferred."""
+    named = prefer and next((c for c in possible if all(getattr(c, n, None) == v for n, v in prefer.shape.items())), None)
+    if named is None or prefer is None:
+        return tuple(candidates), won, "rule"
+    taken = replace(named, lost="")
+    others = {id(named): taken} if named is won else {id(named): taken, id(won): replace(won, lost="the rule's choice; another one was measured")}
+    return tuple(others.get(id(c), c) for c in candidates), taken, prefer.why
 
 
 # (lanes, compute): mr, vectors, block_m, block_n and why it lost, best first. A ratio is its time over the first's:
@@ -118,11 +142,11 @@ _FEW_ROWS = {(16, "float32"): 16, (16, "bfloat16"): 12, (8, "float32"): 16, (4, 
 _SCRATCH_LIMIT = 1 << 20  # bytes of a thread's tiles: they should stay in its level 2 cache
 
 
-def choose_cpu(problem: Problem, isa: str, hooks: object | None = None) -> Choice:
+def choose_cpu(problem: Problem, isa: str, hooks: object | None = None, prefer: Preference | None = None) -> Choice:
     """The configuration of the CPU kernel for `problem` on `isa`, one of CPU_ISAS.
 
     Rules: bfloat16 products where the ISA has them and both operands are bfloat16; then the first candidate whose tiles
-    fit the level 2 cache. `hooks` do not matter to a CPU kernel's tiles. Raises UnsupportedError for an unknown ISA or
+    fit the level 2 cache, or the preferred one if its tiles do. `hooks` do not matter to a CPU kernel's tiles. Raises UnsupportedError for an unknown ISA or
     a head_dim that is not a multiple of 8 from 8 to 256.
     """
     cpu_flags(isa)
@@ -139,13 +163,14 @@ def choose_cpu(problem: Problem, isa: str, hooks: object | None = None) -> Choic
         replace(c, lost=f"tiles take {size >> 10} KiB of cache" if i < winner else "" if i == winner else c.lost)
         for i, (c, size) in enumerate(zip(listed, sizes))
     )
-    best = candidates[winner]
+    fitting = [c for c, size in zip(candidates, sizes) if size <= _SCRATCH_LIMIT]
+    candidates, best, by = settle(candidates, fitting, candidates[winner], prefer)
     config = KernelConfig(
         isa=isa, compute=compute, lanes=lanes, block_m=best.block_m, block_n=best.block_n, mr=best.mr,
         nr=best.vectors * lanes, few_rows=_FEW_ROWS[lanes, compute], few_stage_k=problem.head_dim % lanes != 0,
         few_stage_v=problem.head_dim_v % lanes != 0, split_keys=256, items_per_thread=2,
     )  # fmt: skip
-    return Choice(config, candidates)
+    return Choice(config, candidates, by)
 
 
 def _scratch_bytes(c: Candidate, lanes: int, problem: Problem, word: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from .choose import Preference, settle
 from .errors import UnsupportedError
 from .records import record
 
@@ -84,10 +85,11 @@ Config, Candidate = TypeVar("Config"), TypeVar("Candidate")
 
 @record
 class CudaChoice(Generic[Config, Candidate]):
-    """The chosen configuration and every candidate, in the order of preference."""
+    """The chosen configuration, every candidate, in the order of preference, and what chose: "rule", or what was measured."""
 
     config: Config
     candidates: tuple[Candidate, ...]
+    by: str = "rule"
 
 
 class _WarpConfig(_Printed):
@@ -147,15 +149,17 @@ _PAIRED_SHAPES = tuple((warps, stages, 1) for warps in (8, 4) for stages in (8, 
 
 
 def choose_decode(
-    problem: Problem, arch_name: str, hooks: Hooks, block_m: int = 16, paged: bool = True, split: int = 0
-) -> CudaChoice[DecodeConfig, DecodeCandidate]:
+    problem: Problem, arch_name: str, hooks: Hooks, block_m: int = 16, paged: bool = True, split: int = 0,
+    prefer: Preference | None = None,
+) -> CudaChoice[DecodeConfig, DecodeCandidate]:  # fmt: skip
     """The decode kernel for ``problem`` on ``arch_name`` with tiles of ``block_m`` (16 or 32) rows. ``split``: keys of a fixed
-    piece, 0 for none."""
+    piece, 0 for none; ``prefer``: a candidate to take if it fits."""
     gpu = arch(arch_name)
     d, dv = problem.head_dim, problem.head_dim_v
     check_head_dims(d, dv)
     kinds = len(hooks.rope.q_positions) if hooks.rope else 1
     candidates: list[DecodeCandidate] = []
+    possible: list[DecodeCandidate] = []
     won: DecodeCandidate | None = None
     for warps, stages, blocks in _DECODE_SHAPES if block_m == 16 else _PAIRED_SHAPES:
         q_in_smem = hooks.rope is not None or dv // 2 + d // 4 + _OTHER_REGISTERS > 255
@@ -165,21 +169,24 @@ def choose_decode(
             lost = f"needs {smem} bytes of shared memory, a block has {gpu.smem_per_block}"
         elif blocks * (smem + _SMEM_RESERVED) > gpu.smem_per_sm:
             lost = f"{blocks} blocks need {blocks * (smem + _SMEM_RESERVED)} bytes of shared memory, an SM has {gpu.smem_per_sm}"
-        elif stages > 2 and (in_flight := blocks * warps * 16 // block_m * stages * 32 * (d + dv)) > _IN_FLIGHT:
+        fits = not lost
+        if fits and stages > 2 and (in_flight := blocks * warps * 16 // block_m * stages * 32 * (d + dv)) > _IN_FLIGHT:
             lost = f"{in_flight} bytes in flight an SM queue up in front of memory, {_IN_FLIGHT} suffice"
-        elif won is not None:
+        elif fits and won is not None:
             lost = f"{won.warps} warps, {won.stages} stages, {won.blocks_per_sm} blocks an SM come first"
         candidate = DecodeCandidate(warps, stages, blocks, q_in_smem, smem, lost)
         won = won if lost else candidate
         candidates.append(candidate)
+        possible += [candidate] if fits else []
     if won is None:  # only with tiles of 32 rows
         raise UnsupportedError(
             f"decode with tiles of {block_m} rows at head_dim {d}/{dv} on sm_{arch_name}: no shape fits its shared memory.\n"
             f"  required: at most {gpu.smem_per_block} bytes\n  found: {candidates[-1].smem_bytes}\n"
             f"  do: launch tiles of 64 rows instead"
         )
+    listed, won, by = settle(candidates, possible, won, prefer)
     config = DecodeConfig(arch_name, paged, block_m, won.warps, won.stages, won.blocks_per_sm, won.q_in_smem, 2, split, won.smem_bytes)
-    return CudaChoice(config, tuple(candidates))
+    return CudaChoice(config, listed, by)
 
 
 def decode_smem_bytes(d: int, dv: int, block_m: int, warps: int, stages: int, staged_queries: int, softmax: bool) -> int:
@@ -268,14 +275,16 @@ def _attention_shapes(block_m: int, d: int, dv: int, hooks: Hooks) -> tuple[tupl
 
 
 def choose_attention(
-    problem: Problem, arch_name: str, hooks: Hooks, block_m: int = 128, paged: bool = True, split: int = 0
-) -> CudaChoice[AttentionConfig, AttentionCandidate]:
+    problem: Problem, arch_name: str, hooks: Hooks, block_m: int = 128, paged: bool = True, split: int = 0,
+    prefer: Preference | None = None,
+) -> CudaChoice[AttentionConfig, AttentionCandidate]:  # fmt: skip
     """The attention kernel for ``problem`` on ``arch_name`` with tiles of ``block_m`` (64 or 128) rows. ``split``: keys of
-    a fixed piece, 0 for none."""
+    a fixed piece, 0 for none; ``prefer``: a candidate to take if it fits."""
     gpu = arch(arch_name)
     d, dv = problem.head_dim, problem.head_dim_v
     check_head_dims(d, dv)
     candidates: list[AttentionCandidate] = []
+    possible: list[AttentionCandidate] = []
     won: AttentionCandidate | None = None
     for block_n, warps, stages, blocks in _attention_shapes(block_m, d, dv, hooks):
         smem = attention_smem_bytes(d, dv, block_m, block_n, stages, hooks, paged)
@@ -287,21 +296,24 @@ def choose_attention(
         elif blocks * (smem + _SMEM_RESERVED) > gpu.smem_per_sm:
             needed = blocks * (smem + _SMEM_RESERVED)
             lost = f"{blocks} blocks need {needed} bytes of shared memory, an SM has {gpu.smem_per_sm}"
-        elif won is not None:
+        fits = not lost
+        if fits and won is not None:
             lost = f"{won.block_n} keys, {won.warps} warps, {won.stages} stages, {won.blocks_per_sm} blocks come first"
         candidate = AttentionCandidate(block_n, warps, stages, blocks, smem, lost)
         won = won if lost else candidate
         candidates.append(candidate)
+        possible += [candidate] if fits else []
     if won is None:
         raise UnsupportedError(
             f"attention with tiles of {block_m} rows at head_dim {d}/{dv} on sm_{arch_name}: "
             f"no tile shape fits its shared memory.\n  required: at most {gpu.smem_per_block} bytes\n"
             f"  found: {candidates[-1].smem_bytes}\n  do: launch tiles of 64 rows instead"
         )
+    listed, won, by = settle(candidates, possible, won, prefer)
     config = AttentionConfig(
         arch_name, paged, block_m, won.block_n, won.warps, won.stages, won.blocks_per_sm, 4, split, won.smem_bytes
     )
-    return CudaChoice(config, tuple(candidates))
+    return CudaChoice(config, listed, by)
 
 
 def attention_smem_bytes(d: int, dv: int, block_m: int, block_n: int, stages: int, hooks: Hooks, paged: bool) -> int:

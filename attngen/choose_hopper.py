@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .choose import Preference, settle
 from .choose_cuda import CudaChoice, _Printed, arch
 from .errors import UnsupportedError
 from .records import record
@@ -63,15 +64,16 @@ _REGISTERS = {1: (56, 256), 2: (48, 224), 3: (32, 160)}
 _BUFFERS = ((4, 2), (3, 2), (2, 2), (2, 1))
 
 # (groups, block_n), best first, by the larger of head_dim and head_dim_v up to a bound; measured on an H100, see
-# docs/perf-log.md. Blocks longer than these gain at 16k keys what they lose at 1k: a sequence's last block is emptier.
-_SHAPES = {64: ((3, 128),), 96: ((2, 128),), 128: ((2, 128),), 192: ((2, 112), (2, 96)), 256: ((2, 80), (2, 64))}
+# docs/perf-log.md. Blocks longer than these gain at 16k keys what they lose at 1k: a sequence's last block is emptier. Those after
+# the first are for `attngen tune`, and for hooks that need much of each key.
+_SHAPES = {64: ((3, 128), (2, 128), (2, 192)), 96: ((2, 128), (2, 96)), 128: ((2, 128), (2, 176), (2, 96)), 192: ((2, 112), (2, 96)), 256: ((2, 80), (2, 64))}
 
 
 def choose_hopper(
-    problem: Problem, arch_name: str, hooks: Hooks, page_size: int | None = None, split: int = 0
+    problem: Problem, arch_name: str, hooks: Hooks, page_size: int | None = None, split: int = 0, prefer: Preference | None = None
 ) -> CudaChoice[HopperConfig, HopperCandidate]:
     """The Hopper kernel for ``problem``. ``page_size``: of the KV cache, None without pages; any that it serves gives the same
-    kernel. ``split``: keys of a fixed piece, 0 for none.
+    kernel. ``split``: keys of a fixed piece, 0 for none; ``prefer``: a candidate to take if it fits.
 
     Raises UnsupportedError where another kernel serves: other architectures, head sizes that are no multiples of 32, pages
     that are no multiples of 8, keys that the kernel would have to rotate.
@@ -84,6 +86,7 @@ def choose_hopper(
     if d == 192 and dv <= 128:
         shapes = ((2, 128), *shapes)
     candidates: list[HopperCandidate] = []
+    possible: list[HopperCandidate] = []
     won: HopperCandidate | None = None
     for groups, block_n in shapes:
         ping_pong = wide <= 128
@@ -94,21 +97,24 @@ def choose_hopper(
             lost = f"pieces of {split} keys are not made of blocks of {block_n}"
         elif smem > gpu.smem_per_block:
             lost = f"needs {smem} bytes of shared memory, a block has {gpu.smem_per_block}"
-        elif won is not None:
+        fits = not lost
+        if fits and won is not None:
             lost = f"{64 * won.groups} rows, {won.block_n} keys come first"
         candidate = HopperCandidate(groups, block_n, stages, q_buffers, ping_pong, smem, lost)
         won = won if lost else candidate
         candidates.append(candidate)
+        possible += [candidate] if fits else []
     if won is None:
         raise UnsupportedError(
             f"the Hopper kernel at head_dim {d}/{dv}: no tile shape fits.\n  found: "
             + "; ".join(f"{c.groups * 64}x{c.block_n}: {c.lost}" for c in candidates) + "\n  do: use attention_sm80"
         )  # fmt: skip
+    listed, won, by = settle(candidates, possible, won, prefer)
     config = HopperConfig(
         arch_name, page_size is not None, won.groups, won.block_n, won.stages, won.q_buffers, won.ping_pong, *_REGISTERS[won.groups], 2, split,
         won.smem_bytes,
     )  # fmt: skip
-    return CudaChoice(config, tuple(candidates))
+    return CudaChoice(config, listed, by)
 
 
 def unserved(problem: Problem, arch_name: str, hooks: Hooks, page_size: int | None = None) -> str:

@@ -1,4 +1,4 @@
-"""The command line: ``attngen list | show | check | run | precompile | cache | explain-miss | doctor``, each with ``--json``.
+"""The command line: ``attngen list | show | check | run | tune | precompile | cache | explain-miss | doctor``, each with ``--json``.
 
 A VARIANT is a name of the library or a file, ``FILE.py`` or ``FILE.py:Class``. Results go to stdout, progress and
 errors to stderr. Exit status: 0 well, 1 a check failed, 2 an error; ``ATTNGEN_DEBUG=1`` shows an error's traceback.
@@ -38,6 +38,10 @@ app.command("explain-miss")(explain_miss)
 
 VariantArg = Annotated[str, typer.Argument(metavar="VARIANT", help="A name of the library, FILE.py or FILE.py:Class.")]
 SetOption = Annotated[list[str], typer.Option("--set", metavar="NAME=VALUE", help="Bind a field; may be repeated.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+NoTuned = Annotated[
+    bool, typer.Option("--no-tuned", help="Choose by rule alone, as under ATTNGEN_TUNED=off.", callback=lambda ctx, on: _ignore_tuned(ctx, on))
+]
 DTYPE_NAMES = ("float32", "bfloat16", "float16")
 
 
@@ -68,6 +72,21 @@ def main() -> None:
         else:
             stderr().print(f"[bold red]{type(error).__name__}:[/] [red]{escape(str(error))}[/]", soft_wrap=True)
         sys.exit(2)
+
+
+def _ignore_tuned(ctx: typer.Context, wanted: bool) -> bool:
+    if wanted:
+        from . import tuned
+
+        ctx.with_resource(tuned.ignored())
+    return wanted
+
+
+def _device(given: str) -> str:
+    """ "cpu", or "cuda:N" of a device that is there."""
+    from .devices import as_device, cuda_index
+
+    return "cpu" if as_device(given).type == "cpu" else f"cuda:{cuda_index(given, '--device cpu is there')}"
 
 
 def _check_dtypes(names: Iterable[str]) -> None:
@@ -130,6 +149,7 @@ def show(
     block_q: Annotated[int, typer.Option(help="With --stage bounds: queries of a tile.")] = 128,
     block_kv: Annotated[int, typer.Option(help="With --stage bounds: keys of a tile.")] = 128,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="With --stage bounds: draw the mask and its tiles.")] = None,
+    no_tuned: NoTuned = False,
     bound: SetOption = [],  # noqa: B006
     as_json: JsonFlag = False,
 ) -> None:
@@ -201,36 +221,40 @@ def _specialise(variant: Variant, dtype: str, head_dim: int, head_dim_v: int | N
 @app.command()
 def check(
     variant: VariantArg,
-    dtype: Annotated[list[str], typer.Option(help="May be repeated.")] = list(DTYPE_NAMES),  # noqa: B006
+    dtype: Annotated[list[str], typer.Option(help="May be repeated; all that the device has, unless given.")] = [],  # noqa: B006
     head_dim: Annotated[list[int], typer.Option(help="May be repeated.")] = [64],  # noqa: B006
+    device: DeviceOption = "cpu",
+    no_tuned: NoTuned = False,
     bound: SetOption = [],  # noqa: B006
     as_json: JsonFlag = False,
 ) -> None:
     """Compile a variant and compare it with the float64 oracle over a grid of shapes. Exit status 1 if it differs."""
+    on = _device(device)
+    dtype = dtype or list(DTYPE_NAMES if on == "cpu" else DTYPE_NAMES[1:])
     _check_dtypes(dtype)
     found = load_variant(variant, bound)
     from . import check as checking
 
     _, notes = checking.invent(found, checking.CASES[0])
     with stderr().status("tracing") as status:
-        results = list(checking.check(found, dtype, head_dim, progress=lambda text: status.update(escape(text))))
+        results = list(checking.check(found, dtype, head_dim, progress=lambda text: status.update(escape(text)), device=on))
     passed = all(r.ok for r in results)
     if as_json:
         rows = [record(r) | {"case": record(r.case), "ok": r.ok} for r in results]
-        print_json({"variant": found.name, "passed": passed, "invented": notes, "results": rows})
+        print_json({"variant": found.name, "device": on, "passed": passed, "invented": notes, "results": rows})
     else:
-        _print_check(found, results, notes)
+        _print_check(found, results, notes, on)
     if not passed:
         raise typer.Exit(1)
 
 
-def _print_check(variant: Variant, results: Sequence[Any], notes: Sequence[str]) -> None:
+def _print_check(variant: Variant, results: Sequence[Any], notes: Sequence[str], device: str) -> None:
     out = stdout()
     several = len({r.head_dim for r in results}) > 1
     shown = table(
         "case", "dtype", *(["head_dim"] if several else []), ">max error", ">torch's", ">compile s", ">warm ms",
         "verdict",
-        title=f"{variant!r} against the float64 oracle",
+        title=f"{variant!r}{'' if device == 'cpu' else f' on {device}'} against the float64 oracle",
     )  # fmt: skip
     for i, r in enumerate(results):
         first = i == 0 or (r.dtype, r.head_dim) != (results[i - 1].dtype, results[i - 1].head_dim)
@@ -256,12 +280,16 @@ def run(
     heads: Annotated[int, typer.Option(min=1)] = 8,
     kv_heads: Annotated[int | None, typer.Option(min=1, help="Defaults to heads.")] = None,
     head_dim: Annotated[int, typer.Option()] = 64,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; float32, on a GPU bfloat16, unless given.")] = None,
+    device: DeviceOption = "cpu",
     repeat: Annotated[int, typer.Option(min=1, help="Timed calls; the median is printed.")] = 10,
+    no_tuned: NoTuned = False,
     bound: SetOption = [],  # noqa: B006
     as_json: JsonFlag = False,
 ) -> None:
-    """Run attention on random inputs: time, GFLOP/s, whether the kernel was in the cache."""
+    """Run attention on random inputs: time, GFLOP/s, whether the kernels were in the cache."""
+    on = _device(device)
+    dtype = dtype or ("float32" if on == "cpu" else "bfloat16")
     _check_dtypes([dtype])
     found = load_variant(variant, bound)
     import torch
@@ -272,32 +300,99 @@ def run(
     case = checking.Case("run", batch, q_len, kv_len or q_len, heads, kv_heads or heads)
     q, k, v = checking.inputs(case, checking.DTYPES[dtype], head_dim)
     params, notes = checking.invent(found, case)
+    q, k, v = (x.to(on) for x in (q, k, v))
+    params = checking.on_device(found, params, on)
     times = []
     with torch.no_grad(), stderr().status("compiling") as status:
         start = time.perf_counter()
-        kernel, cached = checking.compile_for(found, dtype, head_dim)
+        compiled = checking.compile_for(found, dtype, head_dim, on)
         ready = time.perf_counter() - start
         for i in range(repeat + 1):
-            start = time.perf_counter()
-            conductor.attention(q, k, v, found, **params)
-            times.append(time.perf_counter() - start)
+            times.append(checking.timed(lambda: conductor.attention(q, k, v, found, **params), on))
             status.update(f"running, call {i + 1} of {repeat + 1}")
     seconds = median(times[1:])
     work = 4 * batch * heads * q_len * case.kv_len * head_dim  # q.k and p.v over the whole matrix, masked or not
     facts = {
         "variant": found.name, "sizes": str(case).removeprefix("run "), "head_dim": head_dim, "dtype": dtype,
-        "isa": kernel.problem.isa, "threads": torch.get_num_threads(), "key": kernel.spec_hash,
-        "cache": "hit" if cached else "miss", "ready_s": ready, "first_call_s": times[0],
+        "device": on, "isa": compiled.isa, "threads": torch.get_num_threads(), "key": compiled.keys[0], "keys": compiled.keys,
+        "cache": "hit" if compiled.cached else "miss", "ready_s": ready, "first_call_s": times[0],
         "ms": 1e3 * seconds, "gflops": work / seconds / 1e9, "invented": notes,
     }  # fmt: skip
     if as_json:
         return print_json(facts)
-    cache_text = "cache hit" if cached else f"cache miss, built in {ready:.2f} s"
+    cache_text = "cache hit" if compiled.cached else f"cache miss, built in {ready:.2f} s"
+    isa, where = (compiled.isa, f"{facts['threads']} threads") if on == "cpu" else (f"sm_{compiled.isa}", on)
     out = stdout()
     out.print(
-        f"{found.name} {facts['sizes']} d={head_dim} {dtype} {kernel.problem.isa} | {1e3 * seconds:.3f} ms | "
-        f"{facts['gflops']:.1f} GFLOP/s (masked elements counted) | {facts['threads']} threads | {cache_text}",
+        f"{found.name} {facts['sizes']} d={head_dim} {dtype} {isa} | {1e3 * seconds:.3f} ms | "
+        f"{facts['gflops']:.1f} GFLOP/s (masked elements counted) | {where} | {cache_text}",
         markup=False, highlight=False, soft_wrap=True,
     )  # fmt: skip
     for note in notes:
         out.print(f"invented  {note}", markup=False, highlight=False)
+
+
+# ---------------------------------------------------------------- tune
+
+
+@app.command()
+def tune(
+    variant: VariantArg,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; float32, on a GPU bfloat16, unless given.")] = None,
+    head_dim: Annotated[int, typer.Option(help="As the calls that it is for.")] = 64,
+    head_dim_v: Annotated[int | None, typer.Option(help="Defaults to head_dim.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; a GPU where there is one, unless given.")] = None,
+    page_size: Annotated[int, typer.Option(help="On a GPU: slots of a page, 0 without pages.")] = 16,
+    phase: Annotated[list[str], typer.Option(help="'16 rows', '32 rows', '64 rows' or 'prefill'; all unless given.")] = [],  # noqa: B006
+    batch: Annotated[int | None, typer.Option(min=1, help="Requests; 32, of a prefill 4, on the CPU 1, unless given.")] = None,
+    kv_len: Annotated[int | None, typer.Option(min=1, help="Keys of each; 4096, on the CPU 1024, unless given.")] = None,
+    heads: Annotated[int | None, typer.Option(min=1, help="32, on the CPU 8, unless given.")] = None,
+    kv_heads: Annotated[int | None, typer.Option(min=1, help="8 unless given.")] = None,
+    bound: SetOption = [],  # noqa: B006
+    as_json: JsonFlag = False,
+) -> None:
+    """Time the candidates of each kernel's configuration on this machine, and keep the fastest for it.
+
+    Results stay what they are but for rounding. A record serves a structure, dtypes, head sizes, layout and row-tile class on one model
+    of GPU or CPU, until attngen is upgraded. ATTNGEN_TUNED=off ignores all records, `attngen cache clear` removes them."""
+    from . import tune as tuning
+    from .check import DTYPES
+    from .devices import as_device
+    import torch
+
+    on = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or ("float32" if on == "cpu" else "bfloat16")
+    _check_dtypes([dtype])
+    found = load_variant(variant, bound)
+    num_heads, num_kv_heads = heads or (8 if on == "cpu" else 32), kv_heads or 8
+    if num_heads % num_kv_heads:
+        raise ParameterError(f"--heads {num_heads}, --kv-heads {num_kv_heads}: the second must divide the first")
+    listed = {p: tuning.workload_of(p, num_heads, num_kv_heads, batch, kv_len) for p in tuning.chosen_phases(on, phase)}
+    workloads = {p: w for p, w in listed.items() if w is not None}
+    if on == "cpu" and device is None and not as_json:
+        stderr().print("no CUDA device here: the CPU's kernel is tuned", markup=False, highlight=False)
+    results = []
+    with stderr().status("tracing") as status, torch.no_grad():
+        for result in tuning.tune(
+            found, dtype=DTYPES[dtype], head_dim=head_dim, head_dim_v=head_dim_v or head_dim, device=on, workloads=workloads,
+            page_size=page_size or None if as_device(on).type == "cuda" else None, progress=lambda text: status.update(escape(text)),
+        ):  # fmt: skip
+            results.append(result)
+            if not as_json:
+                _print_tuned(result)
+    if as_json:
+        rows = [record(r) | {"workload": str(r.workload), "measured": [record(m) for m in r.measured], "ratio": r.ratio} for r in results]
+        print_json({"variant": found.name, "device": on, "dtype": dtype, "head_dim": head_dim, "phases": rows})
+
+
+def _print_tuned(result: Any) -> None:
+    out = stdout()
+    shown = table(*result.measured[0].shape, ">ms", "verdict", title=f"{result.phase}, {result.workload}")
+    for i, m in enumerate(result.measured):
+        verdict = "[green]kept[/]" if i == result.best else "the rule's choice" if i == result.by_rule else escape(m.left_out)
+        shown.add_row(*map(str, m.shape.values()), "" if m.ms is None else f"{m.ms:.3f}", verdict)
+    out.print(shown)
+    if result.best == result.by_rule:
+        out.print(f"{result.phase}: the rule's choice stays, no other is faster by 2%")
+    else:
+        out.print(f"{result.phase}: {result.ratio:.2f}x the time of the rule's choice")

@@ -76,7 +76,7 @@ def specialise(name: str, title: str, trace: Trace, problem: Problem, config: An
     flags = tuple(cuda_flags(arch_name))
     # A planner depends on the problem only through what its mask reads.
     facts = {n: storage[n] for n in used if n in storage} if name == "plan" else problem
-    parts = (FORMAT, CUDA_ABI, name, trace.key(problem.head_dim), facts, repr(config), flags, _digest())
+    parts = (FORMAT, CUDA_ABI, name, trace.key(problem.head_dim), facts, repr(config), flags, compiler_digest())
     key = hashlib.sha256(repr(parts).encode()).hexdigest()
     return Specialised(name, title, hooks, config, layout, problem, flags, key, trace)
 
@@ -87,7 +87,7 @@ def specialise_plain(name: str, title: str, config: Any, fields: tuple[tuple[str
     if pinned is not None:
         return from_entry(pinned, None)
     flags = tuple(cuda_flags(config.arch))
-    key = hashlib.sha256(repr((FORMAT, CUDA_ABI, name, repr(config), flags, _digest())).encode()).hexdigest()
+    key = hashlib.sha256(repr((FORMAT, CUDA_ABI, name, repr(config), flags, compiler_digest())).encode()).hexdigest()
     return Specialised(name, title, None, config, Layout(fields), None, flags, key)
 
 
@@ -110,7 +110,8 @@ def _sources() -> tuple[Path, ...]:
 
 
 @lru_cache(maxsize=1)
-def _digest() -> str:
+def compiler_digest() -> str:
+    """Digest of the templates and of the compiler rooms' sources."""
     return cache.sources_digest(*_sources())
 
 

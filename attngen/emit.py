@@ -290,6 +290,11 @@ class _Emitter:
         self.names.add(candidate)
         return candidate
 
+    def member(self, name: str, level: int) -> str:
+        """How the values of ``level`` that follow reach ``name``, one of them: CUDA keeps those of a row or column in a struct."""
+        structs = {CALL: "c", TILE: "t"} | ({ROW: "row", COL: "col"} if self.dialect == "cuda" else {})
+        return f"{structs[level]}.{name}" if level in structs else name
+
     # ---- expressions
     def expression(self, root: Node, level: int, lines: list[Value] | None = None) -> str:
         """C text of ``root`` at ``level``. With ``lines``, values used twice become locals there; without, and wherever
@@ -322,9 +327,7 @@ class _Emitter:
                 elif lines is None and len(text) > (_LONG_TEXT // 4 if shared else _LONG_TEXT):
                     name = self.name(_LEVEL_HINT[level])
                     self.sections[level].append(Value(CTYPE[node.dtype], name, text, self.where(node)))
-                    text = {CALL: f"c.{name}", TILE: f"t.{name}"}.get(level, name)
-                    if self.dialect == "cuda" and level in (ROW, COL):
-                        text = f"{_LEVEL_HINT[level]}.{name}"
+                    text = self.member(name, level)
             texts[node] = text
         return texts[root]
 

@@ -5,7 +5,7 @@
     engine = Engine(Facts, workspace)              kernels built and loaded, memory allocated
     plan = engine.plan(lengths, page_table, params)
     engine.launch(plan, site, q_at, k_at, v_at, out, lse, params, partial)
-    engine.status()                                0, or what the device found, as in space.STATUS_TEXT
+    engine.status()                                what the device found wrong, a status.Status
     engine.workspace_bytes, engine.problem
 """
 
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from . import cuda, pins
+from . import cuda, pins, tuned
 from .boxes import Boxes
 from .cache import Entry
 from .choose_cuda import PlanConfig, arch, arch_named, choose_attention, choose_decode, most_blocks, tile_class
@@ -30,12 +30,15 @@ from .records import record
 from .run import DTYPE_NAMES, stored_dtypes
 from .space import Workspace
 from .space import workspace as workspace_layout
-from .spec import Problem, Variant, as_variant
+from .spec import Problem, Trace, Variant, as_variant
+from .status import STATUS_WORDS, Status
 
 if TYPE_CHECKING:
+    from .choose import Preference
     from .emit import Hooks
 
 _FIXED_SPLIT = 2048  # keys of a piece under batch_invariant: long enough to hide a merge, short enough to fill a GPU
+PHASES = ("16 rows", "32 rows", "64 rows", "prefill")  # names of the row-tile classes, for what was measured of them
 POINTERS = struct.Struct("=5Q")  # q, k, v, out, lse: the first fields
 
 
@@ -99,27 +102,32 @@ class Kernels:
 
 
 def choices_of(
-    problem: Problem, hooks: Hooks, *, page_size: int | None, batch_invariant: bool = False, most_rows: int = 0
-) -> list[Any]:
-    """A choice a row-tile class, smallest tile first: a configuration, and the candidates it was chosen from. Arguments as
-    ``kernels_of``."""
+    trace: Trace, problem: Problem, hooks: Hooks, *, page_size: int | None, batch_invariant: bool = False, most_rows: int = 0
+) -> dict[str, Any]:
+    """A choice a row-tile class, smallest tile first, by the class's name: a configuration, and the candidates it was chosen from.
+    Arguments as ``kernels_of``. What was measured (tuned.py) counts, but not under batch_invariant."""
     from .choose_hopper import choose_hopper
 
     paged, name, split = page_size is not None, problem.isa, _FIXED_SPLIT if batch_invariant else 0
-    choices: list[Any] = []
-    if not split or most_rows <= 16:
-        choices.append(choose_decode(problem, name, hooks, paged=paged, split=split))
-    if not split:
-        with contextlib.suppress(UnsupportedError):
-            choices.append(choose_decode(problem, name, hooks, 32, paged=paged))
-        choices.append(choose_attention(problem, name, hooks, 64, paged=paged))
-        try:
-            choices.append(choose_hopper(problem, name, hooks, page_size))
-        except UnsupportedError:
-            with contextlib.suppress(UnsupportedError):  # wide heads where shared memory is small do without
-                choices.append(choose_attention(problem, name, hooks, 128, paged=paged))
-    elif not choices:  # one kernel for all lengths: two would round differently, and a prompt may be cut anywhere
-        choices.append(choose_attention(problem, name, hooks, 64, paged=paged, split=split))
+    if split:  # one kernel for all lengths: two would round differently, and a prompt may be cut anywhere
+        if most_rows <= 16:
+            return {PHASES[0]: choose_decode(problem, name, hooks, paged=paged, split=split)}
+        return {PHASES[2]: choose_attention(problem, name, hooks, 64, paged=paged, split=split)}
+
+    def prefer(phase: str) -> Preference | None:
+        layout = "pages" if paged else "contiguous"
+        return tuned.preference(trace.key(problem.head_dim), problem, phase, layout, cuda.compiler_digest())
+
+    few, some, more, many = PHASES
+    choices: dict[str, Any] = {few: choose_decode(problem, name, hooks, paged=paged, prefer=prefer(few))}
+    with contextlib.suppress(UnsupportedError):
+        choices[some] = choose_decode(problem, name, hooks, 32, paged=paged, prefer=prefer(some))
+    choices[more] = choose_attention(problem, name, hooks, 64, paged=paged, prefer=prefer(more))
+    try:
+        choices[many] = choose_hopper(problem, name, hooks, page_size, prefer=prefer(many))
+    except UnsupportedError:
+        with contextlib.suppress(UnsupportedError):  # wide heads where shared memory is small do without
+            choices[many] = choose_attention(problem, name, hooks, 128, paged=paged, prefer=prefer(many))
     return choices
 
 
@@ -137,8 +145,8 @@ def kernels_of(
     from .emit import emit
 
     hooks = emit(trace, dict(problem.storage), problem.head_dim, dialect="cuda", device_scalars=True)
-    choices = choices_of(problem, hooks, page_size=page_size, batch_invariant=batch_invariant, most_rows=most_rows)
-    configs = [choice.config for choice in choices]
+    choices = choices_of(trace, problem, hooks, page_size=page_size, batch_invariant=batch_invariant, most_rows=most_rows)
+    configs = [choice.config for choice in choices.values()]
     planned = PlanConfig(name, tuple(tile_class(c, problem) for c in configs))
     named = [*((c.template, c) for c in configs), ("plan", planned)]
     specials = [cuda.specialise(n, variant.name, trace, problem, c, name) for n, c in named]
@@ -284,8 +292,6 @@ def compile_cuda(
     paged: bool | None, batch_invariant: bool,
 ) -> list[BuiltKernel]:  # fmt: skip
     """``compile`` for a GPU: everything that BatchAttention and attention look up for these facts."""
-    if arch is None and not torch.cuda.is_available():
-        raise ParameterError("compile for CUDA without a CUDA device: required arch=, such as 'sm_90a'")
     gpu = arch_named(arch) if arch else cuda.device_arch(torch.cuda.current_device())
     problem = cuda_problem(gpu.name, dtype, head_dim, head_dim_v, tuple(sorted(storage.items())))
     specials: dict[str, cuda.Specialised] = {}
@@ -405,7 +411,7 @@ class CudaEngine:
         self._base = workspace.data_ptr()
         if self._base % 256:
             raise ParameterError("workspace starts at an address that is no multiple of 256: give a tensor of its own")
-        self._status = workspace.view(torch.uint8).flatten()[:4].view(torch.int32)
+        self._status = workspace.view(torch.uint8).flatten()[: 4 * STATUS_WORDS].view(torch.int32)
         self._status.zero_()
         self._rope = trace.rope.rope if trace.rope else None
         self._inv_freq = None if self._rope is None else self._rope.inv_freq(facts.head_dim, device)
@@ -493,9 +499,9 @@ class CudaEngine:
         boxes = launcher.boxes(values)
         return launcher.template(values if boxes is None else values | boxes.fields), boxes
 
-    def status(self) -> int:
-        """Waits for the device; the status word since the last call, 0 if all went well."""
-        status = int(self._status.item())
+    def status(self) -> Status:
+        """Waits for the device; what it found wrong since the last call."""
+        status = Status.of(self._status.tolist())
         if status:
             self._status.zero_()
         return status

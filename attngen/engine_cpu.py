@@ -16,6 +16,7 @@ from .errors import ParameterError
 from .records import record
 from .run import MAX_LENGTH, check_scalar, kernel_for, problem_for
 from .schedule import Lengths, Request, read_requests
+from .status import STATUS_WORDS, Status
 
 _ZERO = torch.zeros(8, dtype=torch.int64, device="cpu")  # what an empty tensor points to: element 0 must be readable
 
@@ -52,7 +53,7 @@ class CpuEngine:
         self.facts = facts
         self.problem = problem_for(facts.dtype, facts.head_dim, facts.head_dim_v, dict(facts.storage))
         self._kernel = kernel_for(facts.variant, self.problem)
-        self._status = torch.zeros(1, dtype=torch.int32, device="cpu")
+        self._status = torch.zeros(STATUS_WORDS, dtype=torch.int32, device="cpu")
         rope = facts.variant.trace.rope
         self._rope = rope.rope if rope else None
 
@@ -83,10 +84,10 @@ class CpuEngine:
         self._check_axes(plan, params)
         return plan
 
-    def _report(self, status: int) -> None:
+    def _report(self, status: Status) -> None:
         """The first error wins."""
-        if status and not self._status.item():
-            self._status.fill_(status)
+        if status and not self._status[0]:
+            self._status.copy_(torch.tensor(status.words, dtype=torch.int32))
 
     def _check_axes(self, plan: Plan, params: Mapping[str, Any]) -> None:
         """A read indexed by a token or a position of the batch is in range."""
@@ -141,8 +142,8 @@ class CpuEngine:
             found[name] = value
         return found
 
-    def status(self) -> int:
-        """The status word since the last call, 0 if all went well."""
-        status = int(self._status.item())
+    def status(self) -> Status:
+        """What was found wrong since the last call."""
+        status = Status.of(self._status.tolist())
         self._status.zero_()
         return status

@@ -17,6 +17,7 @@ from .abi_cuda import MASK_FIELDS
 from .cache import Entry
 from .choose_cuda import MaskConfig, arch_named
 from .errors import ParameterError, UnsupportedError
+from .status import STATUS_WORDS, Status
 
 _INT32_MAX = 2**31 - 1
 _loaded: dict[int, tuple[cuda.Specialised, Any]] = {}
@@ -165,10 +166,10 @@ def check_masks(device: torch.device | str | int | None = None) -> None:
     if found.type not in _KERNELS or not _status:
         return
     status = _status.get(torch.cuda.current_device() if found.index is None else found.index)
-    value = 0 if status is None else int(status.item())
-    if value:
+    wrong = Status() if status is None else Status.of(status.tolist())
+    if wrong:
         status.zero_()
-        raise ParameterError(_short(value >> 8))
+        raise ParameterError(_short(wrong.index))
 
 
 def compile(*, arch: str | None = None, device: torch.device | str | int | None = None) -> Entry:  # noqa: A001
@@ -276,7 +277,7 @@ def _load(index: int) -> tuple[cuda.Specialised, Any]:
         kernel = cuda.load(special, index, special.config.threads, 0, gpu.dependent_launch)
         if index not in _status:  # a copy from the host waits, so that other streams may use it at once
             with torch.inference_mode(False):
-                _status.setdefault(index, torch.tensor([0], dtype=torch.int32, device=f"cuda:{index}"))
+                _status.setdefault(index, torch.tensor([0] * STATUS_WORDS, dtype=torch.int32, device=f"cuda:{index}"))
         found = _loaded.setdefault(index, (special, kernel))
     return found
 

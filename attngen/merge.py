@@ -17,6 +17,7 @@ from . import cuda
 from .abi_cuda import MERGE_FIELDS, MERGE_POINTERS
 from .cache import Entry
 from .choose_cuda import MergeConfig, arch_named
+from .devices import cuda_index
 from .errors import ParameterError, UnsupportedError
 from .expr import Node
 from .interp import evaluate
@@ -140,8 +141,7 @@ def compile(  # noqa: A001
 
     With a variant that has a sink or an output hook the kernel's own out_dtype is float32."""
     if arch is None:
-        found = torch.device("cuda" if device is None else device)
-        index = torch.cuda.current_device() if found.index is None else found.index
+        index = cuda_index(device, 'give arch=, such as "90a"')
         _load(index, dtype, out_dtype or dtype, head_dim_v)
         arch = cuda.device_arch(index).name
     return cuda.build(_specialise(_config(arch, dtype, out_dtype or dtype, head_dim_v)))[0]

@@ -9,7 +9,7 @@ import os
 import struct
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,8 +18,9 @@ import torch
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from . import cache, counters, pins
+from . import cache, counters, pins, tuned
 from .abi import BASE_FIELDS, LAUNCH_ABI, Layout, layout
+from .devices import as_device, cuda_index
 from .errors import CacheError, ParameterError, UnsupportedError
 from .isa import host_isa
 from .library import NO_GRAD, NOT_IN_GRAPHS, PARAMETERS, define, operands, parameters, traced_variant, variant_of
@@ -129,8 +130,8 @@ def compile(  # noqa: A001
     Args:
         dtype: of q, k, v and the output: float32 (the default on the CPU), bfloat16 (the default on CUDA) or float16.
         head_dim, head_dim_v: multiples of 8 up to 256, on CUDA of 16 from 32; head_dim_v defaults to head_dim.
-        device: "cpu", the default, or "cuda".
-        arch: a GPU architecture such as "sm_90a" or "sm_86"; default that of the current CUDA device.
+        device: "cpu", the default, or a CUDA device.
+        arch: a GPU architecture such as "sm_90a" or "sm_86"; default that of ``device``, or of the current CUDA device.
         paged: CUDA: caches of pages alone, or contiguous keys alone; default both.
         batch_invariant: CUDA: the kernels of ``BatchAttention(batch_invariant=True)`` instead.
         storage: stored dtype of tensor parameters, by name; defaults to that of a bound tensor, else float32, int32 or
@@ -142,17 +143,19 @@ def compile(  # noqa: A001
     """
     variant = as_variant(variant)
     stored = stored_dtypes(variant, storage)
-    on = torch.device(device or ("cuda" if arch else "cpu")).type
+    named = as_device(device or ("cuda" if arch else "cpu"))
+    on = named.type
     if on == "cpu" and not (arch or paged is not None or batch_invariant):
         return kernel_for(variant, problem_for(dtype or torch.float32, head_dim, head_dim_v or head_dim, stored, isa))
     if on not in device_compilers or isa:
         raise ParameterError(
             f"compile for {on!r}: isa belongs to the CPU; arch, paged and batch_invariant belong to CUDA (device=\"cuda\" or arch=)"
         )
-    return device_compilers[on](
-        variant, arch=arch, dtype=dtype or torch.bfloat16, head_dim=head_dim, head_dim_v=head_dim_v or head_dim, storage=stored,
-        paged=paged, batch_invariant=batch_invariant,
-    )  # fmt: skip
+    with nullcontext() if arch else torch.cuda.device(cuda_index(named, "give arch=, such as 'sm_90a'")):
+        return device_compilers[on](
+            variant, arch=arch, dtype=dtype or torch.bfloat16, head_dim=head_dim, head_dim_v=head_dim_v or head_dim, storage=stored,
+            paged=paged, batch_invariant=batch_invariant,
+        )  # fmt: skip
 
 
 def stored_dtypes(variant: Variant, storage: Mapping[str, torch.dtype] | None) -> dict[str, str]:
@@ -191,7 +194,7 @@ def problem_for(
 def kernel_for(variant: Variant, problem: Problem) -> Kernel:
     """The CPU kernel of ``variant`` for ``problem``: of this process, from the cache, or compiled now."""
     trace = variant.trace
-    memo = (trace.key(problem.head_dim), problem)
+    memo = (trace.key(problem.head_dim), problem, *tuned.state())
     kernel = _kernels.get(memo)
     if kernel is None:
         with collector_paused():
@@ -219,7 +222,8 @@ def specialise(variant: Variant, problem: Problem) -> tuple[Any, Choice, Layout,
     trace = variant.trace
     storage = dict(problem.storage)
     hooks = emit(trace, storage, problem.head_dim)
-    choice = choose_cpu(problem, problem.isa, hooks)
+    prefer = tuned.preference(trace.key(problem.head_dim), problem, "attention", "any", compiler_digest())
+    choice = choose_cpu(problem, problem.isa, hooks, prefer)
     struct_layout = layout(trace.used(), storage)
     flags = tuple(cpu_flags(problem.isa))
     facts = (FORMAT, LAUNCH_ABI, trace.key(problem.head_dim), problem, repr(choice.config), flags, compiler_digest())
@@ -617,7 +621,7 @@ class _Shape:
         if not q.device == k.device == v.device:
             raise ParameterError(f"q, k, v are on {q.device}, {k.device}, {v.device}: move them to one device")
         if q.device.type not in self.device_types:
-            raise UnsupportedError(f"q, k, v are on {q.device}: required {' or '.join(self.device_types)}; call .cpu()")
+            raise UnsupportedError(f"q, k, v are on {q.device}: required {' or '.join(self.device_types)}; move them there")
         self.device, self.dtype = q.device, q.dtype
         if not q.dtype == k.dtype == v.dtype:
             raise ParameterError(f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}: cast them to one dtype")
@@ -925,6 +929,8 @@ def _int_list(name: str, given: Any, batch: int) -> list[int]:
     if isinstance(given, torch.Tensor):
         if given.dtype not in (torch.int32, torch.int64) or given.dim() != 1:
             raise ParameterError(f"{name} is {given.dtype} {tuple(given.shape)}: required int32 or int64 [{batch}]")
+        if given.is_meta:
+            raise ParameterError(f"{name} is on meta, without values: required {batch} ints")
         given = given.tolist()
     values = list(given) if isinstance(given, (list, tuple)) else None
     if values is None or not all(isinstance(x, int) and not isinstance(x, bool) for x in values):

@@ -54,7 +54,7 @@ def show_cuda(
     problem = cuda_problem(arch_named(arch).name, DTYPES[dtype], head_dim, head_dim_v, tuple(sorted(storage.items())))
     hooks = emit(variant.trace, storage, head_dim, dialect="cuda", device_scalars=True)
     kernels = kernels_of(variant, problem, page_size=page_size)
-    named = [*zip(kernels.classes, choices_of(problem, hooks, page_size=page_size)), (kernels.plan, None)]
+    named = [*zip(kernels.classes, choices_of(variant.trace, problem, hooks, page_size=page_size).values()), (kernels.plan, None)]
     shown = [(special, choice) for special, choice in named if kernel in (None, special.name)]
     if not shown:
         raise ParameterError(f"--kernel {kernel}: required one of {', '.join(dict.fromkeys(s.name for s, _ in named))}")
@@ -67,7 +67,8 @@ def show_cuda(
     why = unserved(problem, problem.isa, hooks, page_size)
     if as_json:
         listed = [
-            {"kernel": s.name, "key": s.key, "config": record(s.config), "candidates": [] if c is None else _choice(c)["candidates"]}
+            {"kernel": s.name, "key": s.key, "config": record(s.config), "candidates": [] if c is None else _choice(c)["candidates"],
+             "chosen_by": "rule" if c is None else c.by}
             for s, c in shown
         ]
         return print_json({"variant": variant.name, "problem": record(problem), "not_hopper": why, "kernels": listed})
@@ -83,7 +84,7 @@ def show_cuda(
 
 
 def _choice(choice: Any) -> dict[str, Any]:
-    return {"config": record(choice.config), "candidates": [record(c) for c in choice.candidates]}
+    return {"config": record(choice.config), "candidates": [record(c) for c in choice.candidates], "chosen_by": choice.by}
 
 
 def _facts(title: str, facts: dict[str, Any]) -> None:
@@ -102,6 +103,8 @@ def _show_choice(title: str, choice: Any) -> None:
         lost = row.pop("lost")
         shown.add_row(*map(str, row.values()), escape(lost) if lost else "[green]chosen[/]")
     stdout().print(shown)
+    by = "by rule: the first that fits" if choice.by == "rule" else f"as {choice.by}"
+    stdout().print(f"chosen {by}", markup=False, soft_wrap=True, highlight=False)
 
 
 def _show_source(facts: dict[str, Any], main: str, files: dict[str, str], as_json: bool) -> None:

@@ -17,17 +17,6 @@ QUEUE = struct.Struct("=4i")
 assert (REQUEST.size, TILE.size, WORKER.size) == (32, 80, 128)  # as work.cuh asserts
 assert (QUEUED_REQUEST.size, QUEUE.size) == (80, 16)  # as queue.cuh asserts
 
-# Bits of the status word; the request's number stands above them.
-BAD_Q_INDPTR, BAD_KV_INDPTR, OVER_CAPACITY, BAD_PAGE, SHORT_Q, SHORT_KV, SHORT_MASK = 1, 2, 4, 8, 32, 64, 128
-STATUS_TEXT = {
-    BAD_Q_INDPTR: "q_indptr is negative or decreases",
-    BAD_KV_INDPTR: "kv_indptr decreases, a length or kv_start is negative, or kv_last_page_len is not in 1 ... page_size",
-    OVER_CAPACITY: "more query tokens, keys or pages than the capacities given at construction, or than the page table given to plan",
-    BAD_PAGE: "a page number past the end of the cache",
-    SHORT_Q: "q has fewer rows than q_indptr counts",
-    SHORT_KV: "k and v have fewer rows than kv_indptr counts",
-}
-
 # Partial results of a worker that a queue without a fixed split has room for: it cuts tiles into fewer pieces rather than
 # need more.
 SLOTS_PER_WORKER = 4
@@ -75,7 +64,7 @@ def workspace(
     head_dim_v: int,
 ) -> Workspace:
     """The layout of the workspace: a function of capacities alone. ``max_kv_len`` matters only with a fixed split."""
-    offset = 256  # the status word has the first line to itself
+    offset = 256  # the status words have the first line to themselves
 
     def take(size: int) -> int:
         nonlocal offset

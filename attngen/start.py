@@ -22,6 +22,7 @@ import torch
 from . import cache, counters, layers, pins, sets
 from .isa import host_isa
 from .entry import Entry
+from .devices import as_device, cuda_index
 from .errors import CacheError, LoadError, MissingKernelError, ParameterError, VariantError
 from .load import host, load_kernel
 from .pack import SET_NAME, Pack
@@ -167,9 +168,7 @@ def _find(source: str | os.PathLike[str]) -> tuple[Path, dict[str, Any] | None]:
 
 def _here(device: Any) -> dict[str, str]:
     """The architecture of each backend that this machine has, or of the device that was asked for."""
-    wanted = torch.device(device).type if device is not None else None
-    if wanted not in (None, "cpu", "cuda"):
-        raise ParameterError(f"device {device!r}: required 'cpu' or a CUDA device")
+    wanted = as_device(device).type if device is not None else None
     found = {"cpu": host_isa()} if wanted in (None, "cpu") else {}
     if wanted == "cuda" or (wanted is None and torch.cuda.is_available()):
         from . import cuda
@@ -250,8 +249,7 @@ def _build(path: Path, archs: Sequence[str]) -> tuple[dict[str, Any], int]:
 
 
 def _cuda_device(device: Any) -> torch.device:
-    found = torch.device("cuda" if device is None else device)
-    return torch.device("cuda", torch.cuda.current_device()) if found.index is None else found
+    return torch.device("cuda", cuda_index(device))
 
 
 def _load(path: Path, lock: Mapping[str, Any] | None, here: Mapping[str, str], device: Any) -> LoadedSet:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from . import append, cuda, masks, merge, pins, run
+from . import append, cuda, masks, merge, pins, run, tuned
 from .isa import host_isa
 from .choose_cuda import DecodeConfig, arch_named
 from .engine import cuda_problem, kernels_of
@@ -119,10 +119,12 @@ def _cpu_unit(
 ) -> Unit:
     isa = host_isa() if arch == "cpu" else arch
     problem = run.problem_for(dtype, d, dv, stored, isa)
-    key = run.specialise(variant, problem)[-1]
+    with tuned.ignored():  # a set is the same wherever it is built
+        key = run.specialise(variant, problem)[-1]
 
     def build() -> tuple[Entry, bool, float]:
-        *_, entry, hit, seconds = run.build_cpu(variant, problem)
+        with tuned.ignored():
+            *_, entry, hit, seconds = run.build_cpu(variant, problem)
         return entry, hit, seconds
 
     job = Job(key, variant.name, "attention", isa, build)
@@ -139,9 +141,10 @@ def _cuda_units(
     invariant, phases = table["batch_invariant"], table["phases"]
     for layout in table["layouts"]:
         for most_rows in (16, 64) if invariant else (0,):
-            kernels = kernels_of(
-                variant, problem, page_size=PAGE_SIZES[layout], batch_invariant=invariant, most_rows=most_rows
-            )
+            with tuned.ignored():
+                kernels = kernels_of(
+                    variant, problem, page_size=PAGE_SIZES[layout], batch_invariant=invariant, most_rows=most_rows
+                )
             decodes = [isinstance(special.config, DecodeConfig) for special in kernels.classes]
             # A batch that prefills decodes too, with the smallest class. A decode-only object never needs the others.
             chosen = [s for s, decode in zip(kernels.classes, decodes) if decode or "prefill" in phases]

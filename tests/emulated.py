@@ -73,7 +73,7 @@ class Kernel:
             if counts[i]:
                 for name, data in {**made.pack(), "counters": bytes(4 * counts[i])}.items():
                     ctypes.memmove(getattr(p, f"{name}{i}"), data, len(data))
-        memory(p.status, 1, torch.int32)[0] = status
+        memory(p.status, 2, torch.int32)[:] = torch.tensor(status.words, dtype=torch.int32)
 
     def tiles(self, p: Any) -> Iterator[tuple[Any, ...]]:
         """Request, its number, rows, slots and KV heads of what a class of kind "slices" computes."""

@@ -31,7 +31,7 @@ def device(request, monkeypatch):
     def load(index, dtype, d, dv, rope):
         config = append._config("90a", dtype, d, dv, rope)
         special = append._specialise(config)
-        status = append._status.setdefault(0, torch.zeros(1, dtype=torch.int32))
+        status = append._status.setdefault(0, torch.zeros(2, dtype=torch.int32))
         return append._Loaded(kernel(special), config, special, None if rope is None else rope.inv_freq(d), status)
 
     monkeypatch.setattr(append, "_load", load)
@@ -313,8 +313,8 @@ def far_position(b, given):
 
 
 DEVICE_ERRORS = {
-    "page": ("table", bad_page, "page or slot is past the end"), "position": ("table", bad_position, "past the pages"),
-    "request": ("table", bad_request, "past the last one"), "slot": ("slots", bad_slot, "page or slot is past the end"),
+    "page": ("table", bad_page, "page or slot \\d+ is past the end"), "position": ("table", bad_position, "past the pages"),
+    "request": ("table", bad_request, "request 4 is past the last one"), "slot": ("slots", bad_slot, "page or slot \\d+ is past the end"),
     "indptr": ("indices", bad_indptr, "kv_indptr"), "position of 64 bits": ("slots", far_position, "2\\^30"),
     "position past kv_indptr": ("indices", bad_position, "past the pages"),
 }  # fmt: skip

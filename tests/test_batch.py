@@ -150,8 +150,8 @@ def past_the_table(batch):
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
 @pytest.mark.parametrize(
     "spoil,message",
-    [(bad_page, "a page number past"), (decreasing_pages, "kv_indptr decreases"), (long_last_page, "kv_last_page_len is not"),
-     (past_the_table, "more query tokens, keys or pages")],
+    [(bad_page, "page 1000000: required below"), (decreasing_pages, r"kv_indptr\[2\] is .* less than"), (long_last_page, r"kv_last_page_len\[1\] is 17"),
+     (past_the_table, "pages end at .* within the .* entries")],
 )  # fmt: skip
 def test_bad_keys_spoil_their_rows(spoil, message, phase):
     batch = batch_of(phase)
@@ -171,7 +171,7 @@ def test_bad_keys_spoil_their_rows(spoil, message, phase):
 def test_bad_queries_are_reported_and_nothing_past_the_capacity_is_written():
     batch = batch_of("append")
     attn = make(variants.Causal(), batch, max_q_tokens=12)
-    for q_indptr, message in (([0, 4, 3, 9, 12], "q_indptr is negative or decreases"), ([0, 4, 5, 12, 15], "more query tokens")):
+    for q_indptr, message in (([0, 4, 3, 9, 12], r"q_indptr\[2\] is 3, less"), ([0, 4, 5, 12, 15], r"q_indptr\[4\] is 15: required at most max_q_tokens=12")):
         attn.plan(q_indptr, *batch.pages()[1:])
         out = torch.full_like(batch.q, torch.nan)
         attn.run(batch.q, (batch.k, batch.v), out=out)
@@ -387,9 +387,54 @@ def test_requests_past_max_kv_len():
     attn = make(variants.Causal(), batch, max_kv_len=700)
     attn.plan(*batch.pages())
     out = attn.run(batch.q, (batch.k, batch.v))
-    with pytest.raises(ag.ParameterError, match="request 3: more query tokens, keys or pages"):
+    with pytest.raises(ag.ParameterError, match="request 3: 5000 keys: required at most max_kv_len=700"):
         attn.check()
     assert out[3].isnan().all() and out[:3].isfinite().all()
+
+
+def test_bad_lists_raise_at_once():
+    """Lengths as lists raise in plan, pages as lists in run; as tensors both are the device's to find, and check's to tell."""
+    batch = batch_of("decode")
+    attn, cache = make(variants.Causal(), batch, max_kv_len=6000), (batch.k, batch.v)
+    names = ("q_indptr", "kv_indptr", "kv_indices", "kv_last_page_len")
+    good = {name: x.tolist() for name, x in zip(names, batch.pages())}
+    attn.plan(**good)
+    wanted = attn.run(batch.q, cache)
+    for name, at, value, match in (
+        ("q_indptr", 2, 0, r"request 1: q_indptr\[2\] is 0, less"), ("kv_indptr", 2, 0, r"request 1: kv_indptr\[2\] is 0, less"),
+        ("kv_last_page_len", 2, 17, r"request 2: kv_last_page_len\[2\] is 17: required 1 to page_size=16"),
+        ("kv_indptr", 4, 500, "request 3: its pages end at 500: required within the 362 entries of kv_indices"),
+        ("q_indptr", 4, 9999, r"request 3: q_indptr\[4\] is 9999: required at most max_q_tokens=4096"),
+    ):  # fmt: skip
+        bad = {**good, name: [*good[name][:at], value, *good[name][at + 1 :]]}
+        with pytest.raises(ag.ParameterError, match=match):
+            attn.plan(**bad)
+        attn.plan(**{n: batch.ints(x) for n, x in bad.items()})
+        with pytest.raises(ag.ParameterError, match=match):
+            attn.check()
+    for at, page, request in ((44, 9000, 1), (361, len(batch.k), 3)):
+        bad = {**good, "kv_indices": [*good["kv_indices"][:at], page, *good["kv_indices"][at + 1 :]]}
+        attn.plan(**bad)
+        with pytest.raises(ag.ParameterError, match=f"request {request}: page {page} .*required below the {len(batch.k)} pages"):
+            attn.run(batch.q, cache)
+        attn.plan(**{n: batch.ints(x) for n, x in bad.items()})
+        attn.run(batch.q, cache)
+        with pytest.raises(ag.ParameterError, match=f"request {request}: page {page}: required below"):
+            attn.check()
+    table = batch.table.clone()
+    table[1, 1] = 9000  # past its one key: never read
+    table[3, 5] = -3  # nobody's, or NaN
+    attn.plan(None, block_table=table.tolist(), kv_lens=batch.kv_lens)
+    out = attn.run(batch.q, cache)
+    assert torch.equal(out[:3], wanted[:3]) and out[3].isnan().all()
+    table[2, 3] = 9000
+    attn.plan(None, block_table=table.tolist(), kv_lens=batch.kv_lens)
+    with pytest.raises(ag.ParameterError, match="request 2: page 9000"):
+        attn.run(batch.q, cache)
+    with pytest.raises(ag.ParameterError, match=r"request 1: kv_lens\[1\] is -1: required 0 or more"):
+        attn.plan(None, block_table=table, kv_lens=[700, -1, 64, 5000])
+    with pytest.raises(ag.ParameterError, match="request 0: its keys end at 5009: required within the 313 pages of 16 keys"):
+        attn.plan(None, block_table=table, kv_lens=[5009, 1, 64, 5000])
 
 
 def test_one_row_of_pages_for_all_requests():

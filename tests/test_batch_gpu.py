@@ -223,14 +223,14 @@ def test_errors_that_only_the_device_sees():
     bad[2] = 10**6  # request 1 begins at entry 2
     attn.plan(batch.q_indptr, batch.kv_indptr, bad, batch.last)
     out = attn.run(batch.q, (batch.k, batch.v))
-    with pytest.raises(ag.ParameterError, match="request 1: a page number"):
+    with pytest.raises(ag.ParameterError, match="request 1: page 1000000"):
         attn.check()
     assert out[1].isnan().all() and out[0].isfinite().all() and out[2].isfinite().all()
     decreasing = batch.kv_indptr.clone()
     decreasing[2] = 0
     attn.plan(batch.q_indptr, decreasing, batch.kv_indices, batch.last)
     attn.run(batch.q, (batch.k, batch.v))
-    with pytest.raises(ag.ParameterError, match="request 1: .*kv_indptr decreases"):
+    with pytest.raises(ag.ParameterError, match=r"request 1: kv_indptr\[2\] is 0, less than the entry before"):
         attn.check()
     attn.plan(*batch.pages())
     attn.run(batch.q, (batch.k, batch.v))
@@ -249,7 +249,7 @@ def test_fewer_rows_of_q_than_the_device_counts(q_len):
         attn.plan(*batch.pages())
         attn.run(batch.q[:rows], (batch.k, batch.v), out=space[:rows])
         whole = rows // q_len
-        with pytest.raises(ag.ParameterError, match="request [12]: q has fewer rows than q_indptr counts" if rows else "request [012]: q has"):
+        with pytest.raises(ag.ParameterError, match=f"request [12]: q has {rows} rows" if rows else "request [012]: q has 0 rows"):
             attn.check()
         assert torch.equal(space[: whole * q_len], wanted[: whole * q_len])
         assert space[whole * q_len : rows].isnan().all() and (space[rows:] == 7.0).all()
@@ -267,7 +267,7 @@ def test_fewer_ragged_keys_than_the_device_counts(q_len):
     for rows in (3199, 1200, 500):
         attn.plan(batch.q_indptr, kv_indptr)
         out, lse = attn.run(batch.q, (k[:rows].clone(), v[:rows].clone()), return_lse=True)
-        with pytest.raises(ag.ParameterError, match="request [12]: k and v have fewer rows than kv_indptr counts"):
+        with pytest.raises(ag.ParameterError, match=f"request [12]: k and v have {rows} rows"):
             attn.check()
         whole = (rows >= 300) + (rows >= 1200)
         assert torch.equal(out[: whole * q_len], wanted[: whole * q_len])

@@ -177,9 +177,44 @@ def test_plain_torch_the_yardstick_is_near_the_oracle(name, dtype):
         plain = checking.plain_torch(variant, q, k, v, case.kv_lens, params)
         oracle = checking.run.reference(q, k, v, variant, kv_lens=case.kv_lens, **params)
         assert plain.dtype == dtype and plain.shape == oracle.shape
-        assert (plain.double() - oracle).abs().max() < (1e-5 if dtype == torch.float32 else 0.1) * (
-            1 + oracle.abs().max()
-        )
+        assert (plain.double() - oracle).abs().max() < (1e-5 if dtype == torch.float32 else 2**-6) * (1 + oracle.abs().max())
+
+
+@pytest.mark.parametrize("command", ["check", "run"])
+def test_devices(attngen, monkeypatch, command):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    status, _, err = attngen(command, "Causal", "--device", "cuda")
+    assert status == 2 and "no CUDA device here" in err
+    status, _, err = attngen(command, "Causal", "--device", "tpu")
+    assert status == 2 and "device 'tpu': required" in err
+
+
+@pytest.mark.gpu
+def test_check_and_run_on_a_gpu(attngen):
+    report = read_json(attngen("check", "Gemma2", "--device", "cuda", "--json"))
+    assert report["passed"] and report["device"] == "cuda:0" and len(report["results"]) == 2 * len(checking.CASES)
+    assert attngen("check", "ALiBiSlopes", "--device", "cuda", "--dtype", "float16")[0] == 0
+    facts = read_json(attngen("run", "Causal", "--device", "cuda", "--json"))
+    assert facts["dtype"] == "bfloat16" and facts["ms"] > 0 and len(facts["keys"]) > 1
+
+
+class Biased(ag.Variant):
+    """A bias whose rounding to bfloat16 is an error of 0.5 at position 300."""
+
+    slope: ag.Scalar = 0.5
+
+    def logits(self, s, at):
+        return s + self.slope * at.kv
+
+    def mask(self, at):
+        return at.kv <= at.q
+
+
+def test_check_does_not_forgive_what_bfloat16_positions_would(monkeypatch):
+    right = checking.run.attention
+    monkeypatch.setattr(checking.run, "attention", lambda q, k, v, variant, **given: right(q, k, v, variant, **given, slope=0.485))
+    results = list(checking.check(Biased(), ["bfloat16"], cases=checking.CASES[:2]))
+    assert not any(r.ok for r in results), results
 
 
 def test_bound_tensors_that_fit_the_grid_are_kept(tmp_path):

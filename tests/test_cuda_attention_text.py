@@ -8,6 +8,7 @@ import subprocess
 from dataclasses import replace
 from pathlib import Path
 
+import attngen as ag
 import pytest
 from attngen import Variant, compose, variants
 from attngen.abi import Layout, parameter_fields
@@ -143,6 +144,24 @@ def test_compiles(arch: str, name: str, options: dict[str, object], tmp_path: Pa
         assert not any(spills), report
     registers = int(re.search(r"Used (\d+) registers", report)[1])  # type: ignore[index]
     assert registers * config.threads * config.blocks_per_sm <= REGISTERS_PER_SM
+
+
+class LongValues(Variant):
+    """A row's and a column's value, each with a part that is used twice and too long to be repeated."""
+
+    def logits(self, s, at):
+        row, col = at.q * 1.0, at.kv * 1.0
+        for i in range(8):
+            row, col = ag.sigmoid(row * (0.5 + i) + at.head), ag.sigmoid(col * (0.25 + i))
+        return s + (row * ag.tanh(row)) * (col * ag.tanh(col))
+
+
+@needs_nvcc
+def test_long_values_of_rows_and_columns_compile(tmp_path: Path) -> None:
+    files, _ = render(LongValues())
+    source = files["attention_sm80.cu"]
+    assert "row.row1 = " in source and "col.col1 = " in source  # they have names
+    compile_cubin(files, "90a", tmp_path)
 
 
 @needs_nvcc

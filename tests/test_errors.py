@@ -17,7 +17,7 @@ from typing import Any
 import attngen as ag
 import pytest
 import torch
-from attngen import cache
+from attngen import append, cache, devices, merge, variants
 from attngen.paths import PACKAGE
 
 # ---------------------------------------------------------------- declarations
@@ -659,3 +659,56 @@ def test_a_library_of_another_launch_abi_is_refused():
         "found: kind cpu, launch ABI attngen-cpu-0",
         "attngen cache clear",
     )
+
+
+# ---------------------------------------------------------------- devices
+
+
+META = torch.empty(1, 8, 2, 64, device="meta")
+
+
+def batch_on(device: object) -> ag.BatchAttention:
+    return ag.BatchAttention(
+        variants.Causal(), num_heads=2, num_kv_heads=2, head_dim=64, max_requests=2, max_q_tokens=8, page_size=16, max_pages=8, device=device
+    )
+
+
+ON_DEVICES = {
+    "BatchAttention": batch_on,
+    "compile": lambda device: ag.compile(variants.Causal(), device=device),
+    "append.compile": lambda device: append.compile(dtype=torch.bfloat16, head_dim=64, device=device),
+    "merge.compile": lambda device: merge.compile(dtype=torch.bfloat16, head_dim_v=64, device=device),
+    "load_set": lambda device: devices.cuda_index(device),
+}
+
+
+@pytest.mark.parametrize("name", ON_DEVICES)
+def test_devices_that_are_not_there(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = ON_DEVICES[name]
+    with pytest.raises(ag.ParameterError, match='device \'gpu\': required "cpu", "cuda" or a number'):
+        call("gpu")
+    with pytest.raises(ag.UnsupportedError, match="device meta: attngen runs on CUDA devices and on the CPU"):
+        call("meta")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for device in ("cuda", "cuda:1", 1):
+        with pytest.raises(ag.UnsupportedError, match="no CUDA device here"):
+            call(device)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for device in ("cuda:1", 1):
+        with pytest.raises(ag.UnsupportedError, match="device cuda:1: this machine has 1, cuda:0$"):
+            call(device)
+
+
+def test_tensors_without_values() -> None:
+    q = torch.randn(1, 8, 2, 64)
+    empty = torch.zeros(1, dtype=torch.int32, device="meta")
+    for call, match in (
+        (lambda: ag.attention(META, META, META, variants.Causal()), "q, k, v are on meta: required cpu"),
+        (lambda: ag.reference(META, META, META, variants.Causal()), "q, k, v are on meta: required cpu"),
+        (lambda: ag.attention(q, q, q, variants.Causal(), kv_lens=empty), "kv_lens is on meta, without values"),
+        (lambda: batch_on("cpu").plan(None, empty, [0], [1]), "kv_indptr is on meta: required ints on cpu"),
+        (lambda: ag.merge_states([META[0]], [META[0, :, :, 0]]), "merge_states on meta"),
+    ):  # fmt: skip
+        with pytest.raises(ag.AttngenError, match=match):
+            call()

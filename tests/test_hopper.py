@@ -242,6 +242,43 @@ def test_the_same_bits_again():
     assert torch.equal(attn.run(batch.q, (batch.k, batch.v)), first)  # counters and queue are left as they were
 
 
+def test_surplus_rows_have_no_say():
+    """What lies past a request's last row in its tile changes no bit of the rows before: neither large scores nor NaN."""
+    batch = Batch([70], [400], d=64, device="cpu")
+    attn = make(variants.Causal(), batch)
+    outs = []
+    for surplus in (0.0, 3e4, torch.nan):
+        attn.plan(*batch.pages())
+        q = torch.cat([batch.q, torch.full((30, *batch.q.shape[1:]), surplus, dtype=batch.q.dtype)])
+        outs.append(attn.run(q, (batch.k, batch.v))[:70])
+    assert torch.equal(outs[1], outs[0]) and torch.equal(outs[2], outs[0])
+
+
+@pytest.mark.parametrize("variant", [variants.Causal(), ag.compose(variants.SoftCap(1e8), variants.Causal())])
+def test_batch_invariance(variant, monkeypatch):
+    """With pieces of a fixed length: same bits alone, beside another request, and in chunks, where some rows' scores are so large
+    that they are rounded."""
+    pieces = lambda trace, problem, hooks, *, page_size, **_: {"prefill": choose_hopper(problem, problem.isa, hooks, page_size, split=128)}
+    monkeypatch.setattr(engine, "choices_of", pieces)
+    batch = Batch([70, 40], [200, 90], d=64, device="cpu")
+    batch.q[[45, 52]] *= 1e8  # a warp has the rows of four tokens: its other three are others in a chunk
+    batch.q[70:] *= 1e8
+    attn = make(variant, batch, batch_invariant=True, max_kv_len=1024)
+
+    def run(q, plan):
+        attn.plan(*plan)
+        return torch.cat([x.flatten(1).float() for x in attn.run(q, (batch.k, batch.v), return_lse=True)], 1)
+
+    whole = run(batch.q, batch.pages())
+    pages = -(-200 // 16)
+    alone = batch.q_indptr[:2], batch.kv_indptr[:2], batch.kv_indices[:pages], batch.last[:1]
+    assert torch.equal(run(batch.q[:70], alone), whole[:70])
+    for q, kv_len, rows in ((batch.q[:50], 180, whole[:50]), (batch.q[50:70], 200, whole[50:70]), (batch.q[46:70], 200, whole[46:70])):
+        count = -(-kv_len // 16)
+        plan = batch.ints([0, len(q)]), batch.ints([0, count]), batch.kv_indices[:count], batch.ints([kv_len - 16 * (count - 1)])
+        assert torch.equal(run(q, plan), rows)
+
+
 # ---------------------------------------------------------------- what is chosen
 
 
@@ -312,13 +349,27 @@ def test_ptxas_keeps_products_in_flight(name, tmp_path: Path):
     assert writes_in_flight(sass) == []
 
 
+# Instructions whose first register is read, or that name none they write.
+WRITES_NONE = ("ST", "RED", "BAR", "BRA", "BRX", "RET", "CALL", "EXIT", "WARPSYNC", "NANOSLEEP", "ISETP", "FSETP", "FCHK", "R2P", "R2UR", "UTMA")
+
+
+def target(operation: str, operands: str) -> set[int]:
+    """Numbers of the registers that an instruction writes."""
+    found = re.match(r"(?:!?U?P(?:\d|T), )*R(\d+)\b", operands)
+    if not found or operation.startswith(WRITES_NONE):
+        return set()
+    wide = 4 if re.search(r"\.128|M88\.4", operation) else 2 if re.search(r"\.64|WIDE|M88\.2|CS2R(?!\.32)", operation) else 1
+    return set(range(int(found[1]), int(found[1]) + wide))
+
+
 def writes_in_flight(sass: str) -> list[str]:
-    """Instructions that write registers which a product in flight reads as its left operand: ptxas does not always keep others out
-    of them. Follows all branches; a product is in flight until a wait for its group."""
+    """Instructions that write registers which a product in flight reads as its left operand, or touch those that it accumulates in:
+    ptxas does not always keep others out of them. Follows all branches and calls; a product is in flight until a wait for its group."""
     code = [(int(a, 16), text) for a, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?)\s*;", sass)]
     assert sum("HGMMA" in text for _, text in code) > 0
     at = {address: i for i, (address, _) in enumerate(code)}
     found: dict[str, None] = {}
+    # A group is a set of (register, accumulator's first register; -1 for a left operand).
     before: dict[int, tuple[frozenset, ...]] = {}  # groups, newest first; the first is open
     todo: list[tuple[int, tuple[frozenset, ...]]] = [(0, (frozenset(),))]
     while todo:
@@ -330,37 +381,71 @@ def writes_in_flight(sass: str) -> list[str]:
                 break
             before[i] = groups
             address, text = code[i]
-            bare = re.sub(r"^@!?U?P\d+ ", "", text)
-            if product := re.match(r"HGMMA\S* R\d+, R(\d+)(?:\.reuse)?, gdesc", bare):
-                first = int(product[1])
-                groups = (groups[0] | set(range(first, first + 4)), *groups[1:])
-            if bare.startswith("HGMMA") and "gsb0" in bare:
-                groups = (frozenset(), *groups[:2], frozenset().union(*groups[2:]))
-            if wait := re.match(r"WARPGROUP.DEPBAR.LE gsb0, 0x(\d)", bare):
-                groups = groups[: 1 + int(wait[1])]
-            if not bare.startswith(("HGMMA", "ST", "RED.", "REDG", "SYNCS", "BAR")):
-                if target := re.match(r"(\S+)\s+(?:U?P[\dT], )?R(\d+)\b", bare):
-                    wide = 4 if ".128" in target[1] else 2 if re.search(r"\.64|WIDE|CS2R(?!\.32)", target[1]) else 1
-                    if set(range(int(target[2]), int(target[2]) + wide)) & frozenset().union(*groups):
-                        found[f"{address:05x} {text}"] = None
-            if branch := re.search(r"\bBRA\S*(?: \S+,)? 0x([0-9a-f]+)", bare):
+            bare = re.sub(r"^@!?U?P[\dT]+ ", "", text).replace(".reuse", "")
+            operation, _, operands = bare.partition(" ")
+            flight = frozenset().union(*groups)
+            left = {r for r, first in flight if first < 0}
+            if operation.startswith("HGMMA"):
+                product = re.match(r"HGMMA\.64x(\d+)x16\S* R(\d+), (?:R(\d+), )?gdesc", bare)
+                assert product, text
+                first = int(product[2])
+                out = set(range(first, first + int(product[1]) // 2))
+                rows = set(range(int(product[3]), int(product[3]) + 4)) if product[3] else set()
+                others = {r for r, other in flight if other >= 0 and other != first}  # products of one accumulator wait for each other
+                clash = out & (left | others) or rows & {r for r, other in flight if other >= 0}
+                groups = (groups[0] | {(r, first) for r in out} | {(r, -1) for r in rows}, *groups[1:])
+                if "gsb0" in bare:
+                    groups = (frozenset(), *groups[:2], frozenset().union(*groups[2:]))
+            else:
+                named = {int(r) for r in re.findall(r"(?<![U\w])R(\d+)\b", operands)}
+                written = target(operation, operands)
+                clash = written & left or (written | named) & {r for r, first in flight if first >= 0}
+                if wait := re.match(r"WARPGROUP.DEPBAR.LE gsb0, 0x(\d)", bare):
+                    groups = groups[: 1 + int(wait[1])]
+            if clash:
+                found[f"{address:05x} {text}"] = None
+            if branch := re.search(r"^(?:BRA|CALL)\S*(?: \S+,)? 0x([0-9a-f]+)", bare):
                 todo.append((at[int(branch[1], 16)], groups))
-                if bare == text and not bare.startswith("BRA.DIV"):
+                if bare == text and bare.startswith("BRA") and not bare.startswith("BRA.DIV"):
                     break
-            if bare.startswith(("EXIT", "RET")) and bare == text:
+            if operation.startswith(("EXIT", "RET")) and bare == text:
                 break
             i += 1
+    left_out = [text for i, (_, text) in enumerate(code) if i not in before and text != "NOP"]
+    assert len(left_out) <= 1, left_out  # the trap at the end
     return list(found)
 
 
+PRODUCT, WAIT = "HGMMA.64x64x16.F32.BF16 R24, R8, gdesc[UR4].tnspB, R24, gsb0", "WARPGROUP.DEPBAR.LE gsb0, 0x0"
+
+
+def listing(*code: str) -> str:
+    """As cuobjdump prints it."""
+    return "".join(f"        /*{16 * i:04x}*/  {line} ;  /* 0x0 */\n" for i, line in enumerate(code))
+
+
 def test_writes_in_flight_are_seen():
-    product, wait = "HGMMA.64x64x16.F32.BF16 R24, R8, gdesc[UR4].tnspB, R24, gsb0", "WARPGROUP.DEPBAR.LE gsb0, 0x0"
-    code = ["MOV R9, R1", product, "MOV R12, R1", "@P0 BRA 0x0060", wait, "MOV R9, R1", "@P1 BRA 0x0000", "EXIT"]
-    text = "".join(f"        /*{16 * i:04x}*/  {line} ;  /* 0x0 */\n" for i, line in enumerate(code))
-    assert writes_in_flight(text) == ["00000 MOV R9, R1"]  # by way of the branches past the wait
-    assert writes_in_flight(text.replace("@P0 BRA 0x0060", "NOP")) == []
-    shuffled = text.replace("MOV R12, R1", "SHFL.BFLY PT, R8, R1, 0x1, 0x1f").replace("@P0 BRA 0x0060", "NOP")
-    assert len(writes_in_flight(shuffled)) == 1
+    code = ["MOV R9, R1", PRODUCT, "MOV R12, R1", "@P0 BRA 0x0060", WAIT, "MOV R9, R1", "@P1 BRA 0x0000", "EXIT"]
+    assert writes_in_flight(listing(*code)) == ["00000 MOV R9, R1"]  # by way of the branches past the wait
+    assert writes_in_flight(listing(*code).replace("@P0 BRA 0x0060", "NOP")) == []
+
+
+@pytest.mark.parametrize("line, seen", [
+    ("SHFL.BFLY PT, R8, R1, 0x1, 0x1f", True), ("SYNCS.ARRIVE.TRANS64 R9, [R2+URZ], RZ", True), ("SYNCS.ARRIVE.TRANS64 RZ, [R9+URZ], RZ", False),
+    ("LDS.128 R7, [R1]", True), ("LDS.64 R7, [R1]", True), ("LDS R7, [R1]", False), ("ISETP.GE.AND P0, PT, R9, R1, PT", False),
+    ("FADD R1, R24, R2", True), ("STS [R1], R55", True), ("STS [R1], R56", False), ("FMUL R30, R1, R2", True), ("BAR.SYNC R9, R10", False),
+    ("HGMMA.64x64x16.F32.BF16 R24, R8, gdesc[UR4], R24, gsb0", False), ("HGMMA.64x64x16.F32.BF16 R40, R8, gdesc[UR4], R40, gsb0", True),
+    ("HGMMA.64x16x16.F32.BF16 R8, gdesc[UR4], R8, gsb0", True), ("HGMMA.64x16x16.F32.BF16 R64, R24, gdesc[UR4], R64, gsb0", True),
+])  # fmt: skip
+def test_what_touches_a_product_in_flight(line, seen):
+    assert writes_in_flight(listing(PRODUCT, line, WAIT, "EXIT")) == ([f"00010 {line}"] if seen else [])
+    assert writes_in_flight(listing(PRODUCT, WAIT, line, "EXIT")) == []
+
+
+def test_calls_are_followed():
+    code = [PRODUCT, "CALL.REL.NOINC 0x0040", WAIT, "EXIT", "MOV R9, R1", "RET.REL.NODEC R4 0x0"]
+    assert writes_in_flight(listing(*code)) == ["00040 MOV R9, R1"]
+    assert writes_in_flight(listing(*code[:4], "MOV R12, R1", code[5])) == []
 
 
 def rendered(variant: ag.Variant, d: int, dv: int, page_size: int | None) -> tuple[Any, dict[str, str]]:

@@ -30,7 +30,7 @@ def device(request, monkeypatch):
         _text.append((special, on_host_block.Kernel(special)))
     monkeypatch.setattr(masks, "_KERNELS", ("cuda", "cpu"))
     monkeypatch.setattr(masks, "_load", lambda index: _text[0])
-    monkeypatch.setattr(masks, "_status", {None: torch.zeros(1, dtype=torch.int32)})
+    monkeypatch.setattr(masks, "_status", {None: torch.zeros(2, dtype=torch.int32)})
     monkeypatch.setattr(cuda, "current_stream", lambda index: 0)
     return torch.device("cpu")
 
@@ -194,7 +194,7 @@ def test_short_masks_on_the_device(device):
     assert found.T.tolist() == [[0, 40, 40], [0, 40, 40], [0, 0, 0]]
     at = device if device.type == "cuda" else None
     if at is None:
-        assert int(masks._status[None]) == 128 | 1 << 8
+        assert int(masks._status[None][0]) == 128 | 1 << 8
         return
     with pytest.raises(ag.ParameterError, match="request 1: its mask has fewer bits"):
         ag.check_masks(at)

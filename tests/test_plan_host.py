@@ -13,7 +13,8 @@ from attngen import cuda, schedule
 from attngen.bounds import analyse
 from attngen.choose_cuda import PlanConfig, TileClass
 from attngen.spec import Problem
-from test_schedule import Windowed, indptr, random_batch
+from attngen.status import Status
+from test_schedule import BAD_LENGTHS, GOOD, Windowed, indptr, random_batch
 
 HEADS, KV_HEADS = 8, 2
 CLASSES = {
@@ -30,7 +31,7 @@ def planner(request):
     return special, on_host_block.Kernel(special)
 
 
-def check(planner, lengths: schedule.Lengths, window: int, workers: list[int], max_tiles: list[int]) -> None:
+def check(planner, lengths: schedule.Lengths, window: int, workers: list[int], max_tiles: list[int], wanted_status: Status | None = None) -> None:
     special, kernel = planner
     reach = schedule.Reach(analyse(Windowed().trace.mask), {"window": window}, HEADS, KV_HEADS)
     plans, status = schedule.plan(special.config, lengths, reach, workers, max_tiles)
@@ -40,8 +41,8 @@ def check(planner, lengths: schedule.Lengths, window: int, workers: list[int], m
             held.append(torch.tensor(x, dtype=torch.int32))
             x = held[-1].data_ptr()
         values[name] = x or 0
-    word = torch.zeros(1, dtype=torch.int32)
-    values["status"] = word.data_ptr()
+    words = torch.zeros(2, dtype=torch.int32)
+    values["status"] = words.data_ptr()
     room = []
     for i, (n, most) in enumerate(zip(workers, max_tiles)):
         counters = most * KV_HEADS if special.config.classes[i].split else n
@@ -52,7 +53,9 @@ def check(planner, lengths: schedule.Lengths, window: int, workers: list[int], m
     buffer = bytearray(special.layout.size)
     special.layout.pack_into(buffer, 0, *(values.get(f.name, 0) for f in special.layout.fields))
     kernel.launch(buffer, len(workers))
-    assert (int(word) == 0) == (status == 0), (int(word), status)
+    found = Status.of(words.tolist())
+    assert bool(found) == bool(status), (found, status)
+    assert wanted_status in (None, found)
     for i, n in enumerate(workers):
         if n:
             for name, wanted in plans[i].pack().items():
@@ -88,3 +91,13 @@ def test_no_room(planner):
     n = len(planner[0].config.classes)
     lengths = schedule.Lengths(3, [0, 1, 2, 3], kv_lens=[100, 100, 100], block_table_stride=100)
     check(planner, lengths, 10**6, [7] * n, [2] * n)
+
+
+@pytest.mark.parametrize(("change", "status"), BAD_LENGTHS)
+def test_what_is_wrong_is_said(planner, change, status):
+    """In the twin's words; a request of several tiles or classes is read by many threads, which find the same."""
+    n = len(planner[0].config.classes)
+    lengths = schedule.Lengths(**{**GOOD, **change})
+    bad = [r for r in schedule.read_requests(lengths)[0] if r.kv_base < 0]
+    if len(bad) == 1:
+        check(planner, lengths, 10**6, [7] * n, [40] * n, status)

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import re
 from typing import Any
 
 import pytest
+import torch
 
 import attngen as ag
 from attngen import schedule
 from attngen.bounds import analyse
 from attngen.choose_cuda import PlanConfig, TileClass
-from attngen.schedule import ClassPlan, Lengths, Reach, plan
+from attngen.errors import ParameterError
+from attngen.paths import templates_dir
+from attngen.schedule import ClassPlan, Lengths, Reach, all_good, plan, read_requests
 from attngen.space import workspace
+from attngen.status import Status, Wrong
 
 
 class Full(ag.Variant):
@@ -130,7 +135,7 @@ def test_random_batches(variant, split):
             workers[rng.randrange(len(workers))] = 0
         reach = Reach(analyse(v.trace.mask), v.values, heads * group, heads)
         plans, status = plan(config, batch, reach, workers)
-        assert status == 0
+        assert not status
         for i, (q_len, kv_len) in enumerate(zip(q_lens, kv_lens)):
             mine = [(k, p, t) for k, p in enumerate(plans) for t in p.tiles if t.index == i]
             rows = q_len * group
@@ -174,41 +179,76 @@ def test_dropped_keys_count_from_their_position():
     batch = Lengths(1, kv_lens=[300], block_table_stride=64, page_size=16, kv_starts=[5000])
     (p,), status = plan(PlanConfig("90a", (TileClass(16, 64, 2),)), batch, Reach(analyse(v.trace.mask), v.values, 4, 1), [4])
     request = p.tiles[0].request
-    assert status == 0 and (request.kv_len, request.q_offset, request.num_keys) == (5300, 5299, 300)
+    assert not status and (request.kv_len, request.q_offset, request.num_keys) == (5300, 5299, 300)
     assert (p.tiles[0].block0, p.tiles[0].blocks) == (200 // 64, 2)  # slots 200 ... 299
 
 
-@pytest.mark.parametrize(
-    ("change", "status"),
-    [
-        ({"q_indptr": [0, 4, 2, 9]}, schedule.BAD_Q_INDPTR | 1 << 8),
-        ({"q_indptr": [0, 1, 2, 90]}, schedule.OVER_CAPACITY | 2 << 8),
-        ({"max_q_len": 3}, schedule.OVER_CAPACITY | 2 << 8),
-        ({"kv_indptr": [0, 5, 3, 9]}, schedule.BAD_KV_INDPTR | 1 << 8),
-        ({"kv_last_page_len": [1, 17, 1]}, schedule.BAD_KV_INDPTR | 1 << 8),
-        ({"kv_indptr": [0, 3, 5, 99]}, schedule.OVER_CAPACITY | 2 << 8),
-    ],
-)
+GOOD = {
+    "num_requests": 3, "q_indptr": [0, 1, 2, 9], "kv_indptr": [0, 3, 5, 9], "kv_last_page_len": [1, 16, 8],
+    "page_size": 16, "kv_capacity": 20, "max_q_tokens": 16,
+}  # fmt: skip
+TABLE = {"kv_indptr": None, "kv_last_page_len": None, "kv_lens": [33, 32, 64], "block_table_stride": 4, "kv_capacity": 64}
+BAD_LENGTHS = [
+    ({"q_indptr": [-1, 1, 2, 9]}, Status(Wrong.NEGATIVE_Q, 0, -1)),
+    ({"q_indptr": [0, 4, 2, 9]}, Status(Wrong.DECREASING_Q, 1, 2)),
+    ({"q_indptr": [0, 1, 2, 90]}, Status(Wrong.LONG_BATCH, 2, 90)),
+    ({"max_q_len": 3}, Status(Wrong.LONG_QUERY, 2, 7)),
+    ({"kv_indptr": [-2, 3, 5, 9]}, Status(Wrong.NEGATIVE_KV, 0, -2)),
+    ({"kv_indptr": [0, 5, 3, 9]}, Status(Wrong.DECREASING_KV, 1, 3)),
+    ({"kv_last_page_len": [1, 17, 1]}, Status(Wrong.LAST_PAGE_LEN, 1, 17)),
+    ({"kv_last_page_len": [0, 17, 1]}, Status(Wrong.LAST_PAGE_LEN, 0, 0)),
+    ({"kv_indptr": [0, 3, 5, 99]}, Status(Wrong.PAST_TABLE, 2, 99)),
+    ({"kv_starts": [0, -4, 0]}, Status(Wrong.KV_START, 1, -4)),
+    ({"kv_starts": [0, 0, 2**31 - 3]}, Status(Wrong.KV_START, 2, 2**31 - 3)),
+    ({"max_kv_len": 40}, Status(Wrong.LONG_KEYS, 2, 56)),
+    (TABLE | {"kv_lens": [33, -1, 65]}, Status(Wrong.NEGATIVE_KV_LEN, 1, -1)),
+    (TABLE | {"kv_lens": [33, 32, 65]}, Status(Wrong.PAST_TABLE, 2, 65)),
+]
+
+
+@pytest.mark.parametrize(("change", "status"), BAD_LENGTHS)
 def test_bad_input_is_reported_and_stays_inside(change, status):
-    good = {
-        "num_requests": 3, "q_indptr": [0, 1, 2, 9], "kv_indptr": [0, 3, 5, 9], "kv_last_page_len": [1, 16, 8],
-        "page_size": 16, "kv_capacity": 20, "max_q_tokens": 16,
-    }  # fmt: skip
     config = PlanConfig("90a", (TileClass(16, 64, 2),))
-    assert plan(config, Lengths(**good), Reach(analyse(None)), [4])[1] == 0
-    (p,), found = plan(config, Lengths(**{**good, **change}), Reach(analyse(None)), [4])
-    assert found == status
+    for good in (GOOD, GOOD | TABLE):
+        assert not plan(config, Lengths(**good), Reach(analyse(None)), [4])[1]
+    (p,), found = plan(config, Lengths(**{**GOOD, **change}), Reach(analyse(None)), [4])
+    assert found == status and Status.of(found.words) == found
+    with pytest.raises(ParameterError, match=rf"request {status.index}: .*{status.found}.*required"):
+        found.raise_for_batch(max_q_tokens=16, max_q_len=3, page_size=16, max_kv_len=40, room="a table", end="pages end")
     for tile in p.tiles:
         assert 0 <= tile.request.q_start and tile.request.q_start + tile.request.q_len <= 16
         if tile.index < 0:
             assert tile.blocks == 0
 
 
+def test_lengths_checked_all_at_once():
+    """As good as one by one."""
+    rng = random.Random(8)
+    seen = {True: 0, False: 0}
+    for _ in range(3000):
+        lengths = {**vars(random_batch(rng)[0])}
+        if rng.random() < 0.8:
+            limits = [n for n in ("max_q_tokens", "max_q_len", "max_kv_len", "kv_capacity") if rng.random() < 0.3]
+            lengths |= {n: rng.randint(1, 300) for n in limits}
+            name = rng.choice([n for n, x in lengths.items() if isinstance(x, list)])
+            lengths[name] = [x + rng.choice((0, 0, -1, 40, -x)) for x in lengths[name]]
+        tensors = {n: torch.tensor(x) if isinstance(x, list) else x for n, x in lengths.items()}
+        found = all_good(Lengths(**tensors))
+        assert found == (not read_requests(Lengths(**lengths))[1]), lengths
+        seen[found] += 1
+    assert min(seen.values()) > 300, seen
+
+
+def test_words_are_those_of_the_kernels():
+    enum = (templates_dir() / "cuda" / "work.cuh").read_text().split("enum Wrong : int32_t {")[1].split("}")[0]
+    assert {name: int(value) for name, value in re.findall(r"(\w+) = (\d+)", enum)} == {w.name: w.value for w in Wrong}
+
+
 def test_full_tile_list_reports():
     config = PlanConfig("90a", (TileClass(16, 64, 2),))
     batch = Lengths(5, kv_indptr=[0, 9, 18, 27, 36, 45])
     (p,), status = plan(config, batch, Reach(analyse(None)), [4], max_tiles=[3])
-    assert status & 255 == schedule.OVER_CAPACITY and len(p.tiles) == 3
+    assert status.what == Wrong.OVERLAPPING_Q and len(p.tiles) == 3
     check_line(p)
 
 

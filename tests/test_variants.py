@@ -120,6 +120,19 @@ def test_a_window_counts_its_keys(kernel: KernelCase) -> None:
     assert seen.sum(1).tolist() == [min(row + 1, window) for row in range(seq)]
 
 
+@pytest.mark.parametrize("kernel", [KernelCase(name, F32) for name in WINDOWS[:3]], ids=str)
+@pytest.mark.parametrize("window", [0, -1, -(2**31)])
+@pytest.mark.usefixtures("kernels")
+def test_no_window(kernel: KernelCase, window: int) -> None:
+    """FlashInfer's window_left = -1 is window = 0, and FlashAttention's -1 passed as it is means the same."""
+    params = {"sinks": torch.zeros(2)} if kernel.name == "GptOss" else {}
+    q, k, v = torch.randn(3, 1, 70, 2, 64)
+    out = ag.attention(q, k, v, kernel.variant, window=window, **params)
+    assert torch.equal(out, ag.attention(q, k, v, kernel.variant, window=70, **params))
+    wanted = ag.reference(q, k, v, kernel.variant, window=70, **params)
+    torch.testing.assert_close(ag.reference(q, k, v, kernel.variant, window=window, **params), wanted, rtol=0, atol=0)
+
+
 # ---------------------------------------------------------------- kernels
 
 

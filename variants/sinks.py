@@ -17,8 +17,8 @@ class Sinks(ag.Variant):
 
 
 class GptOss(Sinks):
-    """gpt-oss's banded layers: sinks, causal, window of 128 keys, the query's own included. Its dense layers, every
-    second one, are ``ag.compose(Sinks(), Causal())``.
+    """gpt-oss's banded layers: sinks, causal, window of 128 keys, the query's own included; below 1 there is none. Its
+    dense layers, every second one, are ``ag.compose(Sinks(), Causal())``, or this with window=0.
 
     Source: OpenAI 2025, "gpt-oss-120b & gpt-oss-20b Model Card".
     """
@@ -26,4 +26,5 @@ class GptOss(Sinks):
     window: ag.Scalar[int] = 128
 
     def mask(self, at):
-        return (at.kv <= at.q) & (at.q - at.kv < self.window)
+        window = ag.where(self.window < 1, 2**31 - 1, self.window)
+        return (at.kv <= at.q) & (at.q - at.kv < window)

@@ -145,9 +145,13 @@ __device__ __forceinline__ bool arrive_last(int32_t* counter, int32_t pieces, in
   return *shared_flag;
 }
 
-// The device's verdict on its input: the first error wins. Bits 0-7 say what, the rest is the request's number.
-// append_kv says a token's number instead.
-enum Status : int32_t { BAD_Q_INDPTR = 1, BAD_KV_INDPTR = 2, OVER_CAPACITY = 4, BAD_PAGE = 8, BAD_REQUEST = 16, SHORT_Q = 32, SHORT_KV = 64, SHORT_MASK = 128 };
-__device__ __forceinline__ void report(int32_t* status, int32_t what, int32_t request) {
-  atomicCAS(status, 0, what | request << 8);
+// The device's verdict on its input, two words: what and in which request (append_kv: at which token), and the number that was
+// found. The first error wins. attngen/status.py has the texts.
+enum Wrong : int32_t {
+  NEGATIVE_Q = 1, DECREASING_Q = 2, LONG_BATCH = 3, LONG_QUERY = 4, NEGATIVE_KV = 5, DECREASING_KV = 6, NEGATIVE_KV_LEN = 7, BAD_PAGE = 8,
+  LAST_PAGE_LEN = 9, KV_START = 10, PAST_TABLE = 11, LONG_KEYS = 12, OVERLAPPING_Q = 13, BAD_PAGES = 14, LONG_POSITION = 15, BAD_REQUEST = 16,
+  SHORT_Q = 32, SHORT_KV = 64, SHORT_MASK = 128,
+};
+__device__ __forceinline__ void report(int32_t* status, int32_t what, int32_t request, int32_t found) {
+  if (atomicCAS(status, 0, what | request << 8) == 0) status[1] = found;
 }
