@@ -20,8 +20,8 @@ from .errors import ParameterError, UnsupportedError
 from .expr import Node, apply, const, load, param, symbol, walk
 from .masks import custom_mask, segment_packbits
 from .ops import I32
-from .space import BAD_KV_INDPTR, BAD_PAGE, OVER_CAPACITY
 from .spec import AXES, Field, RopeTrace, Trace, Variant, _check_trace, _outside_dynamo, as_variant, compose
+from .status import Wrong
 
 _INT32_MAX = 2**31 - 1
 _OF_HEADS = frozenset(("heads", "kv_heads"))
@@ -344,15 +344,12 @@ class _Sparse:
     def check(self) -> None:
         """Wait for the device and raise ParameterError for what only the device could see: an indptr that decreases, a block's index out
         of range or not above the one before it, more blocks than there are, sizes that do not add up. The rows concerned are NaN."""
-        status = self._attn.engine.status()
-        if status:
-            request, what = status >> 8, status & 0xFF
-            head, row = divmod(request, self._row_blocks) if self._per_head else (None, request)
+        if status := self._attn.engine.status():
+            head, row = divmod(status.index, self._row_blocks) if self._per_head else (None, status.index)
             place = f"row block {row}" + ("" if head is None else f" of head {head}")
-            raise ParameterError(f"{place}: {self._status_text().get(what, f'status {what}')}")
+            raise ParameterError(f"{place}: {self._texts.get(status.what, f'status {status.what}, {status.found}')}")
 
-    def _status_text(self) -> dict[int, str]:
-        raise NotImplementedError
+    _texts: Mapping[int, str]  # what a wrong batch means in terms of blocks
 
     def _vector(self, name: str, given: Any, dims: Sequence[int] = (1,)) -> torch.Tensor:
         """Ints on the device, int32."""
@@ -512,12 +509,14 @@ class BlockSparseAttention(_Sparse):
         source = ((first + column // self.C) * self.R + i) * self.C + column % self.C
         return mask.flatten()[source.clamp(0, mask.numel() - 1)]
 
-    def _status_text(self) -> dict[int, str]:
-        return {
-            BAD_PAGE: "an index in indices is out of range, 0 ... N / C - 1, or not above the one before it",
-            BAD_KV_INDPTR: "indptr is negative or decreases, or a head's does not begin where the one before ends",
-            OVER_CAPACITY: "indptr ends past the entries of indices",
-        }
+    _texts = {
+        Wrong.BAD_PAGE: "an index in indices is out of range, 0 ... N / C - 1, or not above the one before it",
+        Wrong.LONG_KEYS: "more blocks than N / C: some of its indices are not above the one before them",
+        **dict.fromkeys(
+            (Wrong.NEGATIVE_KV, Wrong.DECREASING_KV), "indptr is negative or decreases, or a head's does not begin where the one before ends"
+        ),
+        Wrong.PAST_TABLE: "indptr ends past the entries of indices",
+    }  # fmt: skip
 
 
 def _host(*given: Any) -> list[torch.Tensor] | None:
@@ -672,11 +671,12 @@ class VariableBlockSparseAttention(_Sparse):
         q_indptr[:-1] = torch.where(good, begins + heads * m, heads * m).to(torch.int32).flatten()
         self._plan(q_indptr, q_positions, kv_indptr, pages[:capacity], starts_at[:capacity], sizes, offset, row_blocks, params, {})
 
-    def _status_text(self) -> dict[int, str]:
-        return {
-            BAD_KV_INDPTR: "sizes are negative, do not add up to M and N, or are no multiples of multiple=",
-            OVER_CAPACITY: "more pages than max_blocks, or more queries than max_row_size",
-        }
+    _texts = {
+        **dict.fromkeys(
+            (Wrong.NEGATIVE_KV, Wrong.DECREASING_KV), "sizes are negative, do not add up to M and N, or are no multiples of multiple="
+        ),
+        Wrong.PAST_TABLE: "more pages than max_blocks", Wrong.LONG_QUERY: "more queries than max_row_size",
+    }  # fmt: skip
 
 
 def _check_sizes(rows: torch.Tensor, columns: torch.Tensor, sizes: tuple[int, int], page: int, most: int) -> None:
