@@ -28,7 +28,7 @@ from .run import DEBUG, FORMAT, BuildRecord, build_artifact, describe, key_input
 from .spec import Problem, Trace
 
 # The rooms whose text decides what a CUDA kernel's source says.
-_ROOMS = ("ops", "expr", "bounds", "trace", "rope", "spec", "abi", "abi_cuda", "choose_cuda", "choose_hopper", "emit", "render", "render_cuda",
+_ROOMS = ("ops", "expr", "bounds", "classes", "trace", "rope", "spec", "abi", "abi_cuda", "choose_cuda", "choose_hopper", "emit", "render", "render_cuda",
           "build")  # fmt: skip
 
 
@@ -102,7 +102,7 @@ def from_entry(entry: pins.Role, problem: Problem | None) -> Specialised:
 
 
 def _sources() -> tuple[Path, ...]:
-    return templates_dir() / "cuda", *(PACKAGE / f"{room}.py" for room in _ROOMS)
+    return templates_dir() / "cuda", templates_dir() / "shared", *(PACKAGE / f"{room}.py" for room in _ROOMS)
 
 
 @lru_cache(maxsize=1)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .bounds import Inequality, analyse
+from .classes import ClassHoles, tile_class
 from .expr import (
     CALL,
     COL,
@@ -122,6 +123,7 @@ class Hooks:
     softmax: bool = True
     rope: RopeHoles | None = None
     bounds: BoundsHoles = BoundsHoles("0", "t.kv_len", "true", True)
+    classes: ClassHoles | None = None  # of tiles, where intervals say more than closed bounds
 
 
 def emit(
@@ -232,6 +234,7 @@ class _Emitter:
             if node is not None and not (name == "mask" and node.op == "const" and node.attr):
                 setattr(out, name, self.element(node))
         out.bounds = self.bounds()
+        out.classes = tile_class(trace.mask, self.uniform, self.readable, self.read, self.name)
         return out
 
     # ---- levels
@@ -413,6 +416,21 @@ class _Emitter:
         self.out.tile.append(Value("bool", ok, f"{' + '.join(weight)} < 2147483648LL", self.where(bound.source)))
         self.out.tile.append(Value("int32_t", rest, f"(int32_t)({total})", self.where(bound.source)))
         return f"t.{rest}", f"t.{ok}"
+
+
+    # ---- classes of tiles
+    def uniform(self, node: Node) -> str:
+        """The text of a value that is the same for a whole tile."""
+        return self.leaf(node, ELEM) or self.expression(node, TILE)
+
+    def readable(self, node: Node) -> bool:
+        """Whether there is a range of what a tile reads: on the CPU its values are at hand."""
+        return self.dialect == "cpp" and node.level in (ROW, COL)
+
+    def read(self, node: Node, index: Sequence[str]) -> str:
+        """The range of what a tile reads."""
+        name = self.ensure(node, node.level)
+        return f"ag_range_of(rows.{name}, NR)" if node.level == ROW else f"ag_range_of(cols.{name} + lo, hi - lo)"
 
 
 def cost(node: Node) -> int:

@@ -25,5 +25,6 @@ def render_cuda(
         hooks=hooks, config=config, params=layout.fields, params_size=layout.size, problem=problem, title=" ".join(title.split()),
         pointers=MERGE_POINTERS,
     )
-    headers = (path for path in sorted(folder.glob("*.cuh")) if f'#include "{path.name}"' in text or path.name == "ptx.cuh")
+    shelf = [*sorted(folder.glob("*.cuh")), templates_dir() / "shared" / "intervals.h"]
+    headers = (path for path in shelf if f'#include "{path.name}"' in text or path.name == "ptx.cuh")
     return {f"{name}.cu": text, **{path.name: path.read_text(encoding="utf-8") for path in headers}}

@@ -18,6 +18,7 @@ STREET = (
     "ops",
     "expr",
     "bounds",
+    "classes",
     "intervals",
     "trace",
     "rope",
