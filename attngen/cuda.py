@@ -67,7 +67,7 @@ def specialise(name: str, title: str, trace: Trace, problem: Problem, config: An
         trace = Trace(mask=trace.mask, fields=trace.fields, where=trace.where)
     used = trace.used()
     base = PLAN_FIELDS if name == "plan" else QUEUE_ATTENTION_FIELDS if config.kind == "queue" else ATTENTION_FIELDS
-    hooks = emit(trace, storage, problem.head_dim, dialect="cuda", device_scalars=True)
+    hooks = emit(trace, storage, problem.head_dim, dialect="cuda", device_scalars=True, classes=name != "plan")
     layout = Layout(base + parameter_fields(used, storage, device_scalars=True))
     flags = tuple(cuda_flags(arch_name))
     # A planner depends on the problem only through what its mask reads.

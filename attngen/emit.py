@@ -127,10 +127,10 @@ class Hooks:
 
 
 def emit(
-    trace: Trace, storage: Mapping[str, str], head_dim: int, dialect: str = "cpp", device_scalars: bool = False
+    trace: Trace, storage: Mapping[str, str], head_dim: int, dialect: str = "cpp", device_scalars: bool = False, classes: bool = True
 ) -> Hooks:
     """Fill the holes for ``trace``. ``storage`` gives each tensor parameter's stored dtype; ``dialect`` is cpp or cuda;
-    ``device_scalars`` as in ``abi.parameter_fields``."""
+    ``device_scalars`` as in ``abi.parameter_fields``; ``classes``: of tiles too, which a planner does without."""
     logits, weight, output = (_reciprocals(getattr(trace, name)) for name in ("logits", "weight", "output"))
     logits, weight = (_differences(root, trace.mask) for root in (logits, weight))
     where = dict(trace.where)
@@ -138,7 +138,7 @@ def emit(
         if old in where:
             where.setdefault(new, where[old])
     trace = replace(trace, logits=logits, weight=weight, output=output, where=where)
-    return _Emitter(trace, storage, dialect, device_scalars).hooks(head_dim)
+    return _Emitter(trace, storage, dialect, device_scalars).hooks(head_dim, classes)
 
 
 def _differences(root: Node | None, mask: Node | None) -> Node | None:
@@ -216,7 +216,7 @@ class _Emitter:
         self.stored: dict[Node, str] = {}
         self.names: set[str] = set(_RESERVED)
 
-    def hooks(self, head_dim: int) -> Hooks:
+    def hooks(self, head_dim: int, classes: bool) -> Hooks:
         trace, out = self.trace, self.out
         if trace.rope:
             out.rope = self.rope(head_dim)
@@ -234,7 +234,8 @@ class _Emitter:
             if node is not None and not (name == "mask" and node.op == "const" and node.attr):
                 setattr(out, name, self.element(node))
         out.bounds = self.bounds()
-        out.classes = tile_class(trace.mask, self.uniform, self.readable, self.read, self.name)
+        if classes:
+            out.classes = tile_class(trace.mask, self.uniform, self.readable, self.read, self.name)
         return out
 
     # ---- levels
