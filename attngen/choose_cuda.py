@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -349,16 +350,35 @@ def tile_class(config: Any, problem: Problem) -> TileClass:
 
 
 @dataclass(frozen=True)
+class ZoneMap:
+    """Of a tensor that a mask reads along ``axis``: least and largest of 32, and of 1024, neighbouring entries (zones.cuh)."""
+
+    name: str
+    axis: int
+    axes: tuple[str | int, ...]
+
+    def counts(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """Rows of the map of a tensor of this shape, and zones of 32 entries in each."""
+        return math.prod(n for i, n in enumerate(shape) if i != self.axis), -(-shape[self.axis] // 32)
+
+    def num_bytes(self, shape: tuple[int, ...]) -> int:
+        """Of the map of a tensor of this shape."""
+        rows, count = self.counts(shape)
+        return 8 * rows * (count + -(-count // 32))
+
+
+@dataclass(frozen=True)
 class PlanConfig:
-    """A planner: the classes of the kernels that it plans for, smallest tile first."""
+    """A planner: the classes of the kernels that it plans for, smallest tile first, and the zone maps that it builds."""
 
     arch: str
     classes: tuple[TileClass, ...]
+    zones: tuple[ZoneMap, ...] = ()
 
     threads = 320  # of a block; one block a class. As many as an H100 has workers, since each thread places one
 
     def __str__(self) -> str:
-        return " ".join((f"arch={self.arch}", *map(str, self.classes)))
+        return " ".join((f"arch={self.arch}", *map(str, self.classes), *(f"zones:{z.name}" for z in self.zones)))
 
 
 class _GridConfig(_Printed):

@@ -18,7 +18,7 @@ import torch
 
 from . import cache, pins
 from .abi import Layout, parameter_fields
-from .abi_cuda import ATTENTION_FIELDS, CUDA_ABI, PLAN_FIELDS, QUEUE_ATTENTION_FIELDS
+from .abi_cuda import ATTENTION_FIELDS, CUDA_ABI, PLAN_FIELDS, QUEUE_ATTENTION_FIELDS, zone_fields
 from .choose_cuda import Arch, arch_of, cuda_flags
 from .emit import Hooks, emit
 from .errors import CacheError, MissingKernelError, UnsupportedError
@@ -68,7 +68,8 @@ def specialise(name: str, title: str, trace: Trace, problem: Problem, config: An
     used = trace.used()
     base = PLAN_FIELDS if name == "plan" else QUEUE_ATTENTION_FIELDS if config.kind == "queue" else ATTENTION_FIELDS
     hooks = emit(trace, storage, problem.head_dim, dialect="cuda", device_scalars=True, classes=name != "plan")
-    layout = Layout(base + parameter_fields(used, storage, device_scalars=True))
+    zones = tuple(zone.name for zone in (config.zones if name == "plan" else hooks.zones))
+    layout = Layout(base + parameter_fields(used, storage, device_scalars=True) + zone_fields(zones, name == "plan"))
     flags = tuple(cuda_flags(arch_name))
     # A planner depends on the problem only through what its mask reads.
     facts = {n: storage[n] for n in used if n in storage} if name == "plan" else problem

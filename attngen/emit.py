@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .bounds import Inequality, analyse
+from .choose_cuda import ZoneMap
 from .classes import ClassHoles, tile_class
 from .expr import (
     CALL,
@@ -124,6 +125,7 @@ class Hooks:
     rope: RopeHoles | None = None
     bounds: BoundsHoles = BoundsHoles("0", "t.kv_len", "true", True)
     classes: ClassHoles | None = None  # of tiles, where intervals say more than closed bounds
+    zones: tuple[ZoneMap, ...] = ()  # that the classes read, on CUDA
 
 
 def emit(
@@ -215,6 +217,7 @@ class _Emitter:
         self.sections = {CALL: self.out.call, TILE: self.out.tile, ROW: self.out.row, COL: self.out.col}
         self.stored: dict[Node, str] = {}
         self.names: set[str] = set(_RESERVED)
+        self.zones: dict[str, ZoneMap] = {}
 
     def hooks(self, head_dim: int, classes: bool) -> Hooks:
         trace, out = self.trace, self.out
@@ -236,6 +239,7 @@ class _Emitter:
         out.bounds = self.bounds()
         if classes:
             out.classes = tile_class(trace.mask, self.uniform, self.readable, self.read, self.name)
+            out.zones = tuple(zone for _, zone in sorted(self.zones.items()))
         return out
 
     # ---- levels
@@ -335,18 +339,18 @@ class _Emitter:
         text = c_text(OPS[node.op], self.dialect, node.dtype, node.args[0].dtype, node in self.exact)
         return text.format(*(a if _atomic(a) else f"({a})" for a in args))
 
-    def load(self, node: Node, index: list[str]) -> str:
+    def load(self, node: Node, index: list[str], dtype: str | None = None) -> str:
         name, axes = node.attr
         stored, checks, offset = self.storage[name], [], []
         for i, (axis, text, arg) in enumerate(zip(axes, index, node.args)):
-            safe = arg.op == "sym" and _SAFE_INDEX[self.dialect].get(axis) == arg.attr
+            safe = text != "at" and arg.op == "sym" and _SAFE_INDEX[self.dialect].get(axis) == arg.attr
             if not safe:
                 checks.append(f"(uint32_t)({text}) < (uint32_t)p.size{i}_{name}")
             offset.append(f"(int64_t)({text}) * p.stride{i}_{name}")
         suffix = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "int32": "i32", "int64": "i64"}.get(stored, "u8")
         # Bitwise and: the checks have no side effects, and loops with && do not vectorise.
         call = f"ag_load_{suffix}(p.param_{name}, {' & '.join(f'({x})' for x in checks) or 'true'}, {' + '.join(offset)})"
-        return {F32: call, I32: f"(int32_t)({call})", BOOL: f"({call} != 0)"}[node.dtype]
+        return {F32: call, I32: f"(int32_t)({call})", BOOL: f"({call} != 0)"}[dtype or node.dtype]
 
     def where(self, node: Node) -> str:
         for n in (node, *reversed(list(walk(node)))):
@@ -425,13 +429,34 @@ class _Emitter:
         return self.leaf(node, ELEM) or self.expression(node, TILE)
 
     def readable(self, node: Node) -> bool:
-        """Whether there is a range of what a tile reads: on the CPU its values are at hand."""
-        return self.dialect == "cpp" and node.level in (ROW, COL)
+        """Whether there is a range of what a tile reads: on the CPU its values are at hand, on CUDA it reads along one axis."""
+        if node.level not in (ROW, COL) or node.dtype == F32:
+            return False
+        if self.dialect == "cpp":
+            return True
+        varying = [i for i, a in enumerate(node.args) if a.level > TILE]
+        zone = self.zones.get(node.attr[0])
+        return len(varying) == 1 and len(node.args) <= 2 and (zone is None or zone.axis == varying[0])
 
     def read(self, node: Node, index: Sequence[str]) -> str:
-        """The range of what a tile reads."""
-        name = self.ensure(node, node.level)
-        return f"ag_range_of(rows.{name}, NR)" if node.level == ROW else f"ag_range_of(cols.{name} + lo, hi - lo)"
+        """The range of what a tile reads; ``index``: texts of its indices' ranges, which are values where a tile has one."""
+        if self.dialect == "cpp":
+            name = self.ensure(node, node.level)
+            return f"ag_range_of(rows.{name}, NR)" if node.level == ROW else f"ag_range_of(cols.{name} + lo, hi - lo)"
+        name, axes = node.attr
+        (axis,) = (i for i, a in enumerate(node.args) if a.level > TILE)
+        entry = f"[&](int32_t at) {{ return {self.load(node, [*index[:axis], 'at', *index[axis + 1 :]], I32)}; }}"
+        if node.args[axis].symbols <= {"head", "kv_head", "num_heads", "num_kv_heads"}:
+            found = f"ag_entry_range(p.size{axis}_{name}, {index[axis]}, {entry})"
+        else:
+            self.zones[name] = ZoneMap(name, axis, axes)
+            row = [text for i, text in enumerate(index) if i != axis]
+            found = f"ag_zone_range(p.zones_{name}, p.zone_count_{name}, {row[0] if row else 0}, p.size{axis}_{name}, {index[axis]}, {entry})"
+            for i, text in enumerate(index):  # a row that is not there
+                arg = node.args[i]
+                if i != axis and not (arg.op == "sym" and _SAFE_INDEX["cuda"].get(axes[i]) == arg.attr):
+                    found = f"((uint32_t)({text}) < (uint32_t)p.size{i}_{name} ? {found} : Interval(0))"
+        return f"ag_nonzero({found})" if node.dtype == BOOL else found
 
 
 def cost(node: Node) -> int:

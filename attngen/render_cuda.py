@@ -26,5 +26,8 @@ def render_cuda(
         pointers=MERGE_POINTERS,
     )
     shelf = [*sorted(folder.glob("*.cuh")), templates_dir() / "shared" / "intervals.h"]
-    headers = (path for path in shelf if f'#include "{path.name}"' in text or path.name == "ptx.cuh")
-    return {f"{name}.cu": text, **{path.name: path.read_text(encoding="utf-8") for path in headers}}
+    shelved = {path.name: path.read_text(encoding="utf-8") for path in shelf}
+    wanted = {"ptx.cuh"}
+    for including in (text, *(shelved["zones.cuh"] for _ in range('#include "zones.cuh"' in text))):
+        wanted |= {header for header in shelved if f'#include "{header}"' in including}
+    return {f"{name}.cu": text, **{header: found for header, found in shelved.items() if header in wanted}}

@@ -66,6 +66,9 @@ template <typename Join> inline int joined(int x, Join join) {  // of the warp's
 inline int __reduce_max_sync(unsigned, int x) {
   return joined(x, [](int most, int other, int lane) { return lane && most > other ? most : other; });
 }
+inline int __reduce_min_sync(unsigned, int x) {
+  return joined(x, [](int least, int other, int lane) { return lane && least < other ? least : other; });
+}
 inline unsigned __ballot_sync(unsigned, int x) {
   return joined(x, [](int bits, int other, int lane) { return bits | (int)((unsigned)(other != 0) << lane); });
 }
