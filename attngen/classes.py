@@ -37,14 +37,15 @@ class RangeValue:
 
 @dataclass(frozen=True)
 class ClassHoles:
-    """The class of a tile. ``row_lines`` and then ``row`` are computed once for a range of rows, ``lines`` and ``kept`` once for a
-    tile; ``row_symbols`` and ``col_symbols`` are those that they name."""
+    """The class of a tile: ``row_lines`` and then ``row`` once for a range of rows, ``lines`` and ``kept`` once for a tile.
+    ``row_symbols`` are those that the former name, ``met_symbols`` and ``col_symbols`` the latter, of rows and of keys."""
 
     row_lines: tuple[RangeValue, ...]
     row: tuple[RangeValue, ...]
     lines: tuple[RangeValue, ...]
     kept: str
     row_symbols: tuple[str, ...]
+    met_symbols: tuple[str, ...]
     col_symbols: tuple[str, ...]
 
 
@@ -103,10 +104,9 @@ def tile_class(mask: Node | None, uniform: Callable[[Node], str], readable: Call
     kept = tile.text(mask)
     words = _words(kept, tile.lines)
     stored = [value for value in stored if f"r.{value.name}" in words]
-    words |= _words("", [*rows.lines, *stored])
-    return ClassHoles(
-        tuple(rows.lines), tuple(stored), tuple(tile.lines), kept, *(tuple(s for s in of if s in words) for of in (ROW_SYMBOLS, COL_SYMBOLS))
-    )
+    of_rows = _words("", [*rows.lines, *stored])
+    symbols = (tuple(s for s in of if s in named) for of, named in ((ROW_SYMBOLS, of_rows), (ROW_SYMBOLS, words), (COL_SYMBOLS, words)))
+    return ClassHoles(tuple(rows.lines), tuple(stored), tuple(tile.lines), kept, *symbols)
 
 
 def _words(text: str, lines: Sequence[RangeValue]) -> set[str]:
