@@ -98,12 +98,23 @@ class RopeHoles:
 
 @dataclass(frozen=True)
 class BoundsHoles:
-    """The closed tile bounds as int64 C expressions; ``exact`` where they are the whole mask."""
+    """The closed tile bounds as int64 C expressions; ``exact`` where they are the whole mask. ``either``: ranges within [kv_begin,
+    kv_end), of which keys lie in one at least."""
 
     kv_begin: str
     kv_end: str
     full: str
     exact: bool
+    either: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class _BoundTexts:
+    """Of one inequality: its first key, the one after its last ('' where it has none), and the test that it holds for a tile."""
+
+    begin: str
+    end: str
+    full: str
 
 
 @dataclass
@@ -385,31 +396,49 @@ class _Emitter:
 
     def bounds(self) -> BoundsHoles:
         found = analyse(self.trace.mask)
-        begin, end, full = "0", "t.kv_len", []
-        for inequality in found.closed:
-            rest, guard = self.bound_terms(inequality)
-            cq, ck = inequality.cq, inequality.ck
-            best_q = _scaled(cq, "q_hi" if cq > 0 else "q_lo")
-            worst_q = _scaled(cq, "q_lo" if cq > 0 else "q_hi")
-            best = _sum(best_q, rest)
-            if ck > 0:
-                limit = f"-({best})" if ck == 1 else f"ag_ceildiv64(-({best}), {ck})"
-                begin = f"ag_max64({begin}, {_guarded(guard, limit, '0')})"
-            elif ck < 0:
-                limit = f"{best} + 1" if ck == -1 else f"ag_floordiv64({best}, {-ck}) + 1"
-                end = f"ag_min64({end}, {_guarded(guard, limit, 't.kv_len')})"
-            else:
-                end = f"ag_min64({end}, {_guarded(guard, f'{best} >= 0 ? t.kv_len : 0', 't.kv_len')})"
-            worst = _sum(worst_q, _scaled(ck, "k_lo" if ck > 0 else "k_hi"), rest)
-            full.append(_guarded(guard, f"{worst} >= 0", "false"))
-        test = " && ".join(f"({x})" for x in full) or "true"
-        return BoundsHoles(begin, end, test if found.exact else "false", found.exact)
+        texts = {x: self.bound_texts(x) for x in (*found.closed, *(x for alternative in found.either for x in alternative))}
+        begin, end = self.range_texts([texts[x] for x in found.closed], "0", "t.kv_len")
+        either = tuple(self.range_texts([texts[x] for x in alternative], "kv_begin", "kv_end") for alternative in found.either)
+        test = " && ".join(f"({texts[x].full})" for x in found.closed) or "true"
+        return BoundsHoles(begin, end, test if found.exact else "false", found.exact, either)
+
+    @staticmethod
+    def range_texts(bounds: Sequence[_BoundTexts], begin: str, end: str) -> tuple[str, str]:
+        """The first key, and the one after the last, that satisfy all."""
+        for x in bounds:
+            begin = f"ag_max64({begin}, {x.begin})" if x.begin else begin
+            end = f"ag_min64({end}, {x.end})" if x.end else end
+        return begin, end
+
+    def bound_texts(self, bound: Inequality) -> _BoundTexts:
+        rest, guard = self.bound_terms(bound)
+        cq, ck = bound.cq, bound.ck
+        unit = "" if bound.unit is None else literal(bound.unit) if bound.unit.op == "const" else f"(int64_t){self.uniform(bound.unit)}"
+
+        def at(name: str) -> str:
+            return f"ag_floordiv64({name}, {unit})" if unit else name
+
+        def key(limit: str) -> str:
+            return f"({limit}) * {unit}" if unit else limit
+
+        best = _sum(_scaled(cq, at("q_hi" if cq > 0 else "q_lo")), rest)
+        worst = _sum(_scaled(cq, at("q_lo" if cq > 0 else "q_hi")), _scaled(ck, at("k_lo" if ck > 0 else "k_hi")), rest)
+        begin = end = ""
+        if ck > 0:
+            begin = _guarded(guard, key(f"-({best})" if ck == 1 else f"ag_ceildiv64(-({best}), {ck})"), "0")
+        elif ck < 0:
+            end = _guarded(guard, key(f"{best} + 1" if ck == -1 else f"ag_floordiv64({best}, {-ck}) + 1"), "t.kv_len")
+        else:
+            end = _guarded(guard, f"{best} >= 0 ? t.kv_len : 0", "t.kv_len")
+        return _BoundTexts(begin, end, _guarded(guard, f"{worst} >= 0", "false"))
 
     def bound_terms(self, bound: Inequality) -> tuple[str, str]:
-        """The sum of an inequality's uniform terms, and the test that i32 arithmetic could not wrap ('' if it cannot)."""
+        """The sum of an inequality's uniform terms, and the test that it holds: i32 arithmetic could not wrap, the unit is positive ('' if
+        nothing has to be tested)."""
         constant = sum(sign * node.attr for sign, node in bound.terms if node.op == "const")
         others = [(sign, node) for sign, node in bound.terms if node.op != "const"]
-        if _never_wraps(bound):
+        positive = [f"{self.uniform(bound.unit)} > 0"] if bound.unit is not None and bound.unit.op != "const" else []
+        if _never_wraps(bound) and not positive:
             return (str(constant) if constant else ""), ""
         texts = [(sign, f"(int64_t)({self.expression(node, TILE) if node.args else self.leaf(node, TILE)})")
                  for sign, node in others]  # fmt: skip
@@ -418,10 +447,10 @@ class _Emitter:
         weight += [f"ag_abs64({_scaled(sign, text)})" for sign, text in texts]
         weight += [f"{bound.wq} * (ag_abs64(q_offset) + q_len)", f"{bound.wk} * (int64_t)kv_len"]
         ok, rest = self.name("bound_ok"), self.name("bound")
-        self.out.tile.append(Value("bool", ok, f"{' + '.join(weight)} < 2147483648LL", self.where(bound.source)))
+        tests = " && ".join([*positive, f"{' + '.join(weight)} < 2147483648LL"])
+        self.out.tile.append(Value("bool", ok, tests, self.where(bound.source)))
         self.out.tile.append(Value("int32_t", rest, f"(int32_t)({total})", self.where(bound.source)))
         return f"t.{rest}", f"t.{ok}"
-
 
     # ---- classes of tiles
     def uniform(self, node: Node) -> str:
