@@ -8,6 +8,7 @@ from typing import Any
 
 import hopper_on_host
 import on_host_hopper
+import on_host_mma
 import pytest
 import torch
 from compare import compare
@@ -15,7 +16,9 @@ from test_classes import random_mask
 from test_properties import make as random_variant
 
 import attngen as ag
-from attngen import variants
+from attngen import schedule, variants
+from attngen.bounds import analyse
+from attngen.choose_cuda import PlanConfig, TileClass
 
 BF16 = torch.bfloat16
 
@@ -112,8 +115,7 @@ def test_hopper_skips(name, on_host):
     check(variant, params, 100, 1000, 128, "cpu", name in SKIPS)
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_hopper_random_masks(seed, on_host):
+def random_masks(seed: int) -> None:
     rng = random.Random(100 + seed)
     torch.manual_seed(seed)
     mask = random_mask(rng, 4)
@@ -127,6 +129,11 @@ def test_hopper_random_masks(seed, on_host):
     given = {name: x for name, x in params.items() if name in used}
     out, ref = (f(q, k, v, variant, kv_lens=[300, 170], **given) for f in (ag.attention, ag.reference))
     compare(out, ref, like=ref.to(BF16) + 2e-3)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_hopper_random_masks(seed, on_host):
+    random_masks(seed)
 
 
 def test_a_list_of_blocks_that_is_full(on_host, monkeypatch):
@@ -149,6 +156,39 @@ def test_a_list_of_blocks_that_is_full(on_host, monkeypatch):
     compare(out, ref, like=ref.to(BF16) + 2e-3)
 
 
+# ---------------------------------------------------------------- decode and attention_sm80, on the CPU
+
+CLOSED = {"window", "chunked", "streaming"}  # closed bounds know what these skip; decode has nothing else
+
+
+@pytest.mark.parametrize("q_len", [1, 12, 30, 100])  # tiles of 16, 32, 64 and 128 rows
+@pytest.mark.parametrize("name", cases(100, 1000, 1))
+def test_mma_skips(name, q_len, monkeypatch):
+    on_host_mma.install(monkeypatch)
+    torch.manual_seed(1)
+    variant, params = cases(q_len, 1000, 1)[name]
+    if q_len > 16 or name in CLOSED:
+        check(variant, params, q_len, 1000, 128, "cpu", name in SKIPS and q_len > 1)
+    else:
+        q, k, v = torch.randn(1, q_len, 2, 64).to(BF16), *(torch.randn(1, 1000, 1, 64).to(BF16) for _ in "kv")
+        ref = ag.reference(q, k, v, variant, **params)
+        compare(ag.attention(q, k, v, variant, **params), ref, like=ref.to(BF16) + 2e-3)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_mma_random_masks(seed, monkeypatch):
+    on_host_mma.install(monkeypatch)
+    random_masks(seed)
+
+
+def test_decode_leaves_the_gap_out_of_the_plan():
+    """Sinks and a window of a long context are planned, and cost, as what they are."""
+    reach = schedule.Reach(analyse(variants.Streaming().trace.mask), {"window": 1024, "sinks": 64}, 8, 2)
+    (p,), _ = schedule.plan(PlanConfig("90a", (TileClass(16, 64, 2, head_major=True),)), schedule.Lengths(1, [0, 1], kv_lens=[131072]), reach, [264])
+    (tile,) = p.tiles
+    assert tile.blocks == 17 and [tile.block(i) for i in (0, 1, 16)] == [0, 2032, 2047]
+
+
 # ---------------------------------------------------------------- on a GPU
 
 
@@ -158,10 +198,8 @@ def test_a_list_of_blocks_that_is_full(on_host, monkeypatch):
 def test_gpu_skips(name, q_len):
     torch.manual_seed(1)
     variant, params = cases(q_len, 4000, 4)[name]
-    # Decode reads from closed bounds, which do not know documents, 2-D windows and pinned tokens.
-    closed = {"window", "chunked", "streaming", "dilated"}
     few = q_len * 2 <= 32
-    if few and name in SKIPS - closed:
+    if few and name in SKIPS - CLOSED:
         q = torch.randn(1, q_len, 2, 64).to(BF16)
         k, v = (torch.randn(1, 4000, 1, 64).to(BF16) for _ in "kv")
         given = {n: x.cuda() if isinstance(x, torch.Tensor) else x for n, x in params.items()}
