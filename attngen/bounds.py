@@ -33,8 +33,8 @@ class Inequality:
     unit: Node | None = None
 
     def __str__(self) -> str:
-        of = "" if self.unit is None else f" // {text(self.unit)}"
-        terms = [(self.cq, f"q{of}"), (self.ck, f"kv{of}"), *((sign, text(term)) for sign, term in self.terms)]
+        q, kv = ("q", "kv") if self.unit is None else (f"({x} // {text(self.unit)})" for x in ("q", "kv"))
+        terms = [(self.cq, q), (self.ck, kv), *((sign, text(term)) for sign, term in self.terms)]
         found = ""
         for factor, name in terms:
             if factor:
@@ -66,7 +66,7 @@ def analyse(mask: Node | None) -> TileBounds:
         found = _inequalities(term)
         if found is None:
             opaque.append(term)
-            either = either or _alternatives(term)
+            either = either or alternatives(term)
         else:
             closed.extend(found)
     return TileBounds(tuple(closed), tuple(opaque), either)
@@ -75,7 +75,7 @@ def analyse(mask: Node | None) -> TileBounds:
 _MAX_ALTERNATIVES = 4
 
 
-def _alternatives(term: Node) -> tuple[tuple[Inequality, ...], ...]:
+def alternatives(term: Node) -> tuple[tuple[Inequality, ...], ...]:
     """The inequalities of each alternative of a disjunction; () where one of them may hold for any key."""
     found, stack = [], [term]
     while stack:

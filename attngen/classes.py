@@ -11,8 +11,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .bounds import analyse
-from .expr import ELEM, ROW, TILE, Node, walk
+from .bounds import alternatives, analyse
+from .expr import COL, ELEM, ROW, TILE, Node, text, walk
 from .ops import BOOL, F32
 
 Read = Callable[[Node, Sequence[str]], str]  # of a read and the texts of its indices' ranges
@@ -49,18 +49,36 @@ class ClassHoles:
     col_symbols: tuple[str, ...]
 
 
-def opaque_part(mask: Node | None, readable: Callable[[Node], bool]) -> Node | None:
+def along_one_axis(node: Node) -> bool:
+    """Whether a read has a range that can be known of a tile: of ints or bools, one index of at most two varies in it."""
+    return node.level in (ROW, COL) and node.dtype != F32 and sum(a.level > TILE for a in node.args) == 1 and len(node.args) <= 2
+
+
+def opaque_part(mask: Node | None, readable: Callable[[Node], bool] = along_one_axis) -> Node | None:
     """The part of a mask for which every tile is PARTIAL: a float's comparison, or a read of which no range is known
     (``readable`` says of which one is). None where some tiles may be EMPTY or FULL for more than closed bounds."""
-    terms = analyse(mask).opaque
-    if not terms:
-        return None
-    stops = [_stop(term, readable) for term in terms]
-    return None if any(s is None for s in stops) else stops[0]
+    stops = [stop_of(term, readable) for term in analyse(mask).opaque]
+    return None if not stops or any(s is None for s in stops) else stops[0]
 
 
-def _stop(root: Node, readable: Callable[[Node], bool]) -> Node | None:
-    """The node because of which nothing is known of ``root``."""
+def findings(mask: Node) -> list[tuple[str, str]]:
+    """What is known of tiles, for people: (what, term of the mask), closed bounds first."""
+    found = analyse(mask)
+    lines = [(f"bounds: {b}", text(b.source)) for b in found.closed]
+    for term in found.opaque:
+        stop = stop_of(term)
+        if found.either and found.either == alternatives(term):
+            ranges = (" and ".join(map(str, x)) for x in found.either)
+            lines.append((f"bounds: {' or '.join(ranges)}", text(term)))
+        if stop is None:
+            lines.append(("tiles: classed by intervals", text(term)))
+        else:
+            lines.append((f"tiles: all are evaluated, nothing is known of {text(stop)}", text(term)))
+    return lines
+
+
+def stop_of(root: Node, readable: Callable[[Node], bool] = along_one_axis) -> Node | None:
+    """The node because of which nothing is known of ``root`` in any tile; None where something is of some."""
     stops: dict[Node, Node | None] = {}
     for node in walk(root):
         args = [stops[a] for a in node.args]
@@ -72,7 +90,7 @@ def _stop(root: Node, readable: Callable[[Node], bool]) -> Node | None:
         elif node.op == "sym":
             stops[node] = node if node.dtype == F32 else None
         elif node.op not in _TEXT or node.args[0].dtype == F32:
-            stops[node] = node if first is None else first
+            stops[node] = node  # of floats
         elif node.op in ("and", "or", "min", "max") or node.op == "where" and args[0] is None:  # either side may decide
             stops[node] = None if any(s is None for s in args[-2:]) else first
         elif node.op == "mod" and args[1] is None:  # between 0 and the divisor
@@ -109,8 +127,8 @@ def tile_class(mask: Node | None, uniform: Callable[[Node], str], readable: Call
     return ClassHoles(tuple(rows.lines), tuple(stored), tuple(tile.lines), kept, *symbols)
 
 
-def _words(text: str, lines: Sequence[RangeValue]) -> set[str]:
-    return set(re.findall(r"[A-Za-z_][\w.]*", " ".join([text, *(line.expr for line in lines)])))
+def _words(kept: str, lines: Sequence[RangeValue]) -> set[str]:
+    return set(re.findall(r"[A-Za-z_][\w.]*", " ".join([kept, *(line.expr for line in lines)])))
 
 
 def _ctype(node: Node) -> str:
@@ -132,11 +150,11 @@ class _Lines:
             if node in self.texts:
                 continue
             if ready or (leaf := self._leaf(node)) is None and not node.args:
-                text = self._operation(node)
-                if node is not root and (self.uses[node] > 1 and not _is_name(text) or len(text) > _LONG_TEXT):
-                    self.lines.append(RangeValue(_ctype(node), f"e{len(self.lines)}", text))
-                    text = self.lines[-1].name
-                self.texts[node] = text
+                found = self._operation(node)
+                if node is not root and (self.uses[node] > 1 and not _is_name(found) or len(found) > _LONG_TEXT):
+                    self.lines.append(RangeValue(_ctype(node), f"e{len(self.lines)}", found))
+                    found = self.lines[-1].name
+                self.texts[node] = found
             elif leaf is not None:
                 self.texts[node] = leaf
             else:
@@ -163,19 +181,19 @@ class _Lines:
             return args[0]
         if node.op == "where":  # both sides of one type
             args[1:] = [f"{_ctype(node)}({x})" if a.level <= TILE else x for a, x in zip(node.args[1:], args[1:])]
-        text = "!{0}" if node.op == "not" and node.dtype == BOOL else _TEXT[node.op]
-        return text.format(*(x if _is_name(x) or text.startswith("ag_") or _is_call(x) else f"({x})" for x in args))
+        pattern = "!{0}" if node.op == "not" and node.dtype == BOOL else _TEXT[node.op]
+        return pattern.format(*(x if _is_name(x) or pattern.startswith("ag_") or _is_call(x) else f"({x})" for x in args))
 
 
-def _is_name(text: str) -> bool:
-    return all(ch.isalnum() or ch in "_." for ch in text)
+def _is_name(expr: str) -> bool:
+    return all(ch.isalnum() or ch in "_." for ch in expr)
 
 
-def _is_call(text: str) -> bool:
+def _is_call(expr: str) -> bool:
     """Whether a text is one call or one pair of parentheses."""
     depth = 0
-    for i, ch in enumerate(text):
+    for i, ch in enumerate(expr):
         depth += (ch == "(") - (ch == ")")
-        if depth == 0 and not (ch.isalnum() or ch in "_.") and i < len(text) - 1:
+        if depth == 0 and not (ch.isalnum() or ch in "_.") and i < len(expr) - 1:
             return False
-    return text.endswith(")")
+    return expr.endswith(")")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from .bounds import Inequality, analyse
 from .choose_cuda import ZoneMap
-from .classes import ClassHoles, tile_class
+from .classes import ClassHoles, along_one_axis, tile_class
 from .expr import (
     CALL,
     COL,
@@ -459,13 +459,10 @@ class _Emitter:
 
     def readable(self, node: Node) -> bool:
         """Whether there is a range of what a tile reads: on the CPU its values are at hand, on CUDA it reads along one axis."""
-        if node.level not in (ROW, COL) or node.dtype == F32:
-            return False
         if self.dialect == "cpp":
-            return True
-        varying = [i for i, a in enumerate(node.args) if a.level > TILE]
+            return node.level in (ROW, COL) and node.dtype != F32
         zone = self.zones.get(node.attr[0])
-        return len(varying) == 1 and len(node.args) <= 2 and (zone is None or zone.axis == varying[0])
+        return along_one_axis(node) and (zone is None or node.args[zone.axis].level > TILE)
 
     def read(self, node: Node, index: Sequence[str]) -> str:
         """The range of what a tile reads; ``index``: texts of its indices' ranges, which are values where a tile has one."""

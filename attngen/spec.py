@@ -23,7 +23,7 @@ import torch
 from torch.compiler import is_dynamo_compiling
 
 from . import expr
-from .bounds import TileBounds, analyse
+from .classes import findings
 from .errors import VariantError
 from .expr import COL, LEVEL_NAMES, Node, Where, fail, symbol, text, verify, walk
 from .ops import BOOL, F32, I32
@@ -328,9 +328,7 @@ class Variant(metaclass=_VariantMeta):
         if trace.rope:
             lines.append(f"rope = {trace.rope.rope}")
         if trace.mask is not None:
-            bounds: TileBounds = analyse(trace.mask)
-            lines += [f"bounds: {b}    from {text(b.source)}" for b in bounds.closed]
-            lines += [f"bounds: none from {text(n)}: its tiles are evaluated" for n in bounds.opaque]
+            lines += [f"{what}    from {term}" for what, term in findings(trace.mask)]
         return "\n".join(lines)
 
 

@@ -134,3 +134,23 @@ OPERATIONS = [
 @pytest.mark.parametrize("n", [0, 1, 5, -6, I32_MAX, I32_MIN])
 def test_every_operation(n: int) -> None:
     compare(OPERATIONS, 50, 70, -9, 7, 6, n, "cuda")
+
+
+def test_explain_says_what_stops_the_analysis() -> None:
+    import attngen as ag
+    from attngen.variants import Chunked, Streaming
+
+    class Dense(ag.Variant):
+        keep: ag.Tensor("requests", "queries", "positions", dtype=bool)
+        cost: ag.Tensor("heads")
+
+        def mask(self, at):
+            return self.keep[at.request, at.q, at.kv] & (self.cost[at.head] * (at.q - at.kv) < 1.0) & (at.kv < 100)
+
+    said = Dense().explain()
+    assert "nothing is known of self.keep[at.request, at.q, at.kv]    from self.keep" in said
+    assert "nothing is known of ((self.cost[at.head] * to_f32((at.q - at.kv))) < 1.0)    from" in said
+    assert "bounds: -kv + 99 >= 0" in said and "classed" not in said
+    assert "bounds: -q + kv + self.window - 1 >= 0 or -kv + self.sinks - 1 >= 0" in Streaming().explain()
+    assert "tiles: classed by intervals    from (((at.q - at.kv) < self.window)" in Streaming().explain()
+    assert "bounds: (q // self.chunk) - (kv // self.chunk) >= 0" in Chunked().explain() and "tiles:" not in Chunked().explain()
