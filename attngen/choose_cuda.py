@@ -314,7 +314,7 @@ def attention_smem_bytes(d: int, dv: int, block_m: int, block_n: int, stages: in
     values += 8 * (len(hooks.call) + len(hooks.tile))
     places = 40 * block_n if paged else 0
     if hooks.classes is not None:
-        places += 256 + 72 * (len(hooks.classes.met_symbols) + len(hooks.classes.row))
+        places += 256 + 72 * hooks.classes.rows.size
     return -(-(tiles + values + places + 896) // 128) * 128
 
 

@@ -36,17 +36,29 @@ class RangeValue:
 
 
 @dataclass(frozen=True)
-class ClassHoles:
-    """The class of a tile: ``row_lines`` and then ``row`` once for a range of rows, ``lines`` and ``kept`` once for a tile.
-    ``row_symbols`` are those that the former name, ``met_symbols`` and ``col_symbols`` the latter, of rows and of keys."""
+class Side:
+    """What is computed once for a range of rows, or of keys: ``lines``, and then ``values``, which with the symbols ``met`` are all that
+    tiles need of it. ``symbols``: of which any of it needs ranges."""
 
-    row_lines: tuple[RangeValue, ...]
-    row: tuple[RangeValue, ...]
+    lines: tuple[RangeValue, ...]
+    values: tuple[RangeValue, ...]
+    symbols: tuple[str, ...]
+    met: tuple[str, ...]
+
+    @property
+    def size(self) -> int:
+        """Ranges that are kept."""
+        return len(self.values) + len(self.met)
+
+
+@dataclass(frozen=True)
+class ClassHoles:
+    """The class of a tile: of its rows' and its keys' ranges, ``lines`` and ``kept``."""
+
+    rows: Side
+    cols: Side
     lines: tuple[RangeValue, ...]
     kept: str
-    row_symbols: tuple[str, ...]
-    met_symbols: tuple[str, ...]
-    col_symbols: tuple[str, ...]
 
 
 def along_one_axis(node: Node) -> bool:
@@ -112,19 +124,27 @@ def tile_class(mask: Node | None, uniform: Callable[[Node], str], readable: Call
         return None
     nodes = list(walk(mask))
     uses = Counter(a for n in nodes for a in n.args)
-    rows, tile = (_Lines(uniform, readable, read, uses) for _ in range(2))
     met = {a for n in nodes if n.level == ELEM for a in n.args} | {mask}
-    stored = []
-    for node in nodes:
-        if node in met and node.level == ROW and node.op != "sym" and node.dtype != F32:
-            stored.append(RangeValue(_ctype(node), name(node.attr[0] if node.op == "load" else "of_rows"), rows.text(node)))
-            tile.texts[node] = f"r.{stored[-1].name}"
+    tile = _Lines(uniform, readable, read, uses)
+    sides = []
+    for level, prefix in ((ROW, "r"), (COL, "k")):
+        side = _Lines(uniform, readable, read, uses)
+        values = []
+        for node in nodes:
+            if node in met and node.level == level and node.op != "sym" and node.dtype != F32:
+                hint = node.attr[0] if node.op == "load" else "of_rows" if level == ROW else "of_keys"
+                values.append(RangeValue(_ctype(node), name(hint), side.text(node)))
+                tile.texts[node] = f"{prefix}.{values[-1].name}"
+        sides.append((side, values))
     kept = tile.text(mask)
     words = _words(kept, tile.lines)
-    stored = [value for value in stored if f"r.{value.name}" in words]
-    of_rows = _words("", [*rows.lines, *stored])
-    symbols = (tuple(s for s in of if s in named) for of, named in ((ROW_SYMBOLS, of_rows), (ROW_SYMBOLS, words), (COL_SYMBOLS, words)))
-    return ClassHoles(tuple(rows.lines), tuple(stored), tuple(tile.lines), kept, *symbols)
+
+    def finished(side: _Lines, values: list[RangeValue], prefix: str, symbols: tuple[str, ...]) -> Side:
+        values = [value for value in values if f"{prefix}.{value.name}" in words]
+        needed = words | _words("", [*side.lines, *values])
+        return Side(tuple(side.lines), tuple(values), *(tuple(s for s in symbols if s in of) for of in (needed, words)))
+
+    return ClassHoles(finished(*sides[0], "r", ROW_SYMBOLS), finished(*sides[1], "k", COL_SYMBOLS), tuple(tile.lines), kept)
 
 
 def _words(kept: str, lines: Sequence[RangeValue]) -> set[str]:

@@ -57,7 +57,7 @@ class Text:
                 f"{macro(holes, 'static', '', '', '2')}\n}}\n"
                 f'extern "C" __attribute__((visibility("default"))) void run{i}(const int* at, int* out, int n) {{\n'
                 f"  using namespace mask{i};\n  Params p; Call c; Tile t{{0, {values['q_offset']}, 0, 0}};\n"
-                "  for (int i = 0; i < n; ++i, at += 4) out[i] = tile_class(p, c, t, row_range(p, c, t, at[0], at[1]), at[2], at[3]);\n}\n"
+                "  for (int i = 0; i < n; ++i, at += 4) out[i] = tile_class(p, c, t, row_range(p, c, t, at[0], at[1]), key_span(p, c, t, at[2], at[3]));\n}\n"
             )
         files = {"classes.cpp": "".join(parts), "intervals.h": (templates_dir() / "shared" / "intervals.h").read_text(), **headers()}
         with TemporaryDirectory() as folder:
@@ -149,7 +149,7 @@ def test_explain_says_what_stops_the_analysis() -> None:
 
     said = Dense().explain()
     assert "nothing is known of self.keep[at.request, at.q, at.kv]    from self.keep" in said
-    assert "nothing is known of ((self.cost[at.head] * to_f32((at.q - at.kv))) < 1.0)    from" in said
+    assert "nothing is known of ((self.cost[at.head] * to_f32((at.q - at.kv))) < 1)    from" in said
     assert "bounds: -kv + 99 >= 0" in said and "classed" not in said
     assert "bounds: -q + kv + self.window - 1 >= 0 or -kv + self.sinks - 1 >= 0" in Streaming().explain()
     assert "tiles: classed by intervals    from (((at.q - at.kv) < self.window)" in Streaming().explain()

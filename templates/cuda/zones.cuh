@@ -23,9 +23,14 @@ template <typename Read> AG_DEVICE Interval ag_zone_range(const int2* zones, int
     const bool wide = hi - lo >= WIDE_ZONE;
     const int32_t shift = wide ? 10 : 5;
     const int2* const from = zones + row * (count + wide_zones(count)) + (wide ? count : 0);
-    for (int32_t i = lo >> shift; i <= hi >> shift; ++i) {
-      const int2 zone = from[i];
-      least = ag_min(least, zone.x), most = ag_max(most, zone.y);
+    const int32_t last = hi >> shift;
+#pragma unroll 1
+    for (int32_t i = lo >> shift; i <= last; i += 4) {  // four loads in flight
+      int2 zone[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) zone[j] = __ldg(from + (i + j < last ? i + j : last));
+#pragma unroll
+      for (int j = 0; j < 4; ++j) least = ag_min(least, zone[j].x), most = ag_max(most, zone[j].y);
     }
   }
   const bool beyond = index.lo < 0 || index.hi >= size;
