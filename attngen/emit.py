@@ -413,10 +413,10 @@ class _Emitter:
     def bound_texts(self, bound: Inequality) -> _BoundTexts:
         rest, guard = self.bound_terms(bound)
         cq, ck = bound.cq, bound.ck
-        unit = "" if bound.unit is None else literal(bound.unit) if bound.unit.op == "const" else f"(int64_t){self.uniform(bound.unit)}"
+        unit = "" if bound.unit is None else self.uniform(bound.unit)
 
         def at(name: str) -> str:
-            return f"ag_floordiv64({name}, {unit})" if unit else name
+            return f"ag_quotient({name}, {unit})" if unit else name
 
         def key(limit: str) -> str:
             return f"({limit}) * {unit}" if unit else limit
