@@ -11,12 +11,13 @@ import on_host_hopper
 import on_host_mma
 import pytest
 import torch
+from batches import Batch, judge, make
 from compare import compare
 from test_classes import random_mask
 from test_properties import make as random_variant
 
 import attngen as ag
-from attngen import schedule, variants
+from attngen import engine, schedule, variants
 from attngen.bounds import analyse
 from attngen.choose_cuda import PlanConfig, TileClass
 
@@ -154,6 +155,47 @@ def test_a_list_of_blocks_that_is_full(on_host, monkeypatch):
     q_, k, v = torch.randn(1, 70, 1, 32).to(BF16), *(torch.randn(1, 21000, 1, 32).to(BF16) for _ in "kv")
     out, ref = ag.attention(q_, k, v, variant), ag.reference(q_, k, v, variant)
     compare(out, ref, like=ref.to(BF16) + 2e-3)
+
+
+@pytest.mark.parametrize("kind", ["paged", "ragged", "rows of a matrix", "too long for its zones"])
+def test_zone_maps_of_batches(kind, on_host):
+    """Documents of several requests, and others at the next plan."""
+    q_lens, kv_lens = [70, 3, 0, 129], [200, 900, 40, 700]
+    batch = Batch(q_lens, kv_lens, d=64, device="cpu")
+    reference = ag.compose(variants.Document(), variants.Causal())
+    variant = reference if kind == "rows of a matrix" else PackedDocuments()
+    ragged = dict(page_size=None, max_kv_tokens=4096, max_pages=None) if kind == "ragged" else {}
+    attn = make(variant, batch, max_kv_len=1000, **ragged)
+    kv_indptr, k, v = batch.ragged()
+    for seed in (0, 1):
+        doc = torch.randint(0, 5, (4, 900), generator=torch.Generator().manual_seed(seed)).sort(1)[0].int()
+        packed = {
+            "q_doc": torch.cat([doc[i, n - m : n] for i, (m, n) in enumerate(zip(q_lens, kv_lens))]),
+            "kv_doc": torch.cat([doc[i, :n] for i, n in enumerate(kv_lens)]),
+        }  # fmt: skip
+        if kind == "too long for its zones":
+            packed["kv_doc"] = torch.cat([packed["kv_doc"], torch.zeros(200_000, dtype=torch.int32)])
+        given = {"doc": doc} if kind == "rows of a matrix" else packed
+        if kind == "ragged":
+            attn.plan(batch.q_indptr, kv_indptr, **given)
+        else:
+            attn.plan(*batch.pages(), **given)
+        out, lse = attn.run(batch.q, (k, v) if kind == "ragged" else (batch.k, batch.v), return_lse=True)
+        attn.check()
+        judge(out, lse, batch, reference, doc=doc)
+
+
+def test_hooks_of_flex_read_zones(on_host):
+    doc = documents(50, 400, 20, 530)
+
+    def mask(b, h, q_idx, kv_idx):
+        return (q_idx >= kv_idx) & (doc[q_idx] == doc[kv_idx])
+
+    q, k, v = (torch.randn(1, 2, 1000, 64).to(BF16) for _ in "qkv")
+    kernels = engine.kernels_of(ag.from_flex(mask_mod=mask), engine.cuda_problem("90a", BF16, 64, 64, (("doc", "int32"),)), page_size=None)
+    assert [zone.name for zone in kernels.plan.config.zones] == ["doc"]
+    ref = ag.reference(q, k, v, ag.from_flex(mask_mod=mask), layout="bhsd")
+    compare(ag.flex_attention(q, k, v, block_mask=mask), ref, like=ref.to(BF16) + 2e-3)
 
 
 # ---------------------------------------------------------------- decode and attention_sm80, on the CPU
