@@ -468,7 +468,8 @@ class _Emitter:
         """The range of what a tile reads; ``index``: texts of its indices' ranges, which are values where a tile has one."""
         if self.dialect == "cpp":
             name = self.ensure(node, node.level)
-            return f"ag_range_of(rows.{name}, NR)" if node.level == ROW else f"ag_range_of(cols.{name} + lo, hi - lo)"
+            found = f"ag_range_of(rows.{name}, NR)" if node.level == ROW else f"ag_range_of(cols.{name} + lo, hi - lo)"
+            return f"ag_nonzero({found})" if node.dtype == BOOL else found
         name, axes = node.attr
         (axis,) = (i for i, a in enumerate(node.args) if a.level > TILE)
         entry = f"[&](int32_t at) {{ return {self.load(node, [*index[:axis], 'at', *index[axis + 1 :]], I32)}; }}"

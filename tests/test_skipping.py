@@ -101,6 +101,14 @@ def check(variant: ag.Variant, params: dict[str, Any], q_len: int, kv_len: int, 
     compare(out, ref, like=ref.to(BF16) + 2e-3)
 
 
+@pytest.mark.parametrize("q_len", [1, 12, 100])  # few rows, and tiles
+@pytest.mark.parametrize("name", cases(100, 1000, 1))
+def test_the_cpu_backend_skips(name, q_len):
+    torch.manual_seed(1)
+    variant, params = cases(q_len, 1000, 1)[name]
+    check(variant, params, q_len, 1000, 64, "cpu", name in SKIPS and q_len > 1)
+
+
 # ---------------------------------------------------------------- the Hopper kernel, on the CPU
 
 
