@@ -150,7 +150,7 @@ def test_explain_says_what_stops_the_analysis() -> None:
     said = Dense().explain()
     assert "nothing is known of self.keep[at.request, at.q, at.kv]    from self.keep" in said
     assert "nothing is known of ((self.cost[at.head] * to_f32((at.q - at.kv))) < 1)    from" in said
-    assert "bounds: -kv + 99 >= 0" in said and "classed" not in said
+    assert "bounds: -kv + 100 - 1 >= 0" in said and "classed" not in said
     assert "bounds: -q + kv + self.window - 1 >= 0 or -kv + self.sinks - 1 >= 0" in Streaming().explain()
     assert "tiles: classed by intervals    from (((at.q - at.kv) < self.window)" in Streaming().explain()
     assert "bounds: (q // self.chunk) - (kv // self.chunk) >= 0" in Chunked().explain() and "tiles:" not in Chunked().explain()
