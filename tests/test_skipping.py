@@ -165,6 +165,23 @@ def test_a_list_of_blocks_that_is_full(on_host, monkeypatch):
     compare(out, ref, like=ref.to(BF16) + 2e-3)
 
 
+def long_context(q_len: int) -> None:
+    """More than 32 x 32 blocks between sinks and window, of which no mask knows a range: values there are NaN."""
+    torch.manual_seed(3)
+    n = 140_000
+    kv, q = ag.expr.symbol("kv"), ag.expr.symbol("q")
+    variant = random_variant({"mask": (kv <= q) & ((q - kv < 100) | (kv % 100_000 < 5) & (kv < 50_000))})
+    q_, k, v = torch.randn(1, q_len, 1, 32).to(BF16), *(torch.randn(1, n, 1, 32).to(BF16) for _ in "kv")
+    ref = ag.reference(q_, k, v, variant)
+    bad = v.clone()
+    bad[:, 200 : n - 700] = torch.nan
+    compare(ag.attention(q_, k, bad, variant), ref, like=ref.to(BF16) + 2e-3)
+
+
+def test_hopper_in_a_long_context(on_host):
+    long_context(70)
+
+
 @pytest.mark.parametrize("kind", ["paged", "ragged", "rows of a matrix", "too long for its zones"])
 def test_zone_maps_of_batches(kind, on_host):
     """Documents of several requests, and others at the next plan."""
@@ -223,6 +240,11 @@ def test_mma_skips(name, q_len, monkeypatch):
         q, k, v = torch.randn(1, q_len, 2, 64).to(BF16), *(torch.randn(1, 1000, 1, 64).to(BF16) for _ in "kv")
         ref = ag.reference(q, k, v, variant, **params)
         compare(ag.attention(q, k, v, variant, **params), ref, like=ref.to(BF16) + 2e-3)
+
+
+def test_mma_in_a_long_context(monkeypatch):
+    on_host_mma.install(monkeypatch)
+    long_context(70)
 
 
 @pytest.mark.parametrize("seed", range(4))
