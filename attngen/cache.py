@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from . import counters, trust
-from .entry import FORMAT, Entry, cache_root, entry_folder, json_text, read_entry, sources_digest, written_whole
+from .entry import FORMAT, Entry, cache_root, entry_folder, json_text, read_entry, sealed_text, sources_digest, written_whole
 from .errors import AttngenError, BuildError, CacheError, CacheWarning, JitWarning, MissingKernelError
 
 __all__ = ["FORMAT", "Cache", "Entry", "cache_root", "default", "sources_digest"]
@@ -350,7 +350,7 @@ class Cache:
             "files": {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in others},
             "created": time.time(),
         }
-        (folder / "manifest.json").write_text(json_text(manifest), encoding="utf-8")
+        (folder / "manifest.json").write_text(sealed_text(manifest), encoding="utf-8")
         # What a lookup checks must be on the disk before the name is; sources and log are for people to read.
         for path in (folder / artifact, folder / "manifest.json", folder):
             _fsync(path)
