@@ -91,7 +91,7 @@ class Cache:
         """Raises CacheError where others can write the root; once."""
         if not self._private:
             trust.check_private(self.root)
-            self._private = self.root.exists()
+            self._private = os.path.exists(self.root)  # no, where it is not ours to see
 
     def lookup(self, key: str, shelf: str = "kernels") -> Entry | None:
         """The entry of `key` in this folder after a check of its format, size and sha256; None where there is none.

@@ -530,8 +530,13 @@ def serve_strictly(python: str, pack: Path, **env: str) -> None:
             path.chmod(mode)
 
 
-def test_a_server_without_path_home_or_rights(tmp_path):
-    serve_strictly(sys.executable, one_pack(tmp_path), PYTHONPATH=str(Path(ag.__file__).parent.parent))
+@pytest.mark.parametrize("home", ["none", "locked", "read-only"])
+def test_a_server_without_path_home_or_rights(tmp_path, home):
+    pack, folder = one_pack(tmp_path), tmp_path / "home"
+    if home != "none":
+        (folder / ".cache").mkdir(parents=True)
+        folder.chmod(0o700 if home == "locked" else 0o555)  # of another user
+    serve_strictly(sys.executable, pack, PYTHONPATH=str(Path(ag.__file__).parent.parent), HOME=str(folder))
 
 
 def test_a_full_disk_during_an_import(tmp_path):
