@@ -53,12 +53,14 @@ class Side:
 
 @dataclass(frozen=True)
 class ClassHoles:
-    """The class of a tile: of its rows' and its keys' ranges, ``lines`` and ``kept``."""
+    """The class of a tile: of its rows' and its keys' ranges, ``lines`` and ``kept``. ``beyond``: even of a single query it may know more
+    than closed bounds and their alternatives."""
 
     rows: Side
     cols: Side
     lines: tuple[RangeValue, ...]
     kept: str
+    beyond: bool
 
 
 def along_one_axis(node: Node) -> bool:
@@ -136,7 +138,8 @@ def tile_class(mask: Node | None, uniform: Callable[[Node], str], readable: Call
                 values.append(RangeValue(_ctype(node), name(hint), side.text(node)))
                 tile.texts[node] = f"{prefix}.{values[-1].name}"
         sides.append((side, values))
-    kept = tile.text(mask)
+    kept, found = tile.text(mask), analyse(mask)
+    beyond = any(not found.either or alternatives(term) != found.either for term in found.opaque)
     words = _words(kept, tile.lines)
 
     def finished(side: _Lines, values: list[RangeValue], prefix: str, symbols: tuple[str, ...]) -> Side:
@@ -144,7 +147,7 @@ def tile_class(mask: Node | None, uniform: Callable[[Node], str], readable: Call
         needed = words | _words("", [*side.lines, *values])
         return Side(tuple(side.lines), tuple(values), *(tuple(s for s in symbols if s in of) for of in (needed, words)))
 
-    return ClassHoles(finished(*sides[0], "r", ROW_SYMBOLS), finished(*sides[1], "k", COL_SYMBOLS), tuple(tile.lines), kept)
+    return ClassHoles(finished(*sides[0], "r", ROW_SYMBOLS), finished(*sides[1], "k", COL_SYMBOLS), tuple(tile.lines), kept, beyond)
 
 
 def _words(kept: str, lines: Sequence[RangeValue]) -> set[str]:
