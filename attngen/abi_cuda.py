@@ -96,3 +96,8 @@ MERGE_FIELDS: tuple[tuple[str, str], ...] = (
     ("int64_t", "num_rows"), ("int32_t", "num_states"), ("int32_t", "num_heads"), ("float", "log2_base"),
     ("float", "log_2"),
 )  # fmt: skip
+
+
+def zone_fields(names: tuple[str, ...], writes: bool) -> tuple[tuple[str, str], ...]:
+    """Zone maps of these tensors: where they are, and how many zones of 32 entries a row has; the planner ``writes`` them."""
+    return tuple((("int2*" if writes else "const int2*"), f"zones_{n}") for n in names) + tuple(("int32_t", f"zone_count_{n}") for n in names)

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from . import counters, trust
-from .entry import FORMAT, Entry, cache_root, entry_folder, json_text, read_entry, sources_digest, written_whole
+from .entry import FORMAT, Entry, cache_root, entry_folder, json_text, read_entry, sealed_text, sources_digest, written_whole
 from .errors import AttngenError, BuildError, CacheError, CacheWarning, JitWarning, MissingKernelError
 
 __all__ = ["FORMAT", "Cache", "Entry", "cache_root", "default", "sources_digest"]
@@ -91,7 +91,7 @@ class Cache:
         """Raises CacheError where others can write the root; once."""
         if not self._private:
             trust.check_private(self.root)
-            self._private = self.root.exists()
+            self._private = os.path.exists(self.root)  # no, where it is not ours to see
 
     def lookup(self, key: str, shelf: str = "kernels") -> Entry | None:
         """The entry of `key` in this folder after a check of its format, size and sha256; None where there is none.
@@ -350,7 +350,7 @@ class Cache:
             "files": {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in others},
             "created": time.time(),
         }
-        (folder / "manifest.json").write_text(json_text(manifest), encoding="utf-8")
+        (folder / "manifest.json").write_text(sealed_text(manifest), encoding="utf-8")
         # What a lookup checks must be on the disk before the name is; sources and log are for people to read.
         for path in (folder / artifact, folder / "manifest.json", folder):
             _fsync(path)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from .choose import Preference, settle
 from .errors import UnsupportedError
 from .records import record
 
 if TYPE_CHECKING:
+    from .choose import Preference
     from .emit import Hooks
     from .spec import Problem
 
@@ -154,6 +155,8 @@ def choose_decode(
 ) -> CudaChoice[DecodeConfig, DecodeCandidate]:  # fmt: skip
     """The decode kernel for ``problem`` on ``arch_name`` with tiles of ``block_m`` (16 or 32) rows. ``split``: keys of a fixed
     piece, 0 for none; ``prefer``: a candidate to take if it fits."""
+    from .choose import settle
+
     gpu = arch(arch_name)
     d, dv = problem.head_dim, problem.head_dim_v
     check_head_dims(d, dv)
@@ -280,6 +283,8 @@ def choose_attention(
 ) -> CudaChoice[AttentionConfig, AttentionCandidate]:  # fmt: skip
     """The attention kernel for ``problem`` on ``arch_name`` with tiles of ``block_m`` (64 or 128) rows. ``split``: keys of
     a fixed piece, 0 for none; ``prefer``: a candidate to take if it fits."""
+    from .choose import settle
+
     gpu = arch(arch_name)
     d, dv = problem.head_dim, problem.head_dim_v
     check_head_dims(d, dv)
@@ -325,6 +330,8 @@ def attention_smem_bytes(d: int, dv: int, block_m: int, block_n: int, stages: in
     values = 4 * block_m * (4 + len(hooks.row)) + 8 * block_n * (2 + len(hooks.col))
     values += 8 * (len(hooks.call) + len(hooks.tile))
     places = 40 * block_n if paged else 0
+    if hooks.classes is not None:
+        places += 256 + 72 * hooks.classes.rows.size
     return -(-(tiles + values + places + 896) // 128) * 128
 
 
@@ -362,16 +369,35 @@ def tile_class(config: Any, problem: Problem) -> TileClass:
 
 
 @record
+class ZoneMap:
+    """Of a tensor that a mask reads along ``axis``: least and largest of 32, and of 1024, neighbouring entries (zones.cuh)."""
+
+    name: str
+    axis: int
+    axes: tuple[str | int, ...]
+
+    def counts(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """Rows of the map of a tensor of this shape, and zones of 32 entries in each."""
+        return math.prod(n for i, n in enumerate(shape) if i != self.axis), -(-shape[self.axis] // 32)
+
+    def num_bytes(self, shape: tuple[int, ...]) -> int:
+        """Of the map of a tensor of this shape."""
+        rows, count = self.counts(shape)
+        return 8 * rows * (count + -(-count // 32))
+
+
+@record
 class PlanConfig:
-    """A planner: the classes of the kernels that it plans for, smallest tile first."""
+    """A planner: the classes of the kernels that it plans for, smallest tile first, and the zone maps that it builds."""
 
     arch: str
     classes: tuple[TileClass, ...]
+    zones: tuple[ZoneMap, ...] = ()
 
     threads = 320  # of a block; one block a class. As many as an H100 has workers, since each thread places one
 
     def __str__(self) -> str:
-        return " ".join((f"arch={self.arch}", *map(str, self.classes)))
+        return " ".join((f"arch={self.arch}", *map(str, self.classes), *(f"zones:{z.name}" for z in self.zones)))
 
 
 class _GridConfig(_Printed):

@@ -17,7 +17,7 @@ import torch
 
 from . import cache, pins
 from .abi import Layout, parameter_fields
-from .abi_cuda import ATTENTION_FIELDS, CUDA_ABI, PLAN_FIELDS, QUEUE_ATTENTION_FIELDS
+from .abi_cuda import ATTENTION_FIELDS, CUDA_ABI, PLAN_FIELDS, QUEUE_ATTENTION_FIELDS, zone_fields
 from .choose_cuda import Arch, arch_of, cuda_flags
 from .errors import CacheError, MissingKernelError, UnsupportedError
 from .load import host, load_cubin
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .emit import Hooks
 
 # The rooms whose text decides what a CUDA kernel's source says.
-_ROOMS = ("ops", "expr", "bounds", "trace", "rope", "spec", "abi", "abi_cuda", "choose_cuda", "choose_hopper", "emit", "render", "render_cuda",
+_ROOMS = ("ops", "expr", "bounds", "classes", "trace", "rope", "spec", "abi", "abi_cuda", "choose_cuda", "choose_hopper", "emit", "render", "render_cuda",
           "build")  # fmt: skip
 
 
@@ -71,8 +71,9 @@ def specialise(name: str, title: str, trace: Trace, problem: Problem, config: An
         trace = Trace(mask=trace.mask, fields=trace.fields, where=trace.where)
     used = trace.used()
     base = PLAN_FIELDS if name == "plan" else QUEUE_ATTENTION_FIELDS if config.kind == "queue" else ATTENTION_FIELDS
-    hooks = emit(trace, storage, problem.head_dim, dialect="cuda", device_scalars=True)
-    layout = Layout(base + parameter_fields(used, storage, device_scalars=True))
+    hooks = emit(trace, storage, problem.head_dim, dialect="cuda", device_scalars=True, classes=name != "plan")
+    zones = tuple(zone.name for zone in (config.zones if name == "plan" else hooks.zones))
+    layout = Layout(base + parameter_fields(used, storage, device_scalars=True) + zone_fields(zones, name == "plan"))
     flags = tuple(cuda_flags(arch_name))
     # A planner depends on the problem only through what its mask reads.
     facts = {n: storage[n] for n in used if n in storage} if name == "plan" else problem
@@ -106,7 +107,7 @@ def from_entry(entry: pins.Role, problem: Problem | None) -> Specialised:
 
 
 def _sources() -> tuple[Path, ...]:
-    return templates_dir() / "cuda", *(PACKAGE / f"{room}.py" for room in _ROOMS)
+    return templates_dir() / "cuda", templates_dir() / "shared", *(PACKAGE / f"{room}.py" for room in _ROOMS)
 
 
 @lru_cache(maxsize=1)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from . import cuda
-from .engine import POINTERS, Loaded, cuda_problem, kernels_of, rope_tables, struct_values
+from .engine import POINTERS, Loaded, cuda_problem, kernels_of, rope_tables, struct_values, zone_values
 from .errors import ParameterError, UnsupportedError
 from .ops import F32, I32_MAX, I32_MIN
 from .run import _free_axes, _memory, _scale, _Shape, _value, check_free_axes, check_scalar
@@ -106,14 +106,19 @@ class DenseSite(_Shape):
             if lse is not None:
                 lse.fill_(-torch.inf)
 
-        workspace = torch.empty(self.space.num_bytes, dtype=torch.uint8, device=device)
-        base, stream, loaded = workspace.data_ptr(), cuda.current_stream(device.index), self.loaded
+        loaded, places, num_bytes = self.loaded, [], self.space.num_bytes
+        for zone in loaded.zones:
+            places.append((num_bytes, zone.num_bytes(bound[zone.name].shape)))
+            num_bytes += -(-places[-1][1] // 256) * 256
+        workspace = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        base, stream = workspace.data_ptr(), cuda.current_stream(device.index)
+        zones, zone_blocks = zone_values(loaded.zones, [(base + at, room) for at, room in places], bound)
         mask_params = {name: x for name, x in bound.items() if name in self.mask_params}
         values = {name: x.data_ptr() for name, x in lengths.items()} | struct_values(mask_params)
-        values |= loaded.plan_lists(self.space, base, loaded.which)
-        loaded.plan.launch(bytearray(self.plan_template), values, loaded.blocks, stream)
+        values |= loaded.plan_lists(self.space, base, loaded.which) | zones
+        loaded.plan.launch(bytearray(self.plan_template), values, loaded.blocks + zone_blocks, stream)
 
-        values = struct_values(bound) | loaded.lists(self.tile, self.space, base)
+        values = struct_values(bound) | loaded.lists(self.tile, self.space, base) | zones
         values["scale"] = self.scale if scale is None else _scale(self.variant, scale, self.head_dim)
         if self.rope is not None:
             inv_freq = self.inv_freq

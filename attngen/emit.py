@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .bounds import Inequality, analyse
+from .choose_cuda import ZoneMap
+from .classes import ClassHoles, along_one_axis, tile_class
 from .expr import (
     CALL,
     COL,
@@ -97,12 +99,23 @@ class RopeHoles:
 
 @record
 class BoundsHoles:
-    """The closed tile bounds as int64 C expressions; ``exact`` where they are the whole mask."""
+    """The closed tile bounds as int64 C expressions; ``exact`` where they are the whole mask. ``either``: ranges within [kv_begin,
+    kv_end), of which keys lie in one at least."""
 
     kv_begin: str
     kv_end: str
     full: str
     exact: bool
+    either: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class _BoundTexts:
+    """Of one inequality: its first key, the one after its last ('' where it has none), and the test that it holds for a tile."""
+
+    begin: str
+    end: str
+    full: str
 
 
 @dataclass
@@ -123,13 +136,15 @@ class Hooks:
     softmax: bool = True
     rope: RopeHoles | None = None
     bounds: BoundsHoles = BoundsHoles("0", "t.kv_len", "true", True)
+    classes: ClassHoles | None = None  # of tiles, where intervals say more than closed bounds
+    zones: tuple[ZoneMap, ...] = ()  # that the classes read, on CUDA
 
 
 def emit(
-    trace: Trace, storage: Mapping[str, str], head_dim: int, dialect: str = "cpp", device_scalars: bool = False
+    trace: Trace, storage: Mapping[str, str], head_dim: int, dialect: str = "cpp", device_scalars: bool = False, classes: bool = True
 ) -> Hooks:
     """Fill the holes for ``trace``. ``storage`` gives each tensor parameter's stored dtype; ``dialect`` is cpp or cuda;
-    ``device_scalars`` as in ``abi.parameter_fields``."""
+    ``device_scalars`` as in ``abi.parameter_fields``; ``classes``: of tiles too, which a planner does without."""
     logits, weight, output = (_reciprocals(getattr(trace, name)) for name in ("logits", "weight", "output"))
     logits, weight = (_differences(root, trace.mask) for root in (logits, weight))
     where = dict(trace.where)
@@ -137,7 +152,7 @@ def emit(
         if old in where:
             where.setdefault(new, where[old])
     trace = replace(trace, logits=logits, weight=weight, output=output, where=where)
-    return _Emitter(trace, storage, dialect, device_scalars).hooks(head_dim)
+    return _Emitter(trace, storage, dialect, device_scalars).hooks(head_dim, classes)
 
 
 def _differences(root: Node | None, mask: Node | None) -> Node | None:
@@ -214,8 +229,9 @@ class _Emitter:
         self.sections = {CALL: self.out.call, TILE: self.out.tile, ROW: self.out.row, COL: self.out.col}
         self.stored: dict[Node, str] = {}
         self.names: set[str] = set(_RESERVED)
+        self.zones: dict[str, ZoneMap] = {}
 
-    def hooks(self, head_dim: int) -> Hooks:
+    def hooks(self, head_dim: int, classes: bool) -> Hooks:
         trace, out = self.trace, self.out
         if trace.rope:
             out.rope = self.rope(head_dim)
@@ -233,6 +249,9 @@ class _Emitter:
             if node is not None and not (name == "mask" and node.op == "const" and node.attr):
                 setattr(out, name, self.element(node))
         out.bounds = self.bounds()
+        if classes:
+            out.classes = tile_class(trace.mask, self.uniform, self.readable, self.read, self.name)
+            out.zones = tuple(zone for _, zone in sorted(self.zones.items()))
         return out
 
     # ---- levels
@@ -337,18 +356,18 @@ class _Emitter:
         text = c_text(OPS[node.op], self.dialect, node.dtype, node.args[0].dtype, node in self.exact)
         return text.format(*(a if _atomic(a) else f"({a})" for a in args))
 
-    def load(self, node: Node, index: list[str]) -> str:
+    def load(self, node: Node, index: list[str], dtype: str | None = None) -> str:
         name, axes = node.attr
         stored, checks, offset = self.storage[name], [], []
         for i, (axis, text, arg) in enumerate(zip(axes, index, node.args)):
-            safe = arg.op == "sym" and _SAFE_INDEX[self.dialect].get(axis) == arg.attr
+            safe = text != "at" and arg.op == "sym" and _SAFE_INDEX[self.dialect].get(axis) == arg.attr
             if not safe:
                 checks.append(f"(uint32_t)({text}) < (uint32_t)p.size{i}_{name}")
             offset.append(f"(int64_t)({text}) * p.stride{i}_{name}")
         suffix = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "int32": "i32", "int64": "i64"}.get(stored, "u8")
         # Bitwise and: the checks have no side effects, and loops with && do not vectorise.
         call = f"ag_load_{suffix}(p.param_{name}, {' & '.join(f'({x})' for x in checks) or 'true'}, {' + '.join(offset)})"
-        return {F32: call, I32: f"(int32_t)({call})", BOOL: f"({call} != 0)"}[node.dtype]
+        return {F32: call, I32: f"(int32_t)({call})", BOOL: f"({call} != 0)"}[dtype or node.dtype]
 
     def where(self, node: Node) -> str:
         for n in (node, *reversed(list(walk(node)))):
@@ -383,31 +402,49 @@ class _Emitter:
 
     def bounds(self) -> BoundsHoles:
         found = analyse(self.trace.mask)
-        begin, end, full = "0", "t.kv_len", []
-        for inequality in found.closed:
-            rest, guard = self.bound_terms(inequality)
-            cq, ck = inequality.cq, inequality.ck
-            best_q = _scaled(cq, "q_hi" if cq > 0 else "q_lo")
-            worst_q = _scaled(cq, "q_lo" if cq > 0 else "q_hi")
-            best = _sum(best_q, rest)
-            if ck > 0:
-                limit = f"-({best})" if ck == 1 else f"ag_ceildiv64(-({best}), {ck})"
-                begin = f"ag_max64({begin}, {_guarded(guard, limit, '0')})"
-            elif ck < 0:
-                limit = f"{best} + 1" if ck == -1 else f"ag_floordiv64({best}, {-ck}) + 1"
-                end = f"ag_min64({end}, {_guarded(guard, limit, 't.kv_len')})"
-            else:
-                end = f"ag_min64({end}, {_guarded(guard, f'{best} >= 0 ? t.kv_len : 0', 't.kv_len')})"
-            worst = _sum(worst_q, _scaled(ck, "k_lo" if ck > 0 else "k_hi"), rest)
-            full.append(_guarded(guard, f"{worst} >= 0", "false"))
-        test = " && ".join(f"({x})" for x in full) or "true"
-        return BoundsHoles(begin, end, test if found.exact else "false", found.exact)
+        texts = {x: self.bound_texts(x) for x in (*found.closed, *(x for alternative in found.either for x in alternative))}
+        begin, end = self.range_texts([texts[x] for x in found.closed], "0", "t.kv_len")
+        either = tuple(self.range_texts([texts[x] for x in alternative], "kv_begin", "kv_end") for alternative in found.either)
+        test = " && ".join(f"({texts[x].full})" for x in found.closed) or "true"
+        return BoundsHoles(begin, end, test if found.exact else "false", found.exact, either)
+
+    @staticmethod
+    def range_texts(bounds: Sequence[_BoundTexts], begin: str, end: str) -> tuple[str, str]:
+        """The first key, and the one after the last, that satisfy all."""
+        for x in bounds:
+            begin = f"ag_max64({begin}, {x.begin})" if x.begin else begin
+            end = f"ag_min64({end}, {x.end})" if x.end else end
+        return begin, end
+
+    def bound_texts(self, bound: Inequality) -> _BoundTexts:
+        rest, guard = self.bound_terms(bound)
+        cq, ck = bound.cq, bound.ck
+        unit = "" if bound.unit is None else self.uniform(bound.unit)
+
+        def at(name: str) -> str:
+            return f"ag_quotient({name}, {unit})" if unit else name
+
+        def key(limit: str) -> str:
+            return f"({limit}) * {unit}" if unit else limit
+
+        best = _sum(_scaled(cq, at("q_hi" if cq > 0 else "q_lo")), rest)
+        worst = _sum(_scaled(cq, at("q_lo" if cq > 0 else "q_hi")), _scaled(ck, at("k_lo" if ck > 0 else "k_hi")), rest)
+        begin = end = ""
+        if ck > 0:
+            begin = _guarded(guard, key(f"-({best})" if ck == 1 else f"ag_ceildiv64(-({best}), {ck})"), "0")
+        elif ck < 0:
+            end = _guarded(guard, key(f"{best} + 1" if ck == -1 else f"ag_floordiv64({best}, {-ck}) + 1"), "t.kv_len")
+        else:
+            end = _guarded(guard, f"{best} >= 0 ? t.kv_len : 0", "t.kv_len")
+        return _BoundTexts(begin, end, _guarded(guard, f"{worst} >= 0", "false"))
 
     def bound_terms(self, bound: Inequality) -> tuple[str, str]:
-        """The sum of an inequality's uniform terms, and the test that i32 arithmetic could not wrap ('' if it cannot)."""
+        """The sum of an inequality's uniform terms, and the test that it holds: i32 arithmetic could not wrap, the unit is positive ('' if
+        nothing has to be tested)."""
         constant = sum(sign * node.attr for sign, node in bound.terms if node.op == "const")
         others = [(sign, node) for sign, node in bound.terms if node.op != "const"]
-        if _never_wraps(bound):
+        positive = [f"{self.uniform(bound.unit)} > 0"] if bound.unit is not None and bound.unit.op != "const" else []
+        if _never_wraps(bound) and not positive:
             return (str(constant) if constant else ""), ""
         texts = [(sign, f"(int64_t)({self.expression(node, TILE) if node.args else self.leaf(node, TILE)})")
                  for sign, node in others]  # fmt: skip
@@ -416,9 +453,43 @@ class _Emitter:
         weight += [f"ag_abs64({_scaled(sign, text)})" for sign, text in texts]
         weight += [f"{bound.wq} * (ag_abs64(q_offset) + q_len)", f"{bound.wk} * (int64_t)kv_len"]
         ok, rest = self.name("bound_ok"), self.name("bound")
-        self.out.tile.append(Value("bool", ok, f"{' + '.join(weight)} < 2147483648LL", self.where(bound.source)))
+        tests = " && ".join([*positive, f"{' + '.join(weight)} < 2147483648LL"])
+        self.out.tile.append(Value("bool", ok, tests, self.where(bound.source)))
         self.out.tile.append(Value("int32_t", rest, f"(int32_t)({total})", self.where(bound.source)))
         return f"t.{rest}", f"t.{ok}"
+
+    # ---- classes of tiles
+    def uniform(self, node: Node) -> str:
+        """The text of a value that is the same for a whole tile."""
+        return self.leaf(node, ELEM) or self.expression(node, TILE)
+
+    def readable(self, node: Node) -> bool:
+        """Whether there is a range of what a tile reads: on the CPU its values are at hand, on CUDA it reads along one axis."""
+        if self.dialect == "cpp":
+            return node.level in (ROW, COL) and node.dtype != F32
+        zone = self.zones.get(node.attr[0])
+        return along_one_axis(node) and (zone is None or node.args[zone.axis].level > TILE)
+
+    def read(self, node: Node, index: Sequence[str]) -> str:
+        """The range of what a tile reads; ``index``: texts of its indices' ranges, which are values where a tile has one."""
+        if self.dialect == "cpp":
+            name = self.ensure(node, node.level)
+            found = f"ag_range_of(rows.{name}, NR)" if node.level == ROW else f"ag_range_of(cols.{name} + lo, hi - lo)"
+            return f"ag_nonzero({found})" if node.dtype == BOOL else found
+        name, axes = node.attr
+        (axis,) = (i for i, a in enumerate(node.args) if a.level > TILE)
+        entry = f"[&](int32_t at) {{ return {self.load(node, [*index[:axis], 'at', *index[axis + 1 :]], I32)}; }}"
+        if node.args[axis].symbols <= {"head", "kv_head", "num_heads", "num_kv_heads"}:
+            found = f"ag_entry_range(p.size{axis}_{name}, {index[axis]}, {entry})"
+        else:
+            self.zones[name] = ZoneMap(name, axis, axes)
+            row = [text for i, text in enumerate(index) if i != axis]
+            found = f"ag_zone_range(p.zones_{name}, p.zone_count_{name}, {row[0] if row else 0}, p.size{axis}_{name}, {index[axis]}, {entry})"
+            for i, text in enumerate(index):  # a row that is not there
+                arg = node.args[i]
+                if i != axis and not (arg.op == "sym" and _SAFE_INDEX["cuda"].get(axes[i]) == arg.attr):
+                    found = f"((uint32_t)({text}) < (uint32_t)p.size{i}_{name} ? {found} : Interval(0))"
+        return f"ag_nonzero({found})" if node.dtype == BOOL else found
 
 
 def cost(node: Node) -> int:

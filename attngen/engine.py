@@ -23,7 +23,7 @@ import torch
 from . import cuda, pins, tuned
 from .boxes import Boxes
 from .cache import Entry
-from .choose_cuda import PlanConfig, arch, arch_named, choose_attention, choose_decode, most_blocks, tile_class
+from .choose_cuda import PlanConfig, ZoneMap, arch, arch_named, choose_attention, choose_decode, most_blocks, tile_class
 from .errors import ParameterError, UnsupportedError
 from .ops import I32_MAX
 from .records import record
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 _FIXED_SPLIT = 2048  # keys of a piece under batch_invariant: long enough to hide a merge, short enough to fill a GPU
 PHASES = ("16 rows", "32 rows", "64 rows", "prefill")  # names of the row-tile classes, for what was measured of them
+_MOST_ZONES = 64 << 20  # bytes of a zone map: of 8 million 32s
 POINTERS = struct.Struct("=5Q")  # q, k, v, out, lse: the first fields
 
 
@@ -147,7 +148,7 @@ def kernels_of(
     hooks = emit(trace, dict(problem.storage), problem.head_dim, dialect="cuda", device_scalars=True)
     choices = choices_of(trace, problem, hooks, page_size=page_size, batch_invariant=batch_invariant, most_rows=most_rows)
     configs = [choice.config for choice in choices.values()]
-    planned = PlanConfig(name, tuple(tile_class(c, problem) for c in configs))
+    planned = PlanConfig(name, tuple(tile_class(c, problem) for c in configs), hooks.zones)
     named = [*((c.template, c) for c in configs), ("plan", planned)]
     specials = [cuda.specialise(n, variant.name, trace, problem, c, name) for n, c in named]
     return Kernels(tuple(specials[:-1]), specials[-1])
@@ -204,7 +205,8 @@ class Loaded:
     def __init__(self, kernels: Kernels, which: Sequence[int], device: torch.device) -> None:
         build([*(kernels.classes[i] for i in which), kernels.plan])
         self.kernels, self.which = kernels, tuple(which)
-        self.blocks = max(which) + 1  # the planner's grid
+        self.zones: tuple[ZoneMap, ...] = kernels.plan.config.zones
+        self.blocks = len(kernels.classes) if self.zones else max(which) + 1  # of the planner, beside those that build zone maps
         self.plan = Launcher(kernels.plan, device.index)
         self.classes: dict[int, Launcher] = {}
         self.workers = [0] * len(kernels.classes)
@@ -220,7 +222,7 @@ class Loaded:
                 self.workers[i] = even_shares(self.workers[i])
         self.multiprocessors = multiprocessors
 
-    def space(self, **capacities: int) -> Workspace:
+    def space(self, **capacities: Any) -> Workspace:
         """The workspace of these kernels; arguments as ``space.workspace``."""
         return space_of(self.kernels, self.which, self.multiprocessors, **capacities)
 
@@ -241,6 +243,32 @@ class Loaded:
         return values
 
 
+def zone_bytes(variant: Variant, zones: Sequence[ZoneMap], sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """Room for the zone maps of tensors up to ``sizes``, by axis; a tensor that is bound has its own. None where the map would be
+    huge, or an axis may have any length: what tiles read of such a tensor is not known."""
+
+    def shape(zone: ZoneMap) -> tuple[int, ...]:
+        bound = variant.values.get(zone.name)
+        if isinstance(bound, torch.Tensor):
+            return tuple(bound.shape)
+        return tuple(axis if isinstance(axis, int) else sizes.get(axis, 0) for axis in zone.axes)
+
+    return tuple(size if (size := zone.num_bytes(shape(zone))) <= _MOST_ZONES else 0 for zone in zones)
+
+
+def zone_values(zones: Sequence[ZoneMap], places: Sequence[tuple[int, int]], params: Mapping[str, Any]) -> tuple[dict[str, int], int]:
+    """The struct fields of zone maps that lie at ``places`` (address, room), and the blocks that build them."""
+    values, blocks = {}, 0
+    for zone, (address, room) in zip(zones, places):
+        shape = params[zone.name].shape
+        rows, count = zone.counts(shape)
+        if zone.num_bytes(shape) > room:
+            count = 0
+        values |= {f"zones_{zone.name}": address, f"zone_count_{zone.name}": count}
+        blocks += rows * -(-count // 32)
+    return values, blocks
+
+
 def even_shares(workers: int) -> int:
     """Up to 1/32 fewer workers, with as many factors of 2 as can be had: 256 for an H100's 264. Heads, and requests of one length,
     mostly come in powers of 2: their shares then end where units do, and fewer pieces have to be merged."""
@@ -250,7 +278,7 @@ def even_shares(workers: int) -> int:
     return found
 
 
-def space_of(kernels: Kernels, which: Sequence[int], multiprocessors: int, **capacities: int) -> Workspace:
+def space_of(kernels: Kernels, which: Sequence[int], multiprocessors: int, **capacities: Any) -> Workspace:
     """The workspace of the classes ``which`` on a GPU with so many multiprocessors; known before anything is built."""
     workers = [most_blocks(s.config) * multiprocessors if i in which else 0 for i, s in enumerate(kernels.classes)]
     return workspace_layout(kernels.plan.config, workers, **capacities)
@@ -360,6 +388,10 @@ def workspace_bytes(
         kernels, kernels.needed(rows), multiprocessors, max_requests=max_requests, max_q_tokens=max_q_tokens,
         max_kv_len=max_kv_len or capacity * (page_size or 1), num_heads=num_heads, num_kv_heads=num_kv_heads,
         head_dim_v=head_dim_v or head_dim,
+        zone_bytes=zone_bytes(variant, kernels.plan.config.zones, {
+            "requests": max_requests, "q_tokens": max_q_tokens, "kv_tokens": capacity * (page_size or 1),
+            "positions": max_kv_len or capacity * (page_size or 1),
+        }),
     ).num_bytes  # fmt: skip
 
 
@@ -399,6 +431,10 @@ class CudaEngine:
         self._space = self._loaded.space(
             max_requests=facts.max_requests, max_q_tokens=facts.max_q_tokens, max_kv_len=facts.max_kv_len,
             num_heads=facts.num_heads, num_kv_heads=facts.num_kv_heads, head_dim_v=facts.head_dim_v,
+            zone_bytes=zone_bytes(facts.variant, self._loaded.zones, {
+                "requests": facts.max_requests, "q_tokens": facts.max_q_tokens, "kv_tokens": facts.capacity * (facts.page_size or 1),
+                "positions": facts.max_kv_len,
+            }),
         )  # fmt: skip
         if workspace is None:
             workspace = torch.empty(self.workspace_bytes, dtype=torch.uint8, device=device)
@@ -434,7 +470,9 @@ class CudaEngine:
         """
         facts, loaded = self.facts, self._loaded
         active = loaded.kernels.launched(lengths["max_q_len"] * facts.group)
-        bound = struct_values(params)
+        places = [(self._base + at, room) for at, room in self._space.zones]
+        zones, zone_blocks = zone_values(loaded.zones, places, params)
+        bound = struct_values(params) | zones
         values = {n: x.data_ptr() if isinstance(x, torch.Tensor) else x for n, x in lengths.items()} | bound
         values |= loaded.plan_lists(self._space, self._base, active)
         values |= {
@@ -444,7 +482,7 @@ class CudaEngine:
         }  # fmt: skip
         self._planned_by[self._base] = self._token = object()
         if lengths["num_requests"]:
-            loaded.plan.launch(bytearray(loaded.plan.template(values)), {}, loaded.blocks, cuda.current_stream(facts.device.index))
+            loaded.plan.launch(bytearray(loaded.plan.template(values)), {}, loaded.blocks + zone_blocks, cuda.current_stream(facts.device.index))
         else:
             active = ()
         if page_table is not None:

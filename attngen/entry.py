@@ -1,6 +1,7 @@
 """An entry of a cache: an artifact, its sources and a manifest, checked before anything is made of them.
 
-    manifest.json: format, key, kind, abi, artifact, size, sha256, files {name: sha256}, and what describes the kernel
+    manifest.json: format, key, kind, abi, artifact, size, sha256, files {name: sha256}, what describes the kernel and how it
+                   is launched, and a seal over all of it
 """
 
 from __future__ import annotations
@@ -98,11 +99,15 @@ def read_entry(folder: Path, key: str, layer: str = CACHE) -> Entry | None:
 
 
 def parse_manifest(text: bytes, place: Path, key: str) -> dict[str, Any]:
-    """A manifest with the fields that every check relies on. Raises CacheError."""
+    """A manifest, as ``sealed_text`` wrote it, with the fields that every check relies on. Raises CacheError."""
     try:
-        return check_manifest(json.loads(text), place, key)
+        manifest = check_manifest(json.loads(text), place, key)
     except (ValueError, RecursionError) as error:
         raise _no_manifest(place, error) from None
+    seal = manifest.pop("seal", None)  # the last release's have none
+    if seal is not None and seal != hashlib.sha256(text.replace(_seal(str(seal)).encode(), _seal(_UNSEALED).encode())).hexdigest():
+        raise damaged(place, f"a manifest.json with the seal {str(seal)[:64]}", "other content")
+    return manifest
 
 
 def check_manifest(manifest: Any, place: Path, key: str) -> dict[str, Any]:
@@ -154,6 +159,19 @@ def entry_folder(key: str, shelf: str = "kernels") -> str:
 def json_text(record: Mapping[str, Any]) -> str:
     """A record as its file holds it: equal records make equal bytes."""
     return json.dumps(record, indent=1, sort_keys=True) + "\n"
+
+
+_UNSEALED = "0" * 64
+
+
+def _seal(digest: str) -> str:
+    return f'"seal": "{digest}"'
+
+
+def sealed_text(manifest: Mapping[str, Any]) -> str:
+    """A manifest as its file holds it, with a digest of that text: a flipped bit would launch the right code in a wrong way."""
+    text = json_text({**manifest, "seal": _UNSEALED})
+    return text.replace(_seal(_UNSEALED), _seal(hashlib.sha256(text.encode()).hexdigest()))
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from . import trust
-from .entry import FORMAT, Entry, check_content, entry_folder, json_text, parse_manifest, read_entry
+from .entry import FORMAT, Entry, check_content, entry_folder, parse_manifest, read_entry, sealed_text
 from .errors import CacheError, ParameterError
 from .pack import MAX_FILE, MemoryEntry, Pack, bare_manifest, files_of
 
@@ -146,7 +146,7 @@ class RemoteLayer:
         self.fs.makedirs(folder, exist_ok=True)
         for name in files_of(entry):
             self.fs.pipe_file(f"{folder}/{name}", entry.file(name))
-        self.fs.pipe_file(f"{folder}/manifest.json", json_text(bare_manifest(entry, sign)).encode())
+        self.fs.pipe_file(f"{folder}/manifest.json", sealed_text(bare_manifest(entry, sign)).encode())
         return True
 
 

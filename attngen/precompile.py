@@ -71,10 +71,10 @@ class Plan:
         return sorted((job for job in self.jobs if job.key in self.seconds), key=lambda j: -self.seconds[j.key])
 
     def estimate(self, workers: int) -> float:
-        """Seconds that building will take."""
+        """Seconds that building will take, if nothing else runs."""
         if not self.seconds:
             return 0.0
-        return max(sum(self.seconds.values()) / workers, max(self.seconds.values()))
+        return max(sum(self.seconds.values()) / min(workers, cores()), max(self.seconds.values()))
 
 
 @dataclass
@@ -166,13 +166,13 @@ def build(plan: Plan, workers: int, watch: Callable[[Result], None] = lambda res
 
 def workers_for(wanted: int | None) -> int:
     """How many compilers at once: as many as cores that this process may use and memory for them, or ``wanted``."""
-    if wanted:
-        return wanted
-    cores = len(os.sched_getaffinity(0))
-    quota = _cgroup_cores()
-    if quota:
-        cores = max(1, min(cores, int(quota + 0.5)))
-    return max(1, min(cores, (free_bytes() - _KEPT_FREE) // _BYTES))
+    return wanted or max(1, min(cores(), (free_bytes() - _KEPT_FREE) // _BYTES))
+
+
+def cores() -> int:
+    """How many this process may use."""
+    found, quota = len(os.sched_getaffinity(0)), _cgroup_cores()
+    return max(1, min(found, int(quota + 0.5))) if quota else found
 
 
 def free_bytes() -> int:

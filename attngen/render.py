@@ -29,8 +29,8 @@ def render_cpu(
 
     ``compiled`` is a folder where Jinja keeps compiled templates: it saves 40 ms of each later process's first build.
     """
-    folder = templates_dir() / "cpu"
-    files = {path.name: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.h"))}
+    headers = [*sorted((templates_dir() / "cpu").glob("*.h")), *([templates_dir() / "shared" / "intervals.h"] if hooks.classes else [])]
+    files = {path.name: path.read_text(encoding="utf-8") for path in headers}
     template = _environment(compiled).get_template(f"cpu/{MAIN}.jinja")
     text = template.render(
         hooks=hooks, config=config, params=layout.fields, params_size=layout.size, problem=problem, abi=LAUNCH_ABI,

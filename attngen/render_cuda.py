@@ -25,5 +25,9 @@ def render_cuda(
         hooks=hooks, config=config, params=layout.fields, params_size=layout.size, problem=problem, title=" ".join(title.split()),
         pointers=MERGE_POINTERS,
     )
-    headers = (path for path in sorted(folder.glob("*.cuh")) if f'#include "{path.name}"' in text or path.name == "ptx.cuh")
-    return {f"{name}.cu": text, **{path.name: path.read_text(encoding="utf-8") for path in headers}}
+    shelf = [*sorted(folder.glob("*.cuh")), templates_dir() / "shared" / "intervals.h"]
+    shelved = {path.name: path.read_text(encoding="utf-8") for path in shelf}
+    wanted = {"ptx.cuh"}
+    for including in (text, *(shelved["zones.cuh"] for _ in range('#include "zones.cuh"' in text))):
+        wanted |= {header for header in shelved if f'#include "{header}"' in including}
+    return {f"{name}.cu": text, **{header: found for header, found in shelved.items() if header in wanted}}

@@ -40,7 +40,7 @@ DEBUG = os.environ.get("ATTNGEN_DEBUG", "0") not in ("", "0")  # the ladder of d
 F32_MAX = torch.finfo(torch.float32).max
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # The rooms whose text decides what a kernel's source says.
-_COMPILER_ROOMS = ("ops", "expr", "bounds", "trace", "rope", "spec", "abi", "choose", "emit", "render", "build")
+_COMPILER_ROOMS = ("ops", "expr", "bounds", "classes", "trace", "rope", "spec", "abi", "choose", "emit", "render", "build")
 
 
 # ---------------------------------------------------------------- compiling
@@ -234,7 +234,7 @@ def specialise(variant: Variant, problem: Problem) -> tuple[Any, Choice, Layout,
 def compiler_digest() -> str:
     """Digest of the templates and of the compiler rooms' sources."""
     rooms = [PACKAGE / f"{room}.py" for room in _COMPILER_ROOMS]
-    return cache.sources_digest(templates_dir() / "cpu", *rooms)
+    return cache.sources_digest(templates_dir() / "cpu", templates_dir() / "shared", *rooms)
 
 
 def build_artifact(
@@ -325,7 +325,7 @@ def build_cpu(variant: Variant, problem: Problem) -> tuple[Choice, str, Layout, 
             "isa": problem.isa, "problem": problem.__dict__, "config": repr(choice.config), "params": describe(struct_layout),
             "choice": pins.config_record(choice.config),
             "inputs": key_inputs("cpu", "attention", LAUNCH_ABI, variant.trace, problem, str(choice.config), flags,
-                                 templates_dir() / "cpu", *rooms),
+                                 templates_dir() / "cpu", templates_dir() / "shared", *rooms),
         }  # fmt: skip
 
     entry, hit = build_artifact(key, recipe, render, described, f"{variant.name} {problem.q_dtype} head_dim {problem.head_dim}")

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from .bounds import TileBounds
+from .bounds import Inequality, TileBounds
 from .choose_cuda import PlanConfig, TileClass
 from .errors import ParameterError
 from .expr import Node
@@ -182,6 +182,52 @@ def _read_request(b: Lengths, i: int) -> tuple[Request, Status]:
 
 
 @record
+class Slots:
+    """Cache slots, or positions, [begin, end) but for [gap_begin, gap_end); empty: begin and end are 0."""
+
+    begin: int
+    end: int
+    gap_begin: int = 0
+    gap_end: int = 0
+
+    def moved(self, by: int) -> Slots:
+        return Slots(*(x + by for x in (self.begin, self.end, self.gap_begin, self.gap_end)))
+
+    def within(self, begin: int, end: int) -> Slots:
+        """Those in [begin, end)."""
+        begin, end = max(self.begin, begin), min(self.end, end)
+        gap_begin, gap_end = self.gap_begin, self.gap_end
+        if gap_begin < gap_end:
+            if gap_begin <= begin:
+                begin = max(begin, gap_end)
+            if gap_end >= end:
+                end = min(end, gap_begin)
+        if begin >= end:
+            return Slots(0, 0)
+        inside = begin < gap_begin < gap_end < end
+        return Slots(begin, end, gap_begin, gap_end) if inside else Slots(begin, end)
+
+    def joined(self, other: Slots) -> Slots:
+        """Both: with the gap between them, if neither has one already."""
+        if self.begin >= self.end or other.begin >= other.end:
+            return other if self.begin >= self.end else self
+        begin, end = min(self.begin, other.begin), max(self.end, other.end)
+        gap = min(self.end, other.end), max(self.begin, other.begin)
+        known = self.gap_begin < self.gap_end or other.gap_begin < other.gap_end
+        return Slots(begin, end) if known or gap[0] >= gap[1] else Slots(begin, end, *gap)
+
+    def blocks(self, bn: int) -> tuple[int, int, int, int]:
+        """In blocks of ``bn``: the first, how many, how many before the gap, how many the gap leaves out."""
+        if self.begin >= self.end:
+            return 0, 0, 0, 0
+        first, last = self.begin // bn, (self.end - 1) // bn
+        gap, after = -(-self.gap_begin // bn), self.gap_end // bn
+        if gap >= after:
+            return first, last + 1 - first, 0, 0
+        return first, last + 1 - first - (after - gap), gap - first, after - gap
+
+
+@record
 class Reach:
     """A variant's closed bounds with the parameters that they read: what keys a row tile can attend to."""
 
@@ -192,18 +238,22 @@ class Reach:
     head_offset: int = 0
     total_heads: int | None = None
 
-    def slots(self, index: int, r: Request, q_lo: int, q_hi: int) -> tuple[int, int]:
-        """Cache slots [begin, end) that queries at positions q_lo ... q_hi can reach, over all KV heads."""
+    def span(self, index: int, r: Request, q_lo: int, q_hi: int) -> Slots:
+        """Cache slots that queries at positions q_lo ... q_hi can reach, over all KV heads."""
         ranges = [self._range(index, r, head, q_lo, q_hi) for head in range(self.num_kv_heads if self._per_head else 1)]
-        ranges = [(b, e) for b, e in ranges if b < e]
-        if not ranges:
-            return 0, 0
-        begin, end = max(min(b for b, _ in ranges) - r.kv_start, 0), max(e for _, e in ranges) - r.kv_start
-        return (begin, end) if begin < end else (0, 0)
+        if len(ranges) > 1:  # all heads together, without a gap
+            ranges = [x for x in ranges if x.begin < x.end]
+            ranges = [Slots(min(x.begin for x in ranges), max(x.end for x in ranges))] if ranges else [Slots(0, 0)]
+        return ranges[0].moved(-r.kv_start).within(0, r.num_keys)
+
+    def row_span(self, index: int, r: Request, row0: int, row1: int) -> Slots:
+        """The same for packed rows [row0, row1)."""
+        return self.span(index, r, r.q_offset + row0 // self.group, r.q_offset + (row1 - 1) // self.group)
 
     def row_slots(self, index: int, r: Request, row0: int, row1: int) -> tuple[int, int]:
-        """The same for packed rows [row0, row1)."""
-        return self.slots(index, r, r.q_offset + row0 // self.group, r.q_offset + (row1 - 1) // self.group)
+        """The first and the one after the last of these."""
+        found = self.row_span(index, r, row0, row1)
+        return found.begin, found.end
 
     @property
     def group(self) -> int:
@@ -212,29 +262,41 @@ class Reach:
 
     @property
     def _per_head(self) -> bool:
-        return any("kv_head" in node.symbols for found in self.bounds.closed for _, node in found.terms)
+        every = (*self.bounds.closed, *(x for alternative in self.bounds.either for x in alternative))
+        return any("kv_head" in node.symbols for x in every for node in (*(n for _, n in x.terms), *([] if x.unit is None else [x.unit])))
 
-    def _range(self, index: int, r: Request, head: int, q_lo: int, q_hi: int) -> tuple[int, int]:
+    def _range(self, index: int, r: Request, head: int, q_lo: int, q_hi: int) -> Slots:
+        """Positions instead of slots, of one KV head."""
         group, total = self.num_heads // self.num_kv_heads, self.total_heads or self.num_heads
         symbols = {
             "request": index, "kv_head": self.head_offset // group + head, "q_len": r.q_len, "kv_len": r.kv_len, "q_offset": r.q_offset,
             "num_heads": total, "num_kv_heads": total // group,
         }  # fmt: skip
         tensors = {name: torch.tensor(value, dtype=torch.int32) for name, value in symbols.items()}
-        begin, end = 0, r.kv_len
-        for found in self.bounds.closed:
-            terms = [sign * int(evaluate(node, tensors, self.params, frozenset())) for sign, node in found.terms]
-            weight = sum(map(abs, terms)) + found.wq * (abs(r.q_offset) + r.q_len) + found.wk * r.kv_len
-            if weight >= 2**31 and not _harmless(found.terms, found.wq, found.wk):
-                continue  # the mask's own i32 arithmetic may wrap
-            best = found.cq * (q_hi if found.cq > 0 else q_lo) + sum(terms)
-            if found.ck > 0:
-                begin = max(begin, -(best // found.ck))
-            elif found.ck < 0:
-                end = min(end, best // -found.ck + 1)
-            elif best < 0:
-                end = min(end, 0)
-        return (begin, end) if begin < end else (0, 0)
+        def value(node: Node) -> int:
+            return int(evaluate(node, tensors, self.params, frozenset()))
+
+        def narrow(bounds: Sequence[Inequality], begin: int, end: int) -> Slots:
+            for found in bounds:
+                terms, unit = [sign * value(node) for sign, node in found.terms], 1 if found.unit is None else value(found.unit)
+                weight = sum(map(abs, terms)) + found.wq * (abs(r.q_offset) + r.q_len) + found.wk * r.kv_len
+                if unit <= 0 or weight >= 2**31 and not _harmless(found.terms, found.wq, found.wk):
+                    continue  # the mask's own i32 arithmetic may wrap
+                best = found.cq * ((q_hi if found.cq > 0 else q_lo) // unit) + sum(terms)
+                if found.ck > 0:
+                    begin = max(begin, -(best // found.ck) * unit)
+                elif found.ck < 0:
+                    end = min(end, (best // -found.ck + 1) * unit)
+                elif best < 0:
+                    end = min(end, 0)
+            return Slots(begin, end)
+
+        common = narrow(self.bounds.closed, 0, r.kv_len)
+        parts = [narrow(x, common.begin, common.end) for x in self.bounds.either] or [common]
+        found = parts[0].within(0, r.kv_len)
+        for part in parts[1:]:
+            found = found.joined(part.within(0, r.kv_len))
+        return found
 
 
 def _harmless(terms: Sequence[tuple[int, Node]], wq: int, wk: int) -> bool:
@@ -258,12 +320,18 @@ class WorkTile:
     piece: int
     pieces: int
     prefix: int
+    gap: int = 0  # blocks from the gap-th on lie gap_blocks further
+    gap_blocks: int = 0
+
+    def block(self, i: int) -> int:
+        """The i-th of its blocks, in blocks of cache slots."""
+        return self.block0 + i + (self.gap_blocks if i >= self.gap else 0)
 
     def pack(self) -> bytes:
         """As in work.cuh."""
         return TILE.pack(
             self.request.pack(), self.index, self.row0, self.rows, self.block0, self.blocks, self.piece, self.pieces,
-            0, 0, 0, self.prefix,
+            self.gap, self.gap_blocks, 0, self.prefix,
         )  # fmt: skip
 
 
@@ -522,6 +590,7 @@ class _Measured:
     last: int
     begin: int
     end: int
+    gap: bool  # tiles leave blocks out between: pieces of equal length would not be of equal work
 
     @property
     def longest(self) -> int:
@@ -530,20 +599,17 @@ class _Measured:
 
 
 def _measure(shape: TileClass, index: int, r: Request, reach: Reach) -> _Measured:
-    def blocks(row0: int, row1: int) -> int:
-        begin, end = reach.row_slots(index, r, row0, row1)
-        return (end - 1) // shape.bn + 1 - begin // shape.bn if begin < end else 0
-
     rows = r.q_len * reach.group
     tiles = -(-rows // shape.bm)
-    first, last = blocks(0, min(rows, shape.bm)), blocks((tiles - 1) * shape.bm, rows)
-    return _Measured(r, index, rows, tiles, first, last, *reach.row_slots(index, r, 0, rows))
+    ends = [reach.row_span(index, r, *x).blocks(shape.bn) for x in ((0, min(rows, shape.bm)), ((tiles - 1) * shape.bm, rows))]
+    gap = any(gap_blocks for *_, gap_blocks in ends)
+    return _Measured(r, index, rows, tiles, ends[0][1], ends[1][1], *reach.row_slots(index, r, 0, rows), gap)
 
 
 def _pieces(shape: TileClass, m: _Measured, blocks: int) -> tuple[int, int, int]:
     """Pieces of a request, the first one, and a piece's slots, where pieces are to have up to ``blocks`` blocks (0: uncut)."""
     uncut = 1, 0, INT32_MAX // shape.bn * shape.bn
-    if m.begin >= m.end or not (shape.split or 0 < blocks < m.longest):
+    if m.begin >= m.end or not (shape.split or not m.gap and 0 < blocks < m.longest):
         return uncut
     slots = shape.split or -(-m.longest // -(-m.longest // blocks)) * shape.bn  # pieces of equal length
     first = m.begin // slots
@@ -692,11 +758,8 @@ def _tiles(shape: TileClass, index: int, r: Request, reach: Reach) -> Iterator[W
         pieces = (end - 1) // shape.split + 1 - first if begin < end else 1
     for row0 in range(0, rows, shape.bm):
         count = min(rows - row0, shape.bm)
-        reached = reach.row_slots(index, r, row0, row0 + count)
+        reached = reach.row_span(index, r, row0, row0 + count)
         for piece in range(pieces):
-            begin, end = reached
-            if shape.split:
-                begin, end = max(begin, (first + piece) * shape.split), min(end, (first + piece + 1) * shape.split)
-            block0 = begin // shape.bn if begin < end else 0
-            blocks = (end - 1) // shape.bn + 1 - block0 if begin < end else 0
-            yield WorkTile(r, ~index if r.kv_base < 0 else index, row0, count, block0, blocks, piece, pieces, 0)
+            found = reached.within((first + piece) * shape.split, (first + piece + 1) * shape.split) if shape.split else reached
+            block0, blocks, gap, gap_blocks = found.blocks(shape.bn)
+            yield WorkTile(r, ~index if r.kv_base < 0 else index, row0, count, block0, blocks, piece, pieces, 0, gap, gap_blocks)

@@ -48,7 +48,7 @@ def precompile(
         "set": plan.variant_set.name, "kernels": len(plan.jobs), "there": len(plan.there), "missing": len(plan.missing),
         "workers": workers, "estimate_s": plan.estimate(workers),
     }  # fmt: skip
-    cost = f", about {facts['estimate_s']:.0f} s on {workers} cores" if plan.missing else ""
+    cost = f", about {facts['estimate_s']:.0f} s with {_compilers(workers)}" if plan.missing else ""
     stderr().print(f"{facts['set']}: {facts['kernels']} kernels, {facts['there']} there, {facts['missing']} to build{cost}")
     if plan.variant_set.cpu_by_default:
         stderr().print(f'{source} names no archs for some of its kernels, which are built for CPUs alone; for GPUs give archs = '
@@ -73,6 +73,12 @@ def precompile(
         raise typer.Exit(130)
     if not result.complete:
         raise typer.Exit(1)
+
+
+def _compilers(workers: int) -> str:
+    from .precompile import cores
+
+    return f"{workers} compiler{'s' if workers > 1 else ''} at once on {cores()} core{'s' if cores() > 1 else ''}"
 
 
 def _write_lock(path: Path, lock: dict[str, Any], keep_others: bool) -> None:
@@ -173,7 +179,7 @@ def _print_summary(result: Result, lock_path: Path) -> None:
         out.print(f"FAILED {s.job.title} {s.job.name} {s.job.arch}: {s.error}", style="red", markup=False, soft_wrap=True)
     built = sum(s.state == "built" for s in result.states)
     text = f"{len(result.entries)} of {len(result.states)} kernels are there, "
-    text += f"{built} built in {result.seconds:.1f} s on {result.workers} cores"
+    text += f"{built} built in {result.seconds:.1f} s with {_compilers(result.workers)}"
     if built:
         text += f", {result.peak_bytes >> 20} MB at most"
     out.print(text, markup=False)

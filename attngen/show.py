@@ -128,6 +128,7 @@ def show_bounds(variant: Variant, q_len: int, kv_len: int, block_q: int, block_k
     import torch
 
     from .bounds import analyse
+    from .classes import findings, stop_of
     from .expr import Node, conjuncts, text
     from .intervals import Tile, classify, tiles
     from .variants import example_params
@@ -154,7 +155,9 @@ def show_bounds(variant: Variant, q_len: int, kv_len: int, block_q: int, block_k
     terms = [] if mask is None else conjuncts(mask)
     facts = {
         "variant": variant.name, "q_len": q_len, "kv_len": kv_len, "block_q": block_q, "block_kv": block_kv,
-        "closed": [str(b) for b in found.closed], "evaluated": [text(n) for n in found.opaque],
+        "closed": [str(b) for b in found.closed], "either": [[str(b) for b in x] for x in found.either],
+        "evaluated": [text(n) for n in found.opaque],
+        "stops": {text(n): text(stop) for n in found.opaque if (stop := stop_of(n)) is not None},
         "tiles": counts(classes), "terms": [{"term": text(n), **counts(classes_of(n))} for n in terms],
     }  # fmt: skip
     if plot is not None:
@@ -164,8 +167,9 @@ def show_bounds(variant: Variant, q_len: int, kv_len: int, block_q: int, block_k
     out = stdout()
     print_plain = dict(markup=False, soft_wrap=True, highlight=False)
     out.print("first and last key, and full tiles, from:  " + ("; ".join(facts["closed"]) or "nothing: all keys"), **print_plain)
-    for term in facts["evaluated"]:
-        out.print(f"not linear, kernels evaluate it in every tile:  {term}", **print_plain)
+    for what, term in findings(mask) if mask is not None else []:
+        if not any(what == f"bounds: {b}" for b in facts["closed"]):
+            out.print(f"{what}:  {term}", **print_plain)
     shown = table(f"tiles of {block_q} x {block_kv}, {q_len} x {kv_len}", *(tile.name.lower() for tile in Tile))
     for term in facts["terms"] if len(terms) > 1 else []:
         shown.add_row(escape(term["term"]), *(str(term[tile.name]) for tile in Tile))

@@ -43,6 +43,7 @@ class Workspace(NamedTuple):
     partial_out: int
     partial_state: int
     num_bytes: int
+    zones: tuple[tuple[int, int], ...] = ()  # offset and size of each zone map
 
 
 def max_tiles(shape: TileClass, max_requests: int, max_q_tokens: int, group: int, max_kv_len: int) -> int:
@@ -62,8 +63,10 @@ def workspace(
     num_heads: int,
     num_kv_heads: int,
     head_dim_v: int,
+    zone_bytes: Sequence[int] = (),
 ) -> Workspace:
-    """The layout of the workspace: a function of capacities alone. ``max_kv_len`` matters only with a fixed split."""
+    """The layout of the workspace: a function of capacities alone. ``max_kv_len`` matters only with a fixed split; ``zone_bytes``: of
+    each zone map."""
     offset = 256  # the status words have the first line to themselves
 
     def take(size: int) -> int:
@@ -86,4 +89,5 @@ def workspace(
         rows = max(rows, slots * shape.bm)
         classes.append(ClassSpace({name: take(size) for name, size in sizes.items()}, workers, tiles, slots))
     partial_out, partial_state = take(4 * rows * head_dim_v), take(8 * rows)
-    return Workspace(tuple(classes), 0, partial_out, partial_state, offset)
+    zones = tuple((take(size), size) for size in zone_bytes)
+    return Workspace(tuple(classes), 0, partial_out, partial_state, offset, zones)

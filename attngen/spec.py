@@ -334,11 +334,9 @@ class Variant(metaclass=_VariantMeta):
         if trace.rope:
             lines.append(f"rope = {trace.rope.rope}")
         if trace.mask is not None:
-            from .bounds import analyse
+            from .classes import findings
 
-            bounds = analyse(trace.mask)
-            lines += [f"bounds: {b}    from {text(b.source)}" for b in bounds.closed]
-            lines += [f"bounds: none from {text(n)}: its tiles are evaluated" for n in bounds.opaque]
+            lines += [f"{what}    from {term}" for what, term in findings(trace.mask)]
         return "\n".join(lines)
 
 

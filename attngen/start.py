@@ -331,10 +331,12 @@ def _serves(unit: Mapping[str, Any], roles: Sequence[Mapping[str, Any]], path: P
     if unit["identity"] not in [pins.cuda_identity(structure, problem, page_size, invariant, x) for x in few]:
         return False
     # Layout and split are of the configuration, the tiles' rows what the planner counts on. Variants share planners.
+    paged, planned = page_size is not None, [shape["fields"]["bm"] for shape in plan["choice"]["fields"]["classes"]]
     tiles = [role["choice"]["fields"] for role in classes]
-    rows = [tile.get("block_m") or 64 * tile["groups"] for tile in tiles]
-    planned = [shape["fields"]["bm"] for shape in plan["choice"]["fields"]["classes"]]
-    return rows == planned and all(tile["paged"] == (page_size is not None) and bool(tile["split"]) == invariant for tile in tiles)
+    rows = [tile.get("block_m") or 64 * tile.get("groups", 0) for tile in tiles]
+    if len(rows) != len(planned) or any(row not in (0, bm) for row, bm in zip(rows, planned)):
+        return False
+    return all(tile.get("paged", paged) == paged and bool(tile.get("split", invariant)) == invariant for tile in tiles)
 
 
 def _loader(device: torch.device | None) -> Callable[[Entry], Any]:

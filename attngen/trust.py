@@ -18,7 +18,7 @@ from typing import Any
 
 from .errors import CacheError, ParameterError
 
-OF_THE_COPY = ("signature", "created", "seconds", "cpu_seconds", "origin")
+OF_THE_COPY = ("signature", "seal", "created", "seconds", "cpu_seconds", "origin")
 
 
 def check_private(folder: Path, opened: int | None = None) -> None:

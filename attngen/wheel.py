@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from . import trust
-from .entry import FORMAT, Entry, entry_folder, json_text, written_whole
+from .entry import FORMAT, Entry, entry_folder, json_text, sealed_text, written_whole
 from .errors import ParameterError
 from .layers import GROUP
 from .pack import bare_manifest, check_name, files_of, plain_member
@@ -40,7 +40,7 @@ def write_wheel(
         where = f"{package}/{entry_folder(entry.key)}"
         for file in files_of(entry):
             files[f"{where}/{file}"] = entry.file(file)
-        files[f"{where}/manifest.json"] = json_text(bare_manifest(entry, sign)).encode()
+        files[f"{where}/manifest.json"] = sealed_text(bare_manifest(entry, sign)).encode()
     if lock is not None:
         signed = trust.sign(lock, sign) if sign else lock
         files[f"{package}/v{FORMAT}/sets/{name}.lock"] = json_text(signed).encode()

@@ -80,8 +80,9 @@ class Kernel:
         first, bn = schedule.WORKER.unpack(bytes(memory(p.workers, 128, torch.uint8).tolist())), self.special.config.block_n
         for index in range(first[7] if first[5] >= 0 else 0):
             record = schedule.TILE.unpack(bytes(memory(p.tiles + 80 * index, 80, torch.uint8).tolist()))
-            request, row0, rows, block0, blocks = record[1:6]
-            yield unpacked(record[0]), request, row0, rows, block0 * bn, (block0 + blocks) * bn, range(p.num_kv_heads)
+            request, row0, rows, block0, blocks, _, _, gap, gap_blocks = record[1:10]
+            listed = [block0 + i + (gap_blocks if i >= gap else 0) for i in range(blocks)]
+            yield unpacked(record[0]), request, row0, rows, [b * bn + i for b in listed for i in range(bn)], range(p.num_kv_heads)
 
     def queued(self, p: Any) -> Iterator[tuple[Any, ...]]:
         """The same of kind "queue": every tile in one go, when its first piece is drawn."""
@@ -97,15 +98,15 @@ class Kernel:
         for unit in schedule.QueuePlan(shape, p.num_kv_heads, 1, records, units, reach).walk():
             if unit.pieces == 1 or unit.slot == unit.merge[0]:
                 slots = reach.row_slots(max(unit.record.index, 0), unit.record.request, unit.row0, unit.row0 + unit.rows)
-                yield unit.record.request, unit.record.index, unit.row0, unit.rows, *slots, (unit.kv_head,)
+                yield unit.record.request, unit.record.index, unit.row0, unit.rows, range(*slots), (unit.kv_head,)
 
     def attend(self, p: Any, blocks: int) -> None:
         problem, config = self.special.problem, self.special.config
         group, element = p.num_heads // p.num_kv_heads, ELEMENT[problem.q_dtype]
-        for r, request, row0, rows, begin, end, heads in (self.queued if config.kind == "queue" else self.tiles)(p):
+        for r, request, row0, rows, reached, heads in (self.queued if config.kind == "queue" else self.tiles)(p):
             q_start, q_len, kv_len, kv_start, q_offset, kv_base = r.q_start, r.q_len, r.kv_len, r.kv_start, r.q_offset, r.kv_base
             bad, request = request < 0, ~request if request < 0 else request
-            slots = range(begin, min(end, kv_len - kv_start))
+            slots = [s for s in reached if s < kv_len - kv_start]
             for head in heads:
                 def rows_of(name, dim):
                     stride = {d: getattr(p, f"{name}_stride_{d}") for d in "bsh"}

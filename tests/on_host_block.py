@@ -66,10 +66,14 @@ template <typename Join> inline int joined(int x, Join join) {  // of the warp's
 inline int __reduce_max_sync(unsigned, int x) {
   return joined(x, [](int most, int other, int lane) { return lane && most > other ? most : other; });
 }
+inline int __reduce_min_sync(unsigned, int x) {
+  return joined(x, [](int least, int other, int lane) { return lane && least < other ? least : other; });
+}
 inline unsigned __ballot_sync(unsigned, int x) {
   return joined(x, [](int bits, int other, int lane) { return bits | (int)((unsigned)(other != 0) << lane); });
 }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
 inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 """

@@ -327,8 +327,25 @@ DAMAGE = {
     "not an object": (lambda folder: (folder / "manifest.json").write_text("[1]"), "a manifest.json with", "TypeError"),
     "no digest": (rewrite(lambda m: m.pop("sha256")), "a manifest.json with", "KeyError('sha256')"),
     "other format": (rewrite(lambda m: m.update(format=99)), "format 1", "format 99"),
+    "a bit of how it is launched": (rewrite(lambda m: m.update(abi="other")), "a manifest.json with the seal", "other content"),
     "other key": (rewrite(lambda m: m.update(key="ff")), f"format 1, key {toy.KEY}", "key ff"),
 }
+
+
+def test_every_flipped_bit_of_a_manifest_is_seen(store):
+    """Its numbers say how a kernel is launched."""
+    entry, _ = store.get_or_build(toy.KEY, plain())
+    path = entry.folder / "manifest.json"
+    whole = path.read_bytes()
+    for at in range(len(whole)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
+        try:
+            found = Cache(store.root).lookup(toy.KEY)
+        except CacheError:
+            continue
+        assert found.manifest == entry.manifest or "seal" not in path.read_text(errors="replace")
+    path.write_bytes(whole)
+    assert Cache(store.root).lookup(toy.KEY).manifest == entry.manifest
 
 
 @pytest.mark.parametrize("damage,required,found", DAMAGE.values(), ids=DAMAGE)

@@ -95,11 +95,12 @@ def test_show_bounds(attngen, tmp_path):
     sizes = ("--q-len", 96, "--kv-len", 128, "--block-q", 32, "--block-kv", 32)
     facts = read_json(attngen("show", "Streaming", "--stage", "bounds", "--set", "sinks=4", "--set", "window=32", *sizes, "--json"))
     assert facts["closed"] == ["q - kv >= 0"] and len(facts["evaluated"]) == 1 and len(facts["terms"]) == 2
+    assert facts["either"] == [["-q + kv + self.window - 1 >= 0"], ["-kv + self.sinks - 1 >= 0"]] and facts["stops"] == {}
     assert facts["tiles"] == {"EMPTY": 4, "PARTIAL": 8, "FULL": 0}  # the last query is at the last key
     assert facts["terms"][0] == {"term": "(at.kv <= at.q)", "EMPTY": 3, "PARTIAL": 3, "FULL": 6}
     picture = tmp_path / "mask.png"
     status, out, _ = attngen("show", "Document", "--stage", "bounds", *sizes, "--plot", picture)
-    assert status == 0 and "not linear" in out and f"drawn to {picture}" in out and picture.read_bytes().startswith(b"\x89PNG")
+    assert status == 0 and "classed by intervals" in out and f"drawn to {picture}" in out and picture.read_bytes().startswith(b"\x89PNG")
     assert read_json(attngen("show", "Full", "--stage", "bounds", *sizes, "--json"))["tiles"] == {"EMPTY": 0, "PARTIAL": 0, "FULL": 12}
     status, _, err = attngen("show", "Causal", "--stage", "bounds", "--block-q", 0)
     assert status == 2 and "--block-q 0: required 1 or more" in err

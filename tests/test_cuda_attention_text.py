@@ -12,7 +12,7 @@ import attngen as ag
 import pytest
 from attngen import Variant, compose, variants
 from attngen.abi import Layout, parameter_fields
-from attngen.abi_cuda import ATTENTION_FIELDS
+from attngen.abi_cuda import ATTENTION_FIELDS, zone_fields
 from attngen.choose_cuda import ARCHS, AttentionConfig, choose_attention, cuda_flags
 from attngen.emit import Hooks, emit
 from attngen.errors import UnsupportedError
@@ -51,7 +51,8 @@ def render(
     hooks: Hooks = emit(variant.trace, storage, d, "cuda", device_scalars=True)
     problem = Problem("cuda", arch, dtype, dtype, dtype, d, dv or d, tuple(storage.items()))
     config = choose_attention(problem, arch, hooks, block_m, paged, split).config
-    layout = Layout(ATTENTION_FIELDS + parameter_fields(used, storage, device_scalars=True))
+    zones = zone_fields(tuple(zone.name for zone in hooks.zones), writes=False)
+    layout = Layout(ATTENTION_FIELDS + parameter_fields(used, storage, device_scalars=True) + zones)
     return render_cuda("attention_sm80", hooks, config, layout, problem, variant.name), config
 
 

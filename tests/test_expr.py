@@ -317,20 +317,27 @@ def test_ill_typed_operations_are_the_users_error(op, args):
 def closed_range(
     bounds: TileBounds, q_lo: int, q_hi: int, q_abs: int, kv_len: int, value: Callable[[Node], int]
 ) -> tuple[int, int]:
-    """Keys [begin, end) that rows q_lo ... q_hi may attend to, as an inequality is defined to mean."""
-    begin, end = 0, kv_len
-    for x in bounds.closed:
-        rest, safe = terms(x, q_abs, kv_len, value)
-        if not safe:
-            continue
-        best = max(x.cq * q_lo, x.cq * q_hi) + rest
-        if x.ck > 0:
-            begin = max(begin, -(best // x.ck))
-        elif x.ck < 0:
-            end = min(end, best // -x.ck + 1)
-        elif best < 0:
-            end = 0
-    return begin, end
+    """Keys [begin, end) that rows q_lo ... q_hi may attend to, as an inequality is defined to mean; of alternatives, of any of them."""
+
+    def narrowed(inequalities: tuple[Inequality, ...], begin: int, end: int) -> tuple[int, int]:
+        for x in inequalities:
+            rest, safe = terms(x, q_abs, kv_len, value)
+            unit = 1 if x.unit is None else value(x.unit)
+            if not safe or unit <= 0:
+                continue
+            best = max(x.cq * (q_lo // unit), x.cq * (q_hi // unit)) + rest
+            if x.ck > 0:
+                begin = max(begin, -(best // x.ck) * unit)
+            elif x.ck < 0:
+                end = min(end, (best // -x.ck + 1) * unit)
+            elif best < 0:
+                end = 0
+        return begin, end
+
+    begin, end = narrowed(bounds.closed, 0, kv_len)
+    parts = [narrowed(alternative, begin, end) for alternative in bounds.either] or [(begin, end)]
+    parts = [(b, e) for b, e in parts if b < e] or [(0, 0)]
+    return min(b for b, _ in parts), max(e for _, e in parts)
 
 
 def tile_is_full(
@@ -338,7 +345,8 @@ def tile_is_full(
 ) -> bool:
     def worst(x: Inequality) -> bool:
         rest, safe = terms(x, q_abs, kv_len, value)
-        return safe and min(x.cq * i for i in rows) + min(x.ck * i for i in keys) + rest >= 0
+        unit = 1 if x.unit is None else value(x.unit)
+        return safe and unit > 0 and min(x.cq * (i // unit) for i in rows) + min(x.ck * (i // unit) for i in keys) + rest >= 0
 
     return bounds.exact and all(worst(x) for x in bounds.closed)
 
@@ -364,7 +372,7 @@ def masks(draw: st.DrawFn) -> Node:
         return node
 
     def term() -> Node:
-        kind = draw(st.integers(0, 9))
+        kind = draw(st.integers(0, 12))
         if kind < 4:
             return side() < side()
         if kind < 7:
@@ -379,6 +387,15 @@ def masks(draw: st.DrawFn) -> Node:
                     load("ids", I32, ("requests", "positions"), (request, kv)) <= 1,
                     (q - kv) % 3 == 0,
                     (kv <= q) | (kv < 2),
+                    (q - kv < n) | (kv < 3) | (kv == 9),
+                    ((kv < 2) & (q < 6)) | ((q - kv < 2) & (kv < q)),
+                    kv // 4 == q // 4,
+                    kv // n == q // n,
+                    abs(q - kv) <= 3,
+                    abs(kv // 4 - q // 4) < 2,
+                    q // n - kv // n <= 1,
+                    kv // 4 < n,
+                    kv // 3 <= q // 4,
                     ~(kv == q),
                     head < 2,
                 ]
@@ -434,7 +451,7 @@ def check_bounds(mask: Node, offset: int, scalar: int, key_range: Any, full: Any
                 )
 
 
-@settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=800, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(mask=masks(), offset=st.sampled_from([0, 2, -6, 100, 2**29, 5]), scalar=st.sampled_from(SCALARS))
 def test_bounds_never_lose_a_kept_element(mask, offset, scalar):
     bounds = analyse(mask)
@@ -460,6 +477,14 @@ def test_bounds_are_tight_where_the_mask_is_linear():
     assert tile_is_full(window, (100, 107), (100, 100), 200, 1000, lambda node: 8 if node is n else node.attr)
     assert closed_range(analyse(kv == q), 5, 7, 20, 30, lambda node: node.attr) == (5, 8)
     assert not analyse((kv <= q) | (kv < 4)).closed and analyse(None).exact
+    plain = lambda node: node.attr  # noqa: E731
+    assert closed_range(analyse((kv <= q) | (kv < 4)), 100, 107, 200, 1000, plain) == (0, 108)
+    chunked = analyse((kv // 48 == q // 48) & (kv <= q))
+    assert chunked.exact and closed_range(chunked, 100, 107, 200, 1000, plain) == (96, 108)
+    assert tile_is_full(chunked, (140, 143), (96, 140), 200, 1000, plain) and not tile_is_full(chunked, (140, 144), (96, 140), 200, 1000, plain)
+    assert closed_range(analyse(abs(q - kv) < 7), 100, 107, 200, 1000, plain) == (94, 114)
+    assert closed_range(analyse(abs(q // 32 - kv // 32) <= 1), 100, 107, 200, 1000, plain) == (64, 160)
+    assert not analyse(kv // 32 == q).exact and not analyse(kv // 32 == q // 16).exact
 
 
 def test_coefficients_stay_far_from_int64():

@@ -464,17 +464,14 @@ def test_a_server_meets_damage(tmp_path):
         assert toy.finish(toy.python(SERVE, "-", **env)).split()[-2:] == [served[0], "0"]
     for name, how, said in (
         ("kernel.so", "flip", "with sha256"), ("kernel.so", "cut", "bytes"), ("manifest.json", "cut", "manifest.json with"),
-        ("manifest.json", "flip", "manifest.json|format 1|sha256|bytes|LoadError|launch ABI"),
+        ("manifest.json", "flip", "manifest.json with"),
     ):  # fmt: skip
-        whole = (folder / name).read_bytes()
         spoil(folder / name, how)
-        if not (name, how) == ("manifest.json", "flip"):  # a flip may fall where it changes nothing that counts
-            refused = toy.python(SERVE, "-", **env, ATTNGEN_JIT="off")
-            output, _ = refused.communicate(timeout=120)
-            assert refused.returncode and "damaged cache entry" in output and said in output, output
-        assert toy.finish(toy.python(SERVE, "-", **env)).split()[-2] == served[0]
-        if (folder / name).read_bytes() == whole and how == "cut":
-            assert list((tmp_path / "cache" / "v1" / "damaged").iterdir())
+        refused = toy.python(SERVE, "-", **env, ATTNGEN_JIT="off")
+        output, _ = refused.communicate(timeout=120)
+        assert refused.returncode and "damaged cache entry" in output and said in output, output
+        assert toy.finish(toy.python(SERVE, "-", **env)).split()[-2:] == [served[0], "1"]
+    assert len(list((tmp_path / "cache" / "v1" / "damaged").iterdir())) == 4
 
 
 # ---- a server --------------------------------------------------------------------------------------------------------
@@ -533,8 +530,13 @@ def serve_strictly(python: str, pack: Path, **env: str) -> None:
             path.chmod(mode)
 
 
-def test_a_server_without_path_home_or_rights(tmp_path):
-    serve_strictly(sys.executable, one_pack(tmp_path), PYTHONPATH=str(Path(ag.__file__).parent.parent))
+@pytest.mark.parametrize("home", ["none", "locked", "read-only"])
+def test_a_server_without_path_home_or_rights(tmp_path, home):
+    pack, folder = one_pack(tmp_path), tmp_path / "home"
+    if home != "none":
+        (folder / ".cache").mkdir(parents=True)
+        folder.chmod(0o700 if home == "locked" else 0o555)  # of another user
+    serve_strictly(sys.executable, pack, PYTHONPATH=str(Path(ag.__file__).parent.parent), HOME=str(folder))
 
 
 def test_a_full_disk_during_an_import(tmp_path):

@@ -21,6 +21,7 @@ STREET = (
     "ops",
     "expr",
     "bounds",
+    "classes",
     "intervals",
     "trace",
     "rope",

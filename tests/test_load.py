@@ -97,7 +97,8 @@ def test_a_manifest_of_another_abi(store, more):
         load.load_kernel(entry)
 
 
-def test_a_file_that_is_no_library(store):
+def test_a_file_that_is_no_library(store, monkeypatch):
+    monkeypatch.setattr(load, "_cpu_kernels", {})  # as in a process that has not loaded it
     entry, _ = store.get_or_build(toy.KEY, toy.builder())
     entry.artifact.write_bytes(b"not ELF")
     with pytest.raises(LoadError, match="kernel.so"):

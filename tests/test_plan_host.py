@@ -14,7 +14,7 @@ from attngen.bounds import analyse
 from attngen.choose_cuda import PlanConfig, TileClass
 from attngen.spec import Problem
 from attngen.status import Status
-from test_schedule import BAD_LENGTHS, GOOD, Windowed, indptr, random_batch
+from test_schedule import BAD_LENGTHS, GOOD, SinksOrWindow, indptr, random_batch
 
 HEADS, KV_HEADS = 8, 2
 CLASSES = {
@@ -27,13 +27,13 @@ CLASSES = {
 def planner(request):
     config = PlanConfig("90a", CLASSES[request.param])
     problem = Problem("cuda", "90a", "bfloat16", "bfloat16", "bfloat16", 64, 64, ())
-    special = cuda.specialise("plan", "plan", Windowed().trace, problem, config, "90a")
+    special = cuda.specialise("plan", "plan", SinksOrWindow().trace, problem, config, "90a")
     return special, on_host_block.Kernel(special)
 
 
 def check(planner, lengths: schedule.Lengths, window: int, workers: list[int], max_tiles: list[int], wanted_status: Status | None = None) -> None:
     special, kernel = planner
-    reach = schedule.Reach(analyse(Windowed().trace.mask), {"window": window}, HEADS, KV_HEADS)
+    reach = schedule.Reach(analyse(SinksOrWindow().trace.mask), {"window": window}, HEADS, KV_HEADS)
     plans, status = schedule.plan(special.config, lengths, reach, workers, max_tiles)
     held, values = [], {"num_heads": HEADS, "num_kv_heads": KV_HEADS, "total_heads": HEADS, "param_window": window}
     for name, x in vars(lengths).items():

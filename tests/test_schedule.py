@@ -32,6 +32,20 @@ class Windowed(ag.Variant):
         return (at.kv <= at.q) & (at.q - at.kv < self.window)
 
 
+class SinksOrWindow(ag.Variant):
+    window: ag.Scalar[int] = 50
+
+    def mask(self, at):
+        return (at.kv <= at.q) & ((at.q - at.kv < self.window) | (at.kv < 20))
+
+
+class Chunked(ag.Variant):
+    window: ag.Scalar[int] = 50
+
+    def mask(self, at):
+        return (at.kv <= at.q) & (at.kv // self.window == at.q // self.window)
+
+
 class PerHead(ag.Variant):
     """KV heads see windows of 10, 20, 30 ..."""
 
@@ -42,6 +56,8 @@ class PerHead(ag.Variant):
 KEEPS = {
     Full: lambda q, kv, window: True,
     Windowed: lambda q, kv, window: kv <= q and q - kv < window,
+    SinksOrWindow: lambda q, kv, window: kv <= q and (q - kv < window or kv < 20),
+    Chunked: lambda q, kv, window: kv <= q and kv // window == q // window,
 }
 
 
@@ -121,13 +137,13 @@ def check_line(p: ClassPlan) -> None:
 
 
 @pytest.mark.parametrize("split", [0, 128])
-@pytest.mark.parametrize("variant", [Full, Windowed])
+@pytest.mark.parametrize("variant", KEEPS)
 def test_random_batches(variant, split):
     rng = random.Random(7 + split)
     for _ in range(600):
         batch, q_lens, kv_lens = random_batch(rng)
         heads, group, window = rng.choice((1, 2, 3)), rng.choice((1, 3, 4)), rng.choice((1, 17, 50, 1000))
-        v = variant(window=window) if variant is Windowed else variant()
+        v = variant(window=window) if variant is not Full else variant()
         shapes = ((16, rng.choice((32, 64))), (64, 64), (128, 64))[: rng.randint(1, 3)]
         config = PlanConfig("90a", tuple(TileClass(bm, bn, rng.choice((1, 2, 3)), split, head_major=rng.random() < 0.5) for bm, bn in shapes))
         workers = [rng.choice((1, 2, 7, 33)) for _ in shapes]
@@ -146,7 +162,7 @@ def test_random_batches(variant, split):
                 assert k == (holds[0] if holds else launched[-1])
             covered = {row: set() for row in range(rows)}
             for _, p, t in mine:
-                keys = range(t.block0 * p.shape.bn, (t.block0 + t.blocks) * p.shape.bn)
+                keys = [t.block(i) * p.shape.bn + j for i in range(t.blocks) for j in range(p.shape.bn)]
                 for row in range(t.row0, t.row0 + t.rows):
                     assert not covered[row] & set(keys)  # pieces do not overlap
                     covered[row] |= set(keys)

@@ -29,6 +29,7 @@ from test_cli import attngen, read_json  # noqa: F401
 import attngen as ag
 from attngen import cache, counters, debug, find, layers, load, logs, pins, run, sets, start
 from attngen.cache import Cache
+from attngen.entry import sealed_text
 from attngen.errors import CacheError, LoadError, MissingKernelError, ParameterError
 from attngen.pack import Pack, write_pack
 from attngen.paths import PACKAGE, templates_dir
@@ -155,7 +156,7 @@ def test_the_estimate_counts_cpu_seconds(here, built, monkeypatch):
     manifest = Cache(here / "cache").folder(one) / "manifest.json"
     found = json.loads(manifest.read_text())
     assert 0 < found["cpu_seconds"] < 60
-    manifest.write_text(json.dumps({**found, "cpu_seconds": 7.5, "seconds": 1000.0}))
+    manifest.write_text(sealed_text({**found, "cpu_seconds": 7.5, "seconds": 1000.0}))
     shutil.rmtree(Cache(here / "cache").folder(two))
     assert Plan.of(sets.VariantSet(here / "llama.toml")).estimate(2) == 7.5
 
@@ -727,7 +728,8 @@ def test_only_signed_packs_are_taken_where_keys_are_trusted(here, built, signers
     assert len(ag.load_set("llama", jit=False).kernels) == 2
     # What was imported is looked at again at each lookup: a manifest that was changed since is refused.
     manifest = Cache(here / "cache").folder(keys_of(here)[0]) / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"variant": "', '"variant": "Not '))
+    changed = json.loads(manifest.read_text())
+    manifest.write_text(sealed_text({**changed, "variant": "Not Causal"}))
     with pytest.raises(CacheError, match="a signature that does not fit"):
         Cache(here / "cache").lookup(keys_of(here)[0])
     monkeypatch.setenv("ATTNGEN_TRUSTED_KEYS", str(two.with_name("two.pub.pem")))

@@ -62,6 +62,8 @@ AG_INLINE int64_t ag_max64(int64_t a, int64_t b) { return a > b ? a : b; }
 AG_INLINE int64_t ag_abs64(int64_t a) { return a < 0 ? -a : a; }
 AG_INLINE int64_t ag_floordiv64(int64_t a, int64_t b) { return a / b - ((a % b != 0) & ((a ^ b) < 0)); }
 AG_INLINE int64_t ag_ceildiv64(int64_t a, int64_t b) { return -ag_floordiv64(-a, b); }
+// Of a position by a positive number; one that is no int32 is none of a key or a query that exists.
+AG_INLINE int64_t ag_quotient(int64_t a, int32_t b) { return ag_floordiv((int32_t)ag_max64(INT32_MIN, ag_min64(a, INT32_MAX)), b); }
 
 // ---- float32 ------------------------------------------------------------------------------------------------------
 

@@ -36,8 +36,11 @@ struct alignas(16) WorkTile {
   int32_t row0, rows;     // packed rows [row0, row0 + rows) of the request
   int32_t block0, blocks; // blocks of BN cache slots (slot j holds the key at position kv_start + j)
   int32_t piece, pieces;  // with a fixed split: which piece of its tile this is; else 0 of 1
-  int32_t reserved[3];
+  int32_t gap, gap_blocks;  // blocks from the gap-th on lie gap_blocks further: no row reaches those between
+  int32_t spare;            // for the kernel's own use
   int64_t prefix;         // blocks, at least 1 a tile, of all earlier tiles
+
+  __device__ __forceinline__ int32_t block(int32_t i) const { return block0 + i + (i >= gap ? gap_blocks : 0); }
 };
 static_assert(sizeof(Request) == 32 && sizeof(WorkTile) == 80, "the planner in attngen/schedule.py writes the same layout");
 
