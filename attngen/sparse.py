@@ -11,7 +11,7 @@ they attend to, a head's row of blocks is a request of its own. Hooks see true p
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -23,6 +23,8 @@ from .ops import I32
 from .spec import AXES, Field, RopeTrace, Trace, Variant, _check_trace, _outside_dynamo, as_variant, compose
 from .status import Wrong
 
+_BAD_KEYS = (Wrong.NEGATIVE_KV, Wrong.DECREASING_KV, Wrong.NEGATIVE_KV_LEN, Wrong.LAST_PAGE_LEN, Wrong.KV_START)
+_TOO_MANY = (Wrong.PAST_TABLE, Wrong.LONG_KEYS, Wrong.LONG_BATCH, Wrong.LONG_QUERY, Wrong.OVERLAPPING_Q)
 _INT32_MAX = 2**31 - 1
 _OF_HEADS = frozenset(("heads", "kv_heads"))
 _SCALARS = ("q_len", "kv_len", "q_offset", "num_heads", "num_kv_heads", "row_blocks", "group")
@@ -347,9 +349,10 @@ class _Sparse:
         if status := self._attn.engine.status():
             head, row = divmod(status.index, self._row_blocks) if self._per_head else (None, status.index)
             place = f"row block {row}" + ("" if head is None else f" of head {head}")
-            raise ParameterError(f"{place}: {self._texts.get(status.what, f'status {status.what}, {status.found}')}")
+            text = next((text for causes, text in self._status_texts if status.what in causes), f"status {status.what}")
+            raise ParameterError(f"{place}: {text}, found {status.found}")
 
-    _texts: Mapping[int, str]  # what a wrong batch means in terms of blocks
+    _status_texts: ClassVar[Sequence[tuple[Sequence[Wrong], str]]]
 
     def _vector(self, name: str, given: Any, dims: Sequence[int] = (1,)) -> torch.Tensor:
         """Ints on the device, int32."""
@@ -509,14 +512,11 @@ class BlockSparseAttention(_Sparse):
         source = ((first + column // self.C) * self.R + i) * self.C + column % self.C
         return mask.flatten()[source.clamp(0, mask.numel() - 1)]
 
-    _texts = {
-        Wrong.BAD_PAGE: "an index in indices is out of range, 0 ... N / C - 1, or not above the one before it",
-        Wrong.LONG_KEYS: "more blocks than N / C: some of its indices are not above the one before them",
-        **dict.fromkeys(
-            (Wrong.NEGATIVE_KV, Wrong.DECREASING_KV), "indptr is negative or decreases, or a head's does not begin where the one before ends"
-        ),
-        Wrong.PAST_TABLE: "indptr ends past the entries of indices",
-    }  # fmt: skip
+    _status_texts = (
+        ((Wrong.BAD_PAGE,), "an index in indices is out of range, 0 ... N / C - 1, or not above the one before it"),
+        (_BAD_KEYS, "indptr is negative or decreases, or a head's does not begin where the one before ends"),
+        (_TOO_MANY, "indptr ends past the entries of indices"),
+    )
 
 
 def _host(*given: Any) -> list[torch.Tensor] | None:
@@ -671,12 +671,10 @@ class VariableBlockSparseAttention(_Sparse):
         q_indptr[:-1] = torch.where(good, begins + heads * m, heads * m).to(torch.int32).flatten()
         self._plan(q_indptr, q_positions, kv_indptr, pages[:capacity], starts_at[:capacity], sizes, offset, row_blocks, params, {})
 
-    _texts = {
-        **dict.fromkeys(
-            (Wrong.NEGATIVE_KV, Wrong.DECREASING_KV), "sizes are negative, do not add up to M and N, or are no multiples of multiple="
-        ),
-        Wrong.PAST_TABLE: "more pages than max_blocks", Wrong.LONG_QUERY: "more queries than max_row_size",
-    }  # fmt: skip
+    _status_texts = (
+        (_BAD_KEYS, "sizes are negative, do not add up to M and N, or are no multiples of multiple="),
+        (_TOO_MANY, "more pages than max_blocks, or more queries than max_row_size"),
+    )
 
 
 def _check_sizes(rows: torch.Tensor, columns: torch.Tensor, sizes: tuple[int, int], page: int, most: int) -> None:
