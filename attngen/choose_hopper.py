@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .choose import Preference, settle
-from .choose_cuda import CudaChoice, _Printed, arch
+from .choose_cuda import CudaChoice, Printed, arch
 from .errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class HopperConfig(_Printed):
+class HopperConfig(Printed):
     """An attention kernel of attention_sm90.cu, beside its hooks and problem."""
 
     arch: str

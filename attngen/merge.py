@@ -144,7 +144,7 @@ def compile(  # noqa: A001
         index = cuda_index(device, 'give arch=, such as "90a"')
         _load(index, dtype, out_dtype or dtype, head_dim_v)
         arch = cuda.device_arch(index).name
-    return cuda.build(_specialise(_config(arch, dtype, out_dtype or dtype, head_dim_v)))[0]
+    return cuda.build(specialise(config_of(arch, dtype, out_dtype or dtype, head_dim_v)))[0]
 
 
 # ---------------------------------------------------------------- merging
@@ -292,7 +292,8 @@ def _values(states: _States, log2_base: float) -> tuple[dict[str, Any], list[tor
     return values, held
 
 
-def _config(arch_name: str, dtype: torch.dtype, out_dtype: torch.dtype, dv: int) -> MergeConfig:
+def config_of(arch_name: str, dtype: torch.dtype, out_dtype: torch.dtype, dv: int) -> MergeConfig:
+    """What a kernel of ``merge_states`` is specialised to, or UnsupportedError."""
     if dtype not in _DTYPES or out_dtype not in _DTYPES or dv % 8 or dv < 8:
         raise UnsupportedError(
             f"merge_states of {dtype} to {out_dtype}, head_dim_v {dv}: required {', '.join(map(str, _DTYPES))} and a multiple of 8"
@@ -300,7 +301,8 @@ def _config(arch_name: str, dtype: torch.dtype, out_dtype: torch.dtype, dv: int)
     return MergeConfig(arch_named(arch_name).name, DTYPE_NAMES[dtype], DTYPE_NAMES[out_dtype], dv)
 
 
-def _specialise(config: MergeConfig) -> cuda.Specialised:
+def specialise(config: MergeConfig) -> cuda.Specialised:
+    """The kernel before it is rendered, with its key."""
     return cuda.specialise_plain("merge", "merge_states", config, MERGE_FIELDS)
 
 
@@ -309,10 +311,10 @@ def _load(index: int, dtype: torch.dtype, out_dtype: torch.dtype, dv: int) -> tu
     found = _loaded.get(ident)
     if found is None:
         gpu = cuda.device_arch(index)
-        config = _config(gpu.name, dtype, out_dtype, dv)
+        config = config_of(gpu.name, dtype, out_dtype, dv)
         cuda.refuse_capture(index, f"merge_states' kernel for {config}",
                             "call merge_states, or attngen.merge.compile, with the same dtypes and head_dim_v before the capture")
-        special = _specialise(config)
+        special = specialise(config)
         kernel = cuda.load(special, index, config.threads, 0, gpu.dependent_launch)
         found = _loaded.setdefault(ident, (special, kernel))
     return found

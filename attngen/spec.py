@@ -227,7 +227,7 @@ class Variant(metaclass=_VariantMeta):
             _check_name(cls, name, declared)
 
     def __init__(self, *args: Any, **values: Any) -> None:
-        _outside_dynamo(type(self).__name__)
+        outside_dynamo(type(self).__name__)
         names = list(self.fields)
         if len(args) > len(names):
             raise fail(f"{self.name}() got {len(args)} values for its fields ({', '.join(names)})", "Give one each")
@@ -293,7 +293,7 @@ class Variant(metaclass=_VariantMeta):
         trace = Trace(
             scale=_scale(self.name, proxy), rope=_trace_rope(rope, locations), fields=runtime, where=locations, **found
         )
-        _check_trace(self.name, trace)
+        check_trace(self.name, trace)
         return trace
 
     # ---- mask algebra
@@ -334,7 +334,8 @@ class Variant(metaclass=_VariantMeta):
         return "\n".join(lines)
 
 
-def _outside_dynamo(what: str) -> None:
+def outside_dynamo(what: str) -> None:
+    """Raises VariantError where torch.compile is tracing."""
     if is_dynamo_compiling():  # it makes objects without their metaclass
         raise VariantError(
             f"{what} is made inside a function that torch.compile traces: required outside, since hooks are not traced there; "
@@ -393,7 +394,8 @@ def _trace_rope(rope: Any, locations: dict[Node, Where]) -> RopeTrace | None:
     return RopeTrace(rope, tuple(rows), kv_position, kind)
 
 
-def _check_trace(owner: str, trace: Trace) -> None:
+def check_trace(owner: str, trace: Trace) -> None:
+    """Raises VariantError for hooks that exclude each other or have another type than theirs."""
     verify(trace.roots().values())
     if trace.weight is not None and trace.sink is not None:
         raise fail(f"{owner} has both `weight` and `sink`", "weight replaces softmax, so there is no denominator to add to")
@@ -562,7 +564,7 @@ class Composed(Variant):
     """Several variants as one. Made by ``compose`` and by the mask algebra."""
 
     def __init__(self, how: str, parts: tuple[Variant, ...]) -> None:
-        _outside_dynamo("a composition")
+        outside_dynamo("a composition")
         self._how, self._parts = how, parts
         if how != "compose":
             for part in parts:
@@ -645,7 +647,7 @@ class Composed(Variant):
             fields={n: f for t in traces for n, f in t.fields.items()} | {n: f for t in traces for n, f in t.used().items()},
             where={node: place for t in traces for node, place in t.where.items()},
         )  # fmt: skip
-        _check_trace(self.name, trace)
+        check_trace(self.name, trace)
         return trace
 
     def _only(self, hook: str) -> Any:
