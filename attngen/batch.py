@@ -23,10 +23,10 @@ from .engine import CudaEngine, Facts, Plan, Site
 from .engine_cpu import CpuEngine
 from .engine_cpu import Plan as CpuPlan
 from .errors import ParameterError, UnsupportedError
+from .lengths import Lengths, all_good, read_requests
 from .library import NO_GRAD, NOT_IN_GRAPHS, PARAMETERS, define, operands, parameters
 from .ops import F32
 from .run import DTYPE_NAMES, _free_axes, _scale, check_free_axes, check_scalar, stored_dtypes
-from .schedule import Lengths, all_good, read_requests
 from .spec import Variant, as_variant
 
 _DTYPES = (torch.bfloat16, torch.float16)

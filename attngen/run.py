@@ -786,7 +786,7 @@ class _Site(_Shape):
         self, buffer: bytearray, q_lens: Any, kv_lens: Any, q_offset: Any, held: list[torch.Tensor]
     ) -> int:
         """Write the requests' records and RoPE's tables; returns the longest kv_len."""
-        from .schedule import REQUEST
+        from .lengths import REQUEST
 
         lens_q, lens_kv, offsets = self.lengths(q_lens, kv_lens, q_offset)
         records = bytearray(REQUEST.size * self.batch)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from attngen import boxes, choose_cuda, cuda, dense, run, schedule
+from attngen import boxes, choose_cuda, cuda, dense, lengths, queued, run, schedule
 from attngen.bounds import analyse
 from attngen.choose_cuda import ARCHS
 from attngen.interp import evaluate
@@ -25,7 +25,7 @@ def memory(address: int, count: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def unpacked(request: bytes) -> schedule.Request:
-    return schedule.Request(*schedule.REQUEST.unpack(request))
+    return lengths.Request(*lengths.REQUEST.unpack(request))
 
 
 class Kernel:
@@ -85,16 +85,16 @@ class Kernel:
 
     def queued(self, p: Any) -> Iterator[tuple[Any, ...]]:
         """The same of kind "queue": every tile in one go, when its first piece is drawn."""
-        units, requests, *drawn = schedule.QUEUE.unpack(bytes(memory(p.queue, 16, torch.uint8).tolist()))
+        units, requests, *drawn = queued.QUEUE.unpack(bytes(memory(p.queue, 16, torch.uint8).tolist()))
         starts = memory(p.unit_starts, requests + 1, torch.int32).tolist()
         records = [
-            schedule.QUEUED_REQUEST.unpack(bytes(memory(p.requests + 80 * i, 80, torch.uint8).tolist())) for i in range(requests)
+            queued.QUEUED_REQUEST.unpack(bytes(memory(p.requests + 80 * i, 80, torch.uint8).tolist())) for i in range(requests)
         ]
-        records = tuple(schedule.QueuedRequest(unpacked(x[0]), *x[1:11]) for x in records)
+        records = tuple(queued.QueuedRequest(unpacked(x[0]), *x[1:11]) for x in records)
         assert drawn == [0, 0] and starts == [*(r.unit0 for r in records), units]
         reach = schedule.Reach(analyse(self.variant.trace.mask), self.params(p), p.num_heads, p.num_kv_heads)
         shape = choose_cuda.tile_class(self.special.config, self.special.problem)
-        for unit in schedule.QueuePlan(shape, p.num_kv_heads, 1, records, units, reach).walk():
+        for unit in queued.QueuePlan(shape, p.num_kv_heads, 1, records, units, reach).walk():
             if unit.pieces == 1 or unit.slot == unit.merge[0]:
                 slots = reach.row_slots(max(unit.record.index, 0), unit.record.request, unit.row0, unit.row0 + unit.rows)
                 yield unit.record.request, unit.record.index, unit.row0, unit.rows, *slots, (unit.kv_head,)

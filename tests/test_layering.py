@@ -45,6 +45,8 @@ STREET = (
     "cache",
     "library",
     "load",
+    "lengths",
+    "queued",
     "schedule",
     "pins",
     "tuned",

@@ -22,7 +22,9 @@ from attngen import cuda, engine, schedule
 from attngen.bounds import analyse
 from attngen.choose_cuda import PlanConfig, TileClass
 from attngen.paths import templates_dir
-from attngen.schedule import Lengths, QueuePlan, Reach, plan
+from attngen.lengths import Lengths, Reach
+from attngen.queued import ORDERED, QueuedUnit, QueuePlan
+from attngen.schedule import plan
 from attngen.spec import Problem
 from attngen.variants import Causal, SlidingWindow
 from compare import compare
@@ -49,7 +51,7 @@ def check_queue(p: QueuePlan, max_slots: int, keeps) -> None:
     as queue.cuh says. ``keeps(index, q, kv)``: the mask."""
     heads, shape = p.num_kv_heads, p.shape
     assert p.units == sum(r.tiles * r.pieces * heads for r in p.records)
-    parts: dict[tuple[int, int, int], list[schedule.QueuedUnit]] = defaultdict(list)
+    parts: dict[tuple[int, int, int], list[QueuedUnit]] = defaultdict(list)
     for unit in p.walk():
         parts[unit.record.index, unit.row0, unit.kv_head].append(unit)
     assert sorted(parts) == sorted(
@@ -77,7 +79,7 @@ def check_queue(p: QueuePlan, max_slots: int, keeps) -> None:
     lengths = [p.reach.row_slots(abs(r.index), r.request, row0, min(row0 + shape.bm, r.rows))  # of the first and last tile
                for r in p.records for row0 in (0, (r.tiles - 1) * shape.bm)]  # fmt: skip
     blocks = [(e - 1) // shape.bn - b // shape.bn + 1 if b < e else 0 for b, e in lengths]
-    order = [(r.index // schedule.ORDERED, -max(two), r.index) for r, two in zip(p.records, zip(blocks[::2], blocks[1::2]))]
+    order = [(r.index // ORDERED, -max(two), r.index) for r, two in zip(p.records, zip(blocks[::2], blocks[1::2]))]
     assert order == sorted(order)
     for r in p.records:
         places = []

@@ -16,7 +16,8 @@ from attngen.bounds import analyse
 from attngen.choose_cuda import PlanConfig, TileClass
 from attngen.errors import ParameterError
 from attngen.paths import templates_dir
-from attngen.schedule import ClassPlan, Lengths, Reach, all_good, plan, read_requests
+from attngen.lengths import Lengths, Reach, all_good, read_requests
+from attngen.schedule import ClassPlan, plan
 from attngen.status import Status, Wrong
 
 
