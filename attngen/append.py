@@ -20,8 +20,8 @@ from .choose_cuda import AppendConfig, arch_named
 from .devices import as_device, cuda_index
 from .errors import ParameterError, UnsupportedError
 from .library import NO_GRAD, define
+from .params import DTYPE_NAMES, MAX_LENGTH
 from .rope import RoPE, alive, rotate
-from .run import DTYPE_NAMES, MAX_LENGTH
 from .status import STATUS_WORDS, Status, Wrong
 
 _CUDA_DTYPES = (torch.bfloat16, torch.float16)

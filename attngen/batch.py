@@ -26,7 +26,8 @@ from .errors import ParameterError, UnsupportedError
 from .lengths import Lengths, all_good, read_requests
 from .library import NO_GRAD, NOT_IN_GRAPHS, PARAMETERS, define, operands, parameters
 from .ops import F32
-from .run import DTYPE_NAMES, _free_axes, _scale, check_free_axes, check_scalar, stored_dtypes
+from .params import DTYPE_NAMES, check_free_axes, check_scalar, free_axes, scale_of
+from .run import stored_dtypes
 from .spec import Variant, as_variant
 
 _DTYPES = (torch.bfloat16, torch.float16)
@@ -125,8 +126,8 @@ class BatchAttention:
         self.max_q_len = min(max_q_len or max_q_tokens, max_q_tokens)
         self.max_kv_len = min(max_kv_len or capacity * (page_size or 1), _INT32_MAX)
         self.head_offset, self.total_heads = head_offset, all_heads
-        self.scale = _scale(self.variant, scale, head_dim)
-        self._fields, self._free = dict(trace.used()), _free_axes(self.variant)
+        self.scale = scale_of(self.variant, scale, head_dim)
+        self._fields, self._free = dict(trace.used()), free_axes(self.variant)
         reads = trace.mask.params if trace.mask is not None else frozenset()
         self.plan_fields = {n: f for n, f in self._fields.items() if n in reads}
         self.run_fields = {n: f for n, f in self._fields.items() if n not in reads}

@@ -29,7 +29,8 @@ from .choose_hopper import choose_hopper
 from .emit import Hooks, emit
 from .errors import ParameterError, UnsupportedError
 from .ops import I32_MAX
-from .run import DTYPE_NAMES, stored_dtypes
+from .params import DTYPE_NAMES
+from .run import stored_dtypes
 from .schedule import Workspace
 from .schedule import workspace as workspace_layout
 from .spec import Problem, Trace, Variant, as_variant

@@ -23,7 +23,7 @@ from .expr import Node
 from .interp import evaluate
 from .library import NO_GRAD, define
 from .ops import F32, TORCH_DTYPE
-from .run import DTYPE_NAMES, check_scalar
+from .params import DTYPE_NAMES, check_scalar
 from .spec import STORAGE, Variant, as_variant
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -30,7 +30,7 @@ import torch
 from .choose import CPU_ISAS
 from .errors import ParameterError, UnsupportedError
 from .pack import check_name
-from .run import DTYPE_NAMES
+from .params import DTYPE_NAMES
 
 LOCK_FORMAT = "attngen-lock-1"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

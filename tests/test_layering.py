@@ -44,6 +44,8 @@ STREET = (
     "explain",
     "cache",
     "library",
+    "params",
+    "shape",
     "load",
     "lengths",
     "queued",

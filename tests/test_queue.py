@@ -19,6 +19,7 @@ import attngen as ag
 import emulated
 import on_host_block
 from attngen import cuda, engine, schedule
+from attngen import queued as queued_room
 from attngen.bounds import analyse
 from attngen.choose_cuda import PlanConfig, TileClass
 from attngen.paths import templates_dir
@@ -217,7 +218,7 @@ def test_cuts_pay(monkeypatch):
         with monkeypatch.context() as patched:
             for pieces in (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 64, 128):
                 blocks = 0 if pieces == 1 else max(max(kv_lens) // 128 // pieces, 4)
-                patched.setattr(schedule, "_piece_blocks", lambda *_: blocks)  # noqa: B023
+                patched.setattr(queued_room, "_piece_blocks", lambda *_: blocks)  # noqa: B023
                 p = queued(*args, room=2**31 - 1)
                 if sum(r.tiles * r.pieces * p.num_kv_heads for r in p.records if r.pieces > 1) <= 4 * 132:
                     others.append(makespan(p))
