@@ -28,7 +28,7 @@ from .run import DEBUG, FORMAT, BuildRecord, build_artifact, describe, key_input
 from .spec import Problem, Trace
 
 # The rooms whose text decides what a CUDA kernel's source says.
-_ROOMS = ("ops", "expr", "bounds", "trace", "rope", "spec", "abi", "abi_cuda", "choose_cuda", "choose_hopper", "emit", "render", "render_cuda",
+_ROOMS = ("ops", "expr", "bounds", "trace", "rope", "fields", "spec", "abi", "abi_cuda", "choose_cuda", "choose_hopper", "emit", "render", "render_cuda",
           "build")  # fmt: skip
 
 

@@ -25,7 +25,8 @@ from .flex_trace import MASK_MOD, SCORE_MOD, Parameter, Tracer, captured_name, s
 from .interp import evaluate
 from .ops import BOOL, F32, I32
 from .run import attention
-from .spec import Field, Trace, Variant, check_trace, outside_dynamo
+from .fields import Field
+from .spec import Trace, Variant, check_trace, outside_dynamo
 
 _LARGE = 1 << 30  # Flex's block size of a mask that has no blocks
 

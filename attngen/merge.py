@@ -20,11 +20,12 @@ from .choose_cuda import MergeConfig, arch_named
 from .devices import cuda_index
 from .errors import ParameterError, UnsupportedError
 from .expr import Node
+from .fields import STORAGE
 from .interp import evaluate
 from .library import NO_GRAD, define
 from .ops import F32, TORCH_DTYPE
 from .params import DTYPE_NAMES, check_scalar
-from .spec import STORAGE, Variant, as_variant
+from .spec import Variant, as_variant
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LN2 = math.log(2.0)

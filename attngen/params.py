@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from .errors import ParameterError, UnsupportedError
+from .fields import STORAGE, plain_number
 from .ops import I32, I32_MAX, I32_MIN
-from .spec import STORAGE, Variant, plain_number
+from .spec import Variant
 
 MAX_LENGTH = 2**30  # positions and lengths stay below it, so that q - kv never wraps
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16",

@@ -24,6 +24,7 @@ from .choose import Choice, choose_cpu, cpu_flags, host_isa
 from .devices import as_device, cuda_index
 from .emit import emit
 from .errors import CacheError, ParameterError, UnsupportedError
+from .fields import STORAGE
 from .interp import reference_attention
 from .library import NO_GRAD, NOT_IN_GRAPHS, PARAMETERS, define, operands, parameters, traced_variant, variant_of
 from .load import LoadedKernel, host, load_kernel
@@ -42,13 +43,13 @@ from .params import (
 )
 from .paths import PACKAGE, templates_dir
 from .shape import Shape, check_made_for, memory
-from .spec import STORAGE, Bare, Problem, Variant, as_variant
+from .spec import Bare, Problem, Variant, as_variant
 
 FORMAT = 1  # of the key; a change voids every cached kernel
 DEBUG = os.environ.get("ATTNGEN_DEBUG", "0") not in ("", "0")  # the ladder of debug.py
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # The rooms whose text decides what a kernel's source says.
-_COMPILER_ROOMS = ("ops", "expr", "bounds", "trace", "rope", "spec", "abi", "choose", "emit", "render", "build")
+_COMPILER_ROOMS = ("ops", "expr", "bounds", "trace", "rope", "fields", "spec", "abi", "choose", "emit", "render", "build")
 
 
 # ---------------------------------------------------------------- compiling

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 
 from .errors import ParameterError, UnsupportedError
+from .fields import STORAGE
 from .ops import I32_MAX
 from .params import MAX_LENGTH, int_list, storage_message
-from .spec import STORAGE, Variant
+from .spec import Variant
 
 
 def memory(t: torch.Tensor) -> int:

@@ -23,6 +23,7 @@ STREET = (
     "intervals",
     "trace",
     "rope",
+    "fields",
     "spec",
     "captures",
     "flex_trace",
