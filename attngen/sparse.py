@@ -11,7 +11,7 @@ they attend to, a head's row of blocks is a request of its own. Hooks see true p
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -21,9 +21,11 @@ from .expr import Node, apply, const, load, param, symbol, walk
 from .fields import AXES, Field
 from .masks import custom_mask, segment_packbits
 from .ops import I32
-from .space import BAD_KV_INDPTR, BAD_PAGE, OVER_CAPACITY
 from .spec import RopeTrace, Trace, Variant, as_variant, check_trace, compose, outside_dynamo
+from .status import Wrong
 
+_BAD_KEYS = (Wrong.NEGATIVE_KV, Wrong.DECREASING_KV, Wrong.NEGATIVE_KV_LEN, Wrong.LAST_PAGE_LEN, Wrong.KV_START)
+_TOO_MANY = (Wrong.PAST_TABLE, Wrong.LONG_KEYS, Wrong.LONG_BATCH, Wrong.LONG_QUERY, Wrong.OVERLAPPING_Q)
 _INT32_MAX = 2**31 - 1
 _OF_HEADS = frozenset(("heads", "kv_heads"))
 _SCALARS = ("q_len", "kv_len", "q_offset", "num_heads", "num_kv_heads", "row_blocks", "group")
@@ -345,15 +347,13 @@ class _Sparse:
     def check(self) -> None:
         """Wait for the device and raise ParameterError for what only the device could see: an indptr that decreases, a block's index out
         of range or not above the one before it, more blocks than there are, sizes that do not add up. The rows concerned are NaN."""
-        status = self._attn.engine.status()
-        if status:
-            request, what = status >> 8, status & 0xFF
-            head, row = divmod(request, self._row_blocks) if self._per_head else (None, request)
+        if status := self._attn.engine.status():
+            head, row = divmod(status.index, self._row_blocks) if self._per_head else (None, status.index)
             place = f"row block {row}" + ("" if head is None else f" of head {head}")
-            raise ParameterError(f"{place}: {self._status_text().get(what, f'status {what}')}")
+            text = next((text for causes, text in self._status_texts if status.what in causes), f"status {status.what}")
+            raise ParameterError(f"{place}: {text}, found {status.found}")
 
-    def _status_text(self) -> dict[int, str]:
-        raise NotImplementedError
+    _status_texts: ClassVar[Sequence[tuple[Sequence[Wrong], str]]]
 
     def _vector(self, name: str, given: Any, dims: Sequence[int] = (1,)) -> torch.Tensor:
         """Ints on the device, int32."""
@@ -513,12 +513,11 @@ class BlockSparseAttention(_Sparse):
         source = ((first + column // self.C) * self.R + i) * self.C + column % self.C
         return mask.flatten()[source.clamp(0, mask.numel() - 1)]
 
-    def _status_text(self) -> dict[int, str]:
-        return {
-            BAD_PAGE: "an index in indices is out of range, 0 ... N / C - 1, or not above the one before it",
-            BAD_KV_INDPTR: "indptr is negative or decreases, or a head's does not begin where the one before ends",
-            OVER_CAPACITY: "indptr ends past the entries of indices",
-        }
+    _status_texts = (
+        ((Wrong.BAD_PAGE,), "an index in indices is out of range, 0 ... N / C - 1, or not above the one before it"),
+        (_BAD_KEYS, "indptr is negative or decreases, or a head's does not begin where the one before ends"),
+        (_TOO_MANY, "indptr ends past the entries of indices"),
+    )
 
 
 def _host(*given: Any) -> list[torch.Tensor] | None:
@@ -673,11 +672,10 @@ class VariableBlockSparseAttention(_Sparse):
         q_indptr[:-1] = torch.where(good, begins + heads * m, heads * m).to(torch.int32).flatten()
         self._plan(q_indptr, q_positions, kv_indptr, pages[:capacity], starts_at[:capacity], sizes, offset, row_blocks, params, {})
 
-    def _status_text(self) -> dict[int, str]:
-        return {
-            BAD_KV_INDPTR: "sizes are negative, do not add up to M and N, or are no multiples of multiple=",
-            OVER_CAPACITY: "more pages than max_blocks, or more queries than max_row_size",
-        }
+    _status_texts = (
+        (_BAD_KEYS, "sizes are negative, do not add up to M and N, or are no multiples of multiple="),
+        (_TOO_MANY, "more pages than max_blocks, or more queries than max_row_size"),
+    )
 
 
 def _check_sizes(rows: torch.Tensor, columns: torch.Tensor, sizes: tuple[int, int], page: int, most: int) -> None:

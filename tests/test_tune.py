@@ -12,9 +12,10 @@ import hopper_on_host
 import pytest
 import torch
 from attngen import cache, engine, pins, run, show, tune, tuned, units
-from attngen.choose import Preference, choose_cpu, host_isa
+from attngen.choose import Preference, choose_cpu
 from attngen.choose_cuda import choose_attention, choose_decode
 from attngen.choose_hopper import choose_hopper
+from attngen.isa import host_isa
 from attngen.emit import emit
 from attngen.sets import VariantSet
 from attngen.spec import Problem
