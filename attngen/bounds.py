@@ -75,15 +75,21 @@ def analyse(mask: Node | None) -> TileBounds:
 _MAX_ALTERNATIVES = 4
 
 
-def alternatives(term: Node) -> tuple[tuple[Inequality, ...], ...]:
-    """The inequalities of each alternative of a disjunction; () where one of them may hold for any key."""
+def disjuncts(term: Node) -> list[Node]:
+    """The terms of a disjunction, in order."""
     found, stack = [], [term]
     while stack:
         node = stack.pop()
         if node.op == "or" and node.dtype == BOOL:
             stack.extend(reversed(node.args))
         else:
-            found.append(tuple(x for part in conjuncts(node) for x in _inequalities(part) or ()))
+            found.append(node)
+    return found
+
+
+def alternatives(term: Node) -> tuple[tuple[Inequality, ...], ...]:
+    """The inequalities of each alternative of a disjunction; () where one of them may hold for any key."""
+    found = [tuple(x for part in conjuncts(node) for x in _inequalities(part) or ()) for node in disjuncts(term)]
     bounded = all(any(x.ck for x in alternative) for alternative in found)
     return tuple(found) if bounded and 1 < len(found) <= _MAX_ALTERNATIVES else ()
 

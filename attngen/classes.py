@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .bounds import alternatives, analyse
+from .bounds import alternatives, analyse, disjuncts
 from .expr import COL, ELEM, ROW, TILE, Node, text, walk
 from .ops import BOOL, F32
 
@@ -139,7 +139,9 @@ def tile_class(mask: Node | None, uniform: Callable[[Node], str], readable: Call
                 tile.texts[node] = f"{prefix}.{values[-1].name}"
         sides.append((side, values))
     kept, found = tile.text(mask), analyse(mask)
-    beyond = any(not found.either or alternatives(term) != found.either for term in found.opaque)
+    beyond = any(
+        not found.either or alternatives(term) != found.either or not all(analyse(x).exact for x in disjuncts(term)) for term in found.opaque
+    )
     words = _words(kept, tile.lines)
 
     def finished(side: _Lines, values: list[RangeValue], prefix: str, symbols: tuple[str, ...]) -> Side:

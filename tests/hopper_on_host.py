@@ -9,7 +9,7 @@ from typing import Any
 import on_host_block
 import on_host_hopper
 import torch
-from attngen import batch, boxes, cuda, dense, engine, run
+from attngen import boxes, cuda, dense, engine, engine_cpu, run
 from attngen.choose_cuda import ARCHS
 
 MULTIPROCESSORS = 3
@@ -63,4 +63,4 @@ def install(monkeypatch: Any) -> None:
     monkeypatch.setattr(dense.DenseSite, "device_types", ("cpu",))
     monkeypatch.setattr(dense, "_loaded", {})
     monkeypatch.setitem(run.device_sites, "cpu", dense.DenseSite)
-    monkeypatch.setattr(batch, "CpuEngine", Engine)
+    monkeypatch.setattr(engine_cpu, "CpuEngine", Engine)

@@ -14,7 +14,7 @@ import on_host
 import on_host_block
 import test_ops
 import torch
-from attngen import batch, cuda, dense, run
+from attngen import cuda, dense, engine_cpu, run
 from attngen.build import Recipe, compile_kernel
 from attngen.choose_cuda import ARCHS
 from attngen.cuda import Specialised
@@ -153,4 +153,4 @@ def install(monkeypatch: Any) -> None:
     monkeypatch.setattr(dense.DenseSite, "device_types", ("cpu",))
     monkeypatch.setattr(dense, "_loaded", {})
     monkeypatch.setitem(run.device_sites, "cpu", dense.DenseSite)
-    monkeypatch.setattr(batch, "CpuEngine", Engine)
+    monkeypatch.setattr(engine_cpu, "CpuEngine", Engine)
