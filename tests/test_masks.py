@@ -235,10 +235,11 @@ def test_a_graph_sees_new_bits():
     batch = Batch([40, 3], [200, 64], d=64, heads=4, kv_heads=2)
     bits = torch.zeros(40 * 200 // 8 + 3 * 64 // 8, dtype=torch.uint8, device="cuda")
     attn, out = make(CustomMask(), batch), torch.empty_like(batch.q)
+    pages, kv_lens = batch.pages(), batch.ints([200, 64])  # a capture copies nothing from the host
     masks.compile()
 
     def step():
-        attn.plan(*batch.pages(), **ag.custom_mask(bits, q_indptr=batch.q_indptr, kv_lens=batch.ints([200, 64]), num_tokens=43))
+        attn.plan(*pages, **ag.custom_mask(bits, q_indptr=batch.q_indptr, kv_lens=kv_lens, num_tokens=43))
         attn.run(batch.q, (batch.k, batch.v), out=out)
 
     step()

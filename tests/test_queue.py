@@ -345,7 +345,7 @@ def test_the_planner_on_the_device_against_its_twin(name, variant):
     def launch(buffer: bytearray, blocks: int) -> None:
         launcher.launch(buffer, {}, blocks, cuda.current_stream(torch.cuda.current_device()))
 
-    compare_plans(planner(name, variant), launch, PLANNED[variant], 150, "cuda")
+    compare_plans(planner(name, variant), launch, PLANNED[variant], 30 if "split" in name else 150, "cuda")  # pieces fill 0.1 GB a trial
 
 
 WALK = """
