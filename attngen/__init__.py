@@ -34,11 +34,12 @@ from .expr import absolute as abs  # noqa: A004
 from .expr import cast, exp, exp2, floor, log, log2, rsqrt, sigmoid, sqrt, tanh, where
 from .expr import maximum as max  # noqa: A004
 from .expr import minimum as min  # noqa: A004
+from .fields import Const, Scalar, Tensor
 from .run import BuildRecord, Kernel, attention, build_log, compile, reference  # noqa: A004
 from .run import collector_paused as _collector_paused
 from .run import device_compilers as _device_compilers
 from .run import device_sites as _device_sites
-from .spec import Const, Scalar, Tensor, Variant, compose
+from .spec import Variant, compose
 
 __version__ = "0.1.0"
 

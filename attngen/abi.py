@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from .ops import I32
-from .spec import Field
+from .fields import Field
 
 LAUNCH_ABI = "attngen-cpu-2"
 

@@ -20,8 +20,8 @@ from .choose_cuda import AppendConfig, arch_named
 from .devices import as_device, cuda_index
 from .errors import ParameterError, UnsupportedError
 from .library import NO_GRAD, define
+from .params import DTYPE_NAMES, MAX_LENGTH
 from .rope import RoPE, alive, rotate
-from .run import DTYPE_NAMES, MAX_LENGTH
 from .status import STATUS_WORDS, Status, Wrong
 
 _CUDA_DTYPES = (torch.bfloat16, torch.float16)
@@ -257,7 +257,7 @@ def compile(  # noqa: A001
     the current one), where it is loaded too, so that the first call may be captured. Returns its cache entry."""
     if arch is None:
         return cuda.build(_load(cuda_index(device, 'give arch=, such as "90a"'), dtype, head_dim, head_dim_v or head_dim, rope).special)[0]
-    return cuda.build(_specialise(_config(arch, dtype, head_dim, head_dim_v or head_dim, rope)))[0]
+    return cuda.build(specialise(config_of(arch, dtype, head_dim, head_dim_v or head_dim, rope)))[0]
 
 
 # ---------------------------------------------------------------- CUDA
@@ -268,7 +268,8 @@ def _narrow(index: torch.Tensor | None) -> torch.Tensor | None:
     return index if index is None or index.dtype == torch.int32 else index.clamp(-1, _INT32_MAX).int()
 
 
-def _config(arch_name: str, dtype: torch.dtype, d: int, dv: int, rope: RoPE | None) -> AppendConfig:
+def config_of(arch_name: str, dtype: torch.dtype, d: int, dv: int, rope: RoPE | None) -> AppendConfig:
+    """What a kernel of ``append_kv`` is specialised to, or UnsupportedError."""
     if dtype not in _CUDA_DTYPES:
         raise UnsupportedError(f"append_kv of {dtype} on CUDA: the kernel takes torch.bfloat16 or torch.float16")
     rotary, interleaved = 0, False
@@ -280,7 +281,8 @@ def _config(arch_name: str, dtype: torch.dtype, d: int, dv: int, rope: RoPE | No
     return AppendConfig(arch_named(arch_name).name, DTYPE_NAMES[dtype], d, dv, rotary, interleaved)
 
 
-def _specialise(config: AppendConfig) -> cuda.Specialised:
+def specialise(config: AppendConfig) -> cuda.Specialised:
+    """The kernel before it is rendered, with its key."""
     return cuda.specialise_plain("append", "append_kv", config, APPEND_FIELDS)
 
 
@@ -289,10 +291,10 @@ def _load(index: int, dtype: torch.dtype, d: int, dv: int, rope: RoPE | None) ->
     found = _loaded.get(ident)
     if found is None:
         gpu = cuda.device_arch(index)
-        config = _config(gpu.name, dtype, d, dv, rope)
+        config = config_of(gpu.name, dtype, d, dv, rope)
         cuda.refuse_capture(index, f"append_kv's kernel for {config}",
                             "call append_kv or attngen.append.compile, with this dtype, head sizes and rope, before the capture")
-        special = _specialise(config)
+        special = specialise(config)
         kernel = cuda.load(special, index, config.threads, 0, gpu.dependent_launch)
         device = torch.device("cuda", index)
         if index not in _status:  # a copy from the host waits, so that other streams may use it at once

@@ -21,10 +21,11 @@ from torch.compiler import is_dynamo_compiling
 from .devices import as_device, cuda_index
 from .engine import CudaEngine, Facts, Plan, Site
 from .errors import ParameterError, UnsupportedError
+from .lengths import Lengths, all_good, read_requests
 from .library import NO_GRAD, NOT_IN_GRAPHS, PARAMETERS, define, operands, parameters
 from .ops import F32
-from .run import DTYPE_NAMES, _free_axes, _scale, check_free_axes, check_scalar, stored_dtypes
-from .schedule import Lengths, all_good, read_requests
+from .params import DTYPE_NAMES, check_free_axes, check_scalar, free_axes, scale_of
+from .run import stored_dtypes
 from .spec import Variant, as_variant
 
 if TYPE_CHECKING:
@@ -134,11 +135,11 @@ class BatchAttention:
         self.max_q_len = min(max_q_len or max_q_tokens, max_q_tokens)
         self.max_kv_len = min(max_kv_len or capacity * (page_size or 1), _INT32_MAX)
         self.head_offset, self.total_heads = head_offset, all_heads
-        self.scale = _scale(self.variant, scale, head_dim)
-        self._fields, self._free = dict(trace.used()), _free_axes(self.variant)
+        self.scale = scale_of(self.variant, scale, head_dim)
+        self._fields, self._free = dict(trace.used()), free_axes(self.variant)
         reads = trace.mask.params if trace.mask is not None else frozenset()
-        self._mask_fields = {n: f for n, f in self._fields.items() if n in reads}
-        self._run_fields = {n: f for n, f in self._fields.items() if n not in reads}
+        self.plan_fields = {n: f for n, f in self._fields.items() if n in reads}
+        self.run_fields = {n: f for n, f in self._fields.items() if n not in reads}
         self.engine = _engine_for(self.device)(
             Facts(
                 variant=self.variant, device=self.device, dtype=dtype, num_heads=num_heads, num_kv_heads=num_kv_heads,
@@ -161,7 +162,7 @@ class BatchAttention:
         self._planned: tuple[Plan | CpuPlan, int, int] | None = None  # the plan, its requests, the rows that q must have
         self._plan_params: Mapping[str, Any] = {}
         self._sites: dict[Any, Site] = {}
-        self._run_names, self._has_lse = tuple(self._run_fields), trace.weight is None
+        self._run_names, self._has_lse = tuple(self.run_fields), trace.weight is None
         self._handle = next(_handles)
         _objects[self._handle] = self
 
@@ -269,7 +270,7 @@ class BatchAttention:
             self._check_lengths(values | seen)
             if table is not None and self._on_host(table):
                 self._top_page = self._largest_page(torch.as_tensor(table), seen)
-        bound = self._bind("plan", self._mask_fields, params, requests)
+        bound = self._bind("plan", self.plan_fields, params, requests)
         self._plan_params = bound
         self._planned = self.engine.plan(values, page_table, bound), requests, requests if q_indptr is None else rows
 
@@ -335,7 +336,7 @@ class BatchAttention:
         lse = None
         if return_lse or partial and self.variant.trace.weight is None:
             lse = torch.empty(site.out_shape[:2], dtype=torch.float32, device=self.device)
-        bound = self._bind("run", self._run_fields, params, requests) if params or self._run_fields else {}
+        bound = self._bind("run", self.run_fields, params, requests) if params or self.run_fields else {}
         self.engine.launch(planned, site, q.data_ptr(), k_at, v_at, out, lse, bound, partial)
         return (out, lse) if return_lse or partial else out
 

@@ -207,7 +207,7 @@ def find_cxx() -> Tool:
 
 def find_nvcc() -> Tool:
     """nvcc: below $CUDA_HOME or $CUDA_PATH, else on the PATH, in /usr/local/cuda or in PyPI's nvidia/cu13 folder."""
-    for root in _cuda_roots():
+    for root in cuda_roots():
         nvcc = root / "bin" / "nvcc"
         if os.access(nvcc, os.X_OK):
             return Tool((str(nvcc),), _version((str(nvcc),)))
@@ -237,7 +237,7 @@ def find_ninja() -> Tool:
     return Tool((path,), "ninja")
 
 
-def _cuda_roots() -> list[Path]:
+def cuda_roots() -> list[Path]:
     """Toolkit roots, in order of preference. Where nvcc on the PATH is a wrapper script, it is asked for its root."""
     roots = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     on_path = shutil.which("nvcc")

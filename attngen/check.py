@@ -18,10 +18,11 @@ import torch
 from . import counters, run
 from .devices import as_device
 from .expr import Node, discrete_inputs
+from .fields import Field
 from .interp import evaluate
 from .ops import BOOL, F32, I32
 from .rope import rotate
-from .spec import Field, Variant
+from .spec import Variant
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Allowed beside twice torch's own error, relative to 1 + |reference|: rounding, and another order of summation.

@@ -76,7 +76,9 @@ def cuda_flags(arch_name: str) -> list[str]:
     return ["-std=c++17", "-O3", f"-gencode=arch=compute_{name},code=sm_{name}", "-Xptxas", "-v", "-diag-suppress", "177"]
 
 
-class _Printed:
+class Printed:
+    """A record that prints as ``name=value`` of each field."""
+
     def __str__(self) -> str:
         return " ".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))
 
@@ -93,7 +95,7 @@ class CudaChoice(Generic[Config, Candidate]):
     by: str = "rule"
 
 
-class _WarpConfig(_Printed):
+class _WarpConfig(Printed):
     """What the records of kernels share that count their warps."""
 
     warps: int
@@ -400,7 +402,7 @@ class PlanConfig:
         return " ".join((f"arch={self.arch}", *map(str, self.classes), *(f"zones:{z.name}" for z in self.zones)))
 
 
-class _GridConfig(_Printed):
+class _GridConfig(Printed):
     """What the records of kernels share that give each thread one of ``columns`` of a row, and use no shared memory."""
 
     columns: int

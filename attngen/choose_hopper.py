@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .choose import Preference, settle
-from .choose_cuda import CudaChoice, _Printed, arch
+from .choose_cuda import CudaChoice, Printed, arch
 from .errors import UnsupportedError
 from .records import record
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @record
-class HopperConfig(_Printed):
+class HopperConfig(Printed):
     """An attention kernel of attention_sm90.cu, beside its hooks and problem."""
 
     arch: str

@@ -59,9 +59,9 @@ def machine_code(entry: Entry) -> str:
 
 @functools.cache
 def _cuda_tool(name: str) -> str | None:
-    from .build import _cuda_roots
+    from .build import cuda_roots
 
-    found = [str(root / "bin" / name) for root in _cuda_roots() if os.access(root / "bin" / name, os.X_OK)]
+    found = [str(root / "bin" / name) for root in cuda_roots() if os.access(root / "bin" / name, os.X_OK)]
     return found[0] if found else shutil.which(name)
 
 

@@ -17,14 +17,15 @@ from . import cuda
 from .engine import POINTERS, Loaded, cuda_problem, kernels_of, rope_tables, struct_values, zone_values
 from .errors import ParameterError, UnsupportedError
 from .ops import F32, I32_MAX, I32_MIN
-from .run import _free_axes, _memory, _scale, _Shape, _value, check_free_axes, check_scalar
+from .params import check_free_axes, check_scalar, free_axes, scale_of, value_of
+from .shape import Shape, memory
 from .spec import Problem, Variant
 
 _loaded: dict[Any, Loaded] = {}
 _lock = threading.Lock()
 
 
-class DenseSite(_Shape):
+class DenseSite(Shape):
     """A call site on CUDA: everything about a call that depends only on dtypes, shapes, strides and the variant."""
 
     device_types = ("cuda",)
@@ -43,10 +44,10 @@ class DenseSite(_Shape):
         if max(self.batch * self.q_len, self.q_len * group) > I32_MAX:
             raise UnsupportedError(f"q has {self.batch} x {self.q_len} rows: the batch must stay below 2**31")
         trace = variant.trace
-        self.scale = _scale(variant, None, self.head_dim)
+        self.scale = scale_of(variant, None, self.head_dim)
         self.rope = trace.rope.rope if trace.rope else None
         self.params = dict(trace.used())
-        self.free_axes = _free_axes(variant)
+        self.free_axes = free_axes(variant)
         self.mask_params = trace.mask.params if trace.mask is not None else frozenset()
         self.out_shape = (*q.shape[:3], self.head_dim_v)
         self.loaded = _load(variant, problem, q.device, self.q_len * group)
@@ -119,7 +120,7 @@ class DenseSite(_Shape):
         loaded.plan.launch(bytearray(self.plan_template), values, loaded.blocks + zone_blocks, stream)
 
         values = struct_values(bound) | loaded.lists(self.tile, self.space, base) | zones
-        values["scale"] = self.scale if scale is None else _scale(self.variant, scale, self.head_dim)
+        values["scale"] = self.scale if scale is None else scale_of(self.variant, scale, self.head_dim)
         if self.rope is not None:
             inv_freq = self.inv_freq
             if self.rope.needs_kv_lens:
@@ -173,10 +174,10 @@ class DenseSite(_Shape):
         """Checked values, numbers and tensors on the device; ``longest`` kv_len."""
         values: dict[str, Any] = {}
         for name, f in self.params.items():
-            value = _value(self.variant, name, params)
+            value = value_of(self.variant, name, params)
             if f.kind == "tensor":
                 value = self.check_tensor(name, value, longest)
-                if out is not None and value.numel() and _memory(value) == _memory(out):
+                if out is not None and value.numel() and memory(value) == memory(out):
                     raise ParameterError("out shares memory with a parameter: give another tensor")
             elif isinstance(value, torch.Tensor) and value.device == self.device:
                 wanted = torch.float32 if f.dtype == F32 else torch.int32

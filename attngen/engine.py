@@ -26,8 +26,9 @@ from .cache import Entry
 from .choose_cuda import PlanConfig, ZoneMap, arch, arch_named, choose_attention, choose_decode, most_blocks, tile_class
 from .errors import ParameterError, UnsupportedError
 from .ops import I32_MAX
+from .params import DTYPE_NAMES
 from .records import record
-from .run import DTYPE_NAMES, stored_dtypes
+from .run import stored_dtypes
 from .space import Workspace
 from .space import workspace as workspace_layout
 from .spec import Problem, Trace, Variant, as_variant
@@ -464,7 +465,7 @@ class CudaEngine:
         """One kernel on the current stream.
 
         Args:
-            lengths: arguments of ``schedule.Lengths``; vectors are int32 tensors on the device.
+            lengths: arguments of ``lengths.Lengths``; vectors are int32 tensors on the device.
             page_table: page numbers, int32 on the device.
             params: checked values of the fields that the mask reads: numbers and device tensors.
         """

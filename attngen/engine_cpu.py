@@ -13,9 +13,10 @@ import torch
 
 from .engine import Facts, Site, struct_values
 from .errors import ParameterError
+from .lengths import Lengths, Request, read_requests
+from .params import MAX_LENGTH, check_scalar
 from .records import record
-from .run import MAX_LENGTH, check_scalar, kernel_for, problem_for
-from .schedule import Lengths, Request, read_requests
+from .run import kernel_for, problem_for
 from .status import STATUS_WORDS, Status
 
 _ZERO = torch.zeros(8, dtype=torch.int64, device="cpu")  # what an empty tensor points to: element 0 must be readable

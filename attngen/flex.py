@@ -25,7 +25,8 @@ from .flex_trace import MASK_MOD, SCORE_MOD, Parameter, Tracer, captured_name, s
 from .interp import evaluate
 from .ops import BOOL, F32, I32
 from .run import attention
-from .spec import Field, Trace, Variant, _check_trace, _outside_dynamo
+from .fields import Field
+from .spec import Trace, Variant, check_trace, outside_dynamo
 
 _LARGE = 1 << 30  # Flex's block size of a mask that has no blocks
 
@@ -38,7 +39,7 @@ class FlexVariant(Variant):
         self, score_mod: Callable[..., Any] | None, mask_mod: Callable[..., Any] | None, blocks: _Blocks | None, q_offset: Any,
         found: Captures, made_for: Any = None, bound: bool = True,
     ) -> None:  # fmt: skip
-        _outside_dynamo("from_flex")
+        outside_dynamo("from_flex")
         tracer = Tracer({id(t): name for name, t in reversed(found.tensors)})
         names = [_label(f) for f in (score_mod, mask_mod) if f is not None] + ["blocks"] * (blocks is not None)
         self._label = f"flex({', '.join(names)})"
@@ -67,7 +68,7 @@ class FlexVariant(Variant):
 
     def _trace(self) -> Trace:
         trace = self.__dict__.pop("_found")
-        _check_trace(self.name, trace)
+        check_trace(self.name, trace)
         return trace
 
     def __repr__(self) -> str:
@@ -269,7 +270,7 @@ def from_flex(
             functions that are not known, whole-tensor arithmetic, float64, tensors that require grad.
         ParameterError: a block mask that is none, or a slice.
     """
-    _outside_dynamo("from_flex")
+    outside_dynamo("from_flex")
     if q_offset is None or (isinstance(q_offset, str) and q_offset != "end"):
         raise VariantError(f'q_offset is {q_offset!r}: required 0 (as in FlexAttention), "end", an int or an int tensor [batch]')
     blocks, made_for = None, None

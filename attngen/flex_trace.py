@@ -25,7 +25,8 @@ from . import expr
 from .errors import AttngenError, VariantError
 from .expr import Node, Where, as_node, cast, const, fail, recording, symbol, text, to_f32
 from .ops import BOOL, F32, I32, TORCH_DTYPE
-from .spec import AXES, RESERVED, Field
+from .fields import AXES, Field
+from .spec import RESERVED
 
 SCORE_MOD = ("score", "b", "h", "q_idx", "kv_idx")
 MASK_MOD = SCORE_MOD[1:]

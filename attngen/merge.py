@@ -20,11 +20,12 @@ from .choose_cuda import MergeConfig, arch_named
 from .devices import cuda_index
 from .errors import ParameterError, UnsupportedError
 from .expr import Node
+from .fields import STORAGE
 from .interp import evaluate
 from .library import NO_GRAD, define
 from .ops import F32, TORCH_DTYPE
-from .run import DTYPE_NAMES, check_scalar
-from .spec import STORAGE, Variant, as_variant
+from .params import DTYPE_NAMES, check_scalar
+from .spec import Variant, as_variant
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LN2 = math.log(2.0)
@@ -144,7 +145,7 @@ def compile(  # noqa: A001
         index = cuda_index(device, 'give arch=, such as "90a"')
         _load(index, dtype, out_dtype or dtype, head_dim_v)
         arch = cuda.device_arch(index).name
-    return cuda.build(_specialise(_config(arch, dtype, out_dtype or dtype, head_dim_v)))[0]
+    return cuda.build(specialise(config_of(arch, dtype, out_dtype or dtype, head_dim_v)))[0]
 
 
 # ---------------------------------------------------------------- merging
@@ -292,7 +293,8 @@ def _values(states: _States, log2_base: float) -> tuple[dict[str, Any], list[tor
     return values, held
 
 
-def _config(arch_name: str, dtype: torch.dtype, out_dtype: torch.dtype, dv: int) -> MergeConfig:
+def config_of(arch_name: str, dtype: torch.dtype, out_dtype: torch.dtype, dv: int) -> MergeConfig:
+    """What a kernel of ``merge_states`` is specialised to, or UnsupportedError."""
     if dtype not in _DTYPES or out_dtype not in _DTYPES or dv % 8 or dv < 8:
         raise UnsupportedError(
             f"merge_states of {dtype} to {out_dtype}, head_dim_v {dv}: required {', '.join(map(str, _DTYPES))} and a multiple of 8"
@@ -300,7 +302,8 @@ def _config(arch_name: str, dtype: torch.dtype, out_dtype: torch.dtype, dv: int)
     return MergeConfig(arch_named(arch_name).name, DTYPE_NAMES[dtype], DTYPE_NAMES[out_dtype], dv)
 
 
-def _specialise(config: MergeConfig) -> cuda.Specialised:
+def specialise(config: MergeConfig) -> cuda.Specialised:
+    """The kernel before it is rendered, with its key."""
     return cuda.specialise_plain("merge", "merge_states", config, MERGE_FIELDS)
 
 
@@ -309,10 +312,10 @@ def _load(index: int, dtype: torch.dtype, out_dtype: torch.dtype, dv: int) -> tu
     found = _loaded.get(ident)
     if found is None:
         gpu = cuda.device_arch(index)
-        config = _config(gpu.name, dtype, out_dtype, dv)
+        config = config_of(gpu.name, dtype, out_dtype, dv)
         cuda.refuse_capture(index, f"merge_states' kernel for {config}",
                             "call merge_states, or attngen.merge.compile, with the same dtypes and head_dim_v before the capture")
-        special = _specialise(config)
+        special = specialise(config)
         kernel = cuda.load(special, index, config.threads, 0, gpu.dependent_launch)
         found = _loaded.setdefault(ident, (special, kernel))
     return found

@@ -31,7 +31,7 @@ def render_cpu(
     """
     headers = [*sorted((templates_dir() / "cpu").glob("*.h")), *([templates_dir() / "shared" / "intervals.h"] if hooks.classes else [])]
     files = {path.name: path.read_text(encoding="utf-8") for path in headers}
-    template = _environment(compiled).get_template(f"cpu/{MAIN}.jinja")
+    template = environment(compiled).get_template(f"cpu/{MAIN}.jinja")
     text = template.render(
         hooks=hooks, config=config, params=layout.fields, params_size=layout.size, problem=problem, abi=LAUNCH_ABI,
         title=" ".join(title.split()),
@@ -40,7 +40,8 @@ def render_cpu(
 
 
 @lru_cache(maxsize=4)
-def _environment(compiled: Path | None) -> Any:
+def environment(compiled: Path | None) -> Any:
+    """Jinja over the templates, strict; ``compiled`` as in ``render_cpu``."""
     import jinja2  # a warm start renders nothing and never imports it
 
     class Compiled(jinja2.BytecodeCache):

@@ -9,7 +9,7 @@ from .abi import Layout
 from .abi_cuda import MERGE_POINTERS
 from .emit import Hooks
 from .paths import templates_dir
-from .render import _environment
+from .render import environment
 from .spec import Problem
 
 
@@ -20,7 +20,7 @@ def render_cuda(
     """The source of kernel ``name`` ("plan", "decode", "append" ...) and the headers it includes; ``compiled`` as in
     ``render_cpu``."""
     folder = templates_dir() / "cuda"
-    template = _environment(compiled).get_template(f"cuda/{name}.cu.jinja")
+    template = environment(compiled).get_template(f"cuda/{name}.cu.jinja")
     text = template.render(
         hooks=hooks, config=config, params=layout.fields, params_size=layout.size, problem=problem, title=" ".join(title.split()),
         pointers=MERGE_POINTERS,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import math
 import os
 import struct
 import time
@@ -22,25 +21,35 @@ from . import cache, counters, pins, tuned
 from .abi import BASE_FIELDS, LAUNCH_ABI, Layout, layout
 from .devices import as_device, cuda_index
 from .errors import CacheError, ParameterError, UnsupportedError
+from .fields import STORAGE
 from .isa import host_isa
 from .library import NO_GRAD, NOT_IN_GRAPHS, PARAMETERS, define, operands, parameters, traced_variant, variant_of
 from .load import LoadedKernel, host, load_kept
-from .ops import F32, I32, I32_MAX, I32_MIN
+from .ops import F32
+from .params import (
+    DTYPE_NAMES,
+    check_free_axes,
+    check_scalar,
+    check_unknown,
+    free_axes,
+    int_list,
+    scale_of,
+    storage_message,
+    stored_in,
+    value_of,
+)
 from .paths import PACKAGE, templates_dir
-from .spec import AXES, STORAGE, Bare, Problem, Variant, as_variant, plain_number
+from .shape import Shape, check_made_for, memory
+from .spec import Bare, Problem, Variant, as_variant
 
 if TYPE_CHECKING:
     from .choose import Choice
 
 FORMAT = 1  # of the key; a change voids every cached kernel
-MAX_LENGTH = 2**30  # positions and lengths stay below it, so that q - kv never wraps
-DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16",
-                torch.int32: "int32", torch.int64: "int64", torch.uint8: "uint8", torch.bool: "bool"}  # fmt: skip
 DEBUG = os.environ.get("ATTNGEN_DEBUG", "0") not in ("", "0")  # the ladder of debug.py
-F32_MAX = torch.finfo(torch.float32).max
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # The rooms whose text decides what a kernel's source says.
-_COMPILER_ROOMS = ("ops", "expr", "bounds", "classes", "trace", "rope", "spec", "abi", "choose", "emit", "render", "build")
+_COMPILER_ROOMS = ("ops", "expr", "bounds", "classes", "trace", "rope", "fields", "spec", "abi", "choose", "emit", "render", "build")
 
 
 # ---------------------------------------------------------------- compiling
@@ -170,7 +179,7 @@ def stored_dtypes(variant: Variant, storage: Mapping[str, torch.dtype] | None) -
             bound = variant.values.get(name)
             chosen = (storage or {}).get(name) or (bound.dtype if bound is not None else f.stored or STORAGE[f.dtype][0])
             if chosen not in STORAGE[f.dtype]:
-                raise ParameterError(_storage_message(variant, name, f.dtype, chosen))
+                raise ParameterError(storage_message(variant, name, f.dtype, chosen))
             stored[name] = DTYPE_NAMES[chosen]
     return stored
 
@@ -416,7 +425,7 @@ def attention(
     _POINTERS.pack_into(
         buffer, 0, q.data_ptr(), k.data_ptr(), v.data_ptr(), result.data_ptr(), 0 if lse is None else lse.data_ptr()
     )
-    factor = site.scale if scale is None else _scale(variant, scale, site.head_dim)
+    factor = site.scale if scale is None else scale_of(variant, scale, site.head_dim)
     _THREADS.pack_into(buffer, _THREADS_OFFSET, torch.get_num_threads(), factor)
     held: list[torch.Tensor] = []  # alive through the launch
     longest = site.kv_len if site.batch else 0
@@ -424,7 +433,7 @@ def attention(
         longest = site.bind_lengths(buffer, q_lens, kv_lens, q_offset, held)
     if site.params:
         site.bind(buffer, params, longest, held)
-        if out is not None and any(_memory(t) == _memory(out) for t in held):
+        if out is not None and any(memory(t) == memory(out) for t in held):
             raise ParameterError("out shares memory with a parameter: give another tensor")
     if result.numel():
         if not (q.data_ptr() and (k.data_ptr() and v.data_ptr() or not k.numel())):
@@ -433,7 +442,7 @@ def attention(
     return result if lse is None else (result, lse)
 
 
-def _own_offset(variant: Variant, shape: _Shape, whole: bool) -> Any:
+def _own_offset(variant: Variant, shape: Shape, whole: bool) -> Any:
     """The variant's q_offset; None where that says the same and costs less."""
     given = variant.q_offset
     return None if whole and isinstance(given, int) and given == shape.kv_len - shape.q_len else given
@@ -470,7 +479,7 @@ def _traced_ints(name: str, given: Any, q: torch.Tensor) -> torch.Tensor | None:
         return given
     if name == "q_offset" and isinstance(given, (int, torch.SymInt)) and not isinstance(given, bool):
         return torch.full((q.shape[0],), given, dtype=torch.int64, device="cpu")
-    return torch.tensor(_int_list(name, given, q.shape[0]), dtype=torch.int64, device="cpu")
+    return torch.tensor(int_list(name, given, q.shape[0]), dtype=torch.int64, device="cpu")
 
 
 def _run_attention(
@@ -489,9 +498,9 @@ def _fake_attention(
     names: Any, variant: str, layout: str, scale: float | None, return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     declared, params = variant_of(variant), dict(zip(names, (*tensors, *ints)))
-    _check_unknown(declared, params)
+    check_unknown(declared, params)
     for name in declared.reads:
-        _value(declared, name, params)
+        value_of(declared, name, params)
     shape = _AnyShape(declared, q, k, v, layout)
     lse = (shape.batch, shape.num_heads, shape.q_len) if return_lse else 0
     return q.new_empty((*q.shape[:3], shape.head_dim_v)), q.new_empty(lse, dtype=torch.float32)
@@ -541,19 +550,19 @@ def reference(
     from .interp import reference_attention
 
     variant = _FULL if variant is None else as_variant(variant)
-    shape = _Shape(variant, q, k, v, layout)
+    shape = Shape(variant, q, k, v, layout)
     lens_q, lens_kv, offsets = shape.lengths(q_lens, kv_lens, variant.q_offset if q_offset is None else q_offset)
     values = {}
     for name, f in variant.trace.used().items():
-        value = _value(variant, name, params)
+        value = value_of(variant, name, params)
         values[name] = shape.check_tensor(name, value, max(lens_kv, default=0)) if f.kind == "tensor" else check_scalar(variant, name, value)
-    _check_unknown(variant, params)
-    check_free_axes(variant.trace.fields, values, _free_axes(variant))
+    check_unknown(variant, params)
+    check_free_axes(variant.trace.fields, values, free_axes(variant))
     order = (0, 2, 1, 3) if layout == "bhsd" else (0, 1, 2, 3)
     with torch.device("cpu"):  # whatever the default device is
         out, lse = reference_attention(
             variant.trace, q.permute(order), k.permute(order), v.permute(order), q_lens=lens_q, kv_lens=lens_kv,
-            q_offsets=offsets, scale=_scale(variant, scale, shape.head_dim), params=values,
+            q_offsets=offsets, scale=scale_of(variant, scale, shape.head_dim), params=values,
         )  # fmt: skip
     out = out.permute(order)
     if not return_lse:
@@ -573,10 +582,6 @@ def _plain(t: Any) -> Any:
     return t
 
 
-def _memory(t: torch.Tensor) -> int:
-    return t.untyped_storage().data_ptr()
-
-
 _FULL = Variant()
 _POINTERS = struct.Struct("=5Q")
 _BASE = Layout(BASE_FIELDS)
@@ -586,161 +591,11 @@ assert _BASE.fields[_BASE.index["scale"]].offset == _THREADS_OFFSET + 4
 _ZERO = torch.zeros(8, dtype=torch.int64, device="cpu")  # what an empty tensor parameter points to: element 0 must be readable
 
 
-def check_made_for(variant: Variant, *found: int) -> None:
-    """Raises ParameterError where a call has other sizes than the block mask that the variant came from."""
-    wanted = variant._made_for
-    if any(w is not None and w != f for w, f in zip(wanted, found)):
-        names = ("batch", "heads", "q_len", "kv_len")
-        required, is_ = (", ".join(f"{n} {x}" for n, x, w in zip(names, xs, wanted) if w is not None) for xs in (wanted, found))
-        raise ParameterError(
-            f"{variant.name} has a block mask made for {required}, and the call has {is_}: create a block mask of the call's sizes, "
-            "or give from_flex its mask_mod, which fits any"
-        )
-
-
-class _Shape:
-    """The checked shapes of a call."""
-
-    device_types: tuple[str, ...] = ("cpu",)
-    out_shape: tuple[int, ...]
-
-    def __init__(self, variant: Variant, q: Any, k: Any, v: Any, layout: str) -> None:
-        if layout not in ("bshd", "bhsd"):
-            raise ParameterError(
-                f'layout {layout!r}: required "bshd" ([batch, seq, heads, head_dim]) or "bhsd" ([batch, heads, seq, head_dim])'
-            )
-        for name, t in (("q", q), ("k", k), ("v", v)):
-            if not isinstance(t, torch.Tensor):
-                raise ParameterError(f"{name} is {type(t).__name__}: required a torch.Tensor")
-            if t.dim() != 4:
-                raise ParameterError(f'{name} has shape {tuple(t.shape)}: required 4 dimensions in the order "{layout}"')
-            if t.stride(3) != 1 and t.shape[3] > 1:
-                raise ParameterError(
-                    f"{name} has strides {t.stride()}: the last dimension must be contiguous; call {name}.contiguous()"
-                )
-        if not q.device == k.device == v.device:
-            raise ParameterError(f"q, k, v are on {q.device}, {k.device}, {v.device}: move them to one device")
-        if q.device.type not in self.device_types:
-            raise UnsupportedError(f"q, k, v are on {q.device}: required {' or '.join(self.device_types)}; move them there")
-        self.device, self.dtype = q.device, q.dtype
-        if not q.dtype == k.dtype == v.dtype:
-            raise ParameterError(f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}: cast them to one dtype")
-        self.variant, self.layout = variant, layout
-        seq, head = (1, 2) if layout == "bshd" else (2, 1)
-        self.seq, self.head = seq, head
-        self.batch, self.q_len, self.num_heads, self.head_dim = q.shape[0], q.shape[seq], q.shape[head], q.shape[3]
-        self.kv_len, self.num_kv_heads, self.head_dim_v = k.shape[seq], k.shape[head], v.shape[3]
-        if k.shape[0] != self.batch or v.shape[0] != self.batch:
-            raise ParameterError(f"batch sizes of q, k, v are {self.batch}, {k.shape[0]}, {v.shape[0]}: required equal")
-        if v.shape[seq] != self.kv_len or v.shape[head] != self.num_kv_heads:
-            raise ParameterError(
-                f"k has shape {tuple(k.shape)} and v {tuple(v.shape)} in {layout}: required the same kv_len and heads"
-            )
-        if k.shape[3] != self.head_dim:
-            raise ParameterError(f"head_dim of q is {self.head_dim} and of k {k.shape[3]}: required equal")
-        if self.num_heads and (self.num_kv_heads == 0 or self.num_heads % self.num_kv_heads):
-            raise ParameterError(
-                f"num_heads {self.num_heads} and num_kv_heads {self.num_kv_heads}: num_kv_heads must divide num_heads; "
-                f'is the layout really "{layout}"?'
-            )
-        if max(self.q_len, self.kv_len) >= MAX_LENGTH:
-            raise UnsupportedError(f"q_len {self.q_len}, kv_len {self.kv_len}: lengths must stay below 2**30")
-        if variant._made_for is not None:
-            check_made_for(variant, self.batch, self.num_heads, self.q_len, self.kv_len)
-        if self.batch * self.q_len > I32_MAX:
-            raise UnsupportedError(f"q has {self.batch} x {self.q_len} rows: the batch must stay below 2**31")
-
-    def sizes(self) -> dict[str, int]:
-        """What the known axis names stand for."""
-        return {
-            "heads": self.num_heads, "kv_heads": self.num_kv_heads, "requests": self.batch, "requests + 1": self.batch + 1,
-            "q_tokens": self.batch * self.q_len, "kv_tokens": self.batch * self.kv_len,
-        }  # fmt: skip
-
-    def lengths(self, q_lens: Any, kv_lens: Any, q_offset: Any) -> tuple[list[int], list[int], list[int]]:
-        """Checked q_lens, kv_lens and q offsets, one int a request."""
-        lens_q = self._ints("q_lens", q_lens, self.q_len, "the rows of q")
-        lens_kv = self._ints("kv_lens", kv_lens, self.kv_len, "the slots of k and v")
-        if q_offset is None:
-            return lens_q, lens_kv, [kv - q for q, kv in zip(lens_q, lens_kv)]
-        if isinstance(q_offset, int) and not isinstance(q_offset, bool):
-            q_offset = [q_offset] * self.batch
-        offsets = _int_list("q_offset", q_offset, self.batch)
-        for r, x in enumerate(offsets):
-            if abs(x) >= MAX_LENGTH:
-                raise ParameterError(f"q_offset[{r}] is {x}: required above -2**30 and below 2**30")
-        return lens_q, lens_kv, offsets
-
-    def _ints(self, name: str, given: Any, limit: int, what: str) -> list[int]:
-        if given is None:
-            return [limit] * self.batch
-        values = _int_list(name, given, self.batch)
-        for r, x in enumerate(values):
-            if not 0 <= x <= limit:
-                raise ParameterError(f"{name}[{r}] is {x}: required 0 to {limit}, {what}")
-        return values
-
-    def check_tensor(self, name: str, value: Any, longest: int) -> torch.Tensor:
-        """A tensor parameter of the declared type and axes; ``longest`` kv_len of the call."""
-        variant = self.variant
-        f = variant.trace.fields[name]
-        if not isinstance(value, torch.Tensor):
-            raise ParameterError(f"{variant.name}.{name} is {type(value).__name__}: required a torch.Tensor {list(f.axes)}")
-        if value.dtype not in STORAGE[f.dtype]:
-            raise ParameterError(_storage_message(variant, name, f.dtype, value.dtype))
-        if value.device != self.device:
-            raise ParameterError(f"{variant.name}.{name} is on {value.device} and q on {self.device}: move it to q's device")
-        if value.requires_grad and torch.is_grad_enabled():
-            raise UnsupportedError(f"{variant.name}.{name} requires grad: no backward yet; detach it")
-        if value.is_neg():
-            value = value.resolve_neg()
-        if value.data_ptr() % value.element_size():
-            raise ParameterError(
-                f"{variant.name}.{name} starts at an address that is no multiple of its element size: clone it"
-            )
-        if value.dim() != len(f.axes):
-            raise ParameterError(
-                f"{variant.name}.{name} has shape {tuple(value.shape)}: required {len(f.axes)} axes {list(f.axes)}"
-            )
-        sizes = self.sizes()
-        for axis, size in zip(f.axes, value.shape):
-            if axis == "positions":
-                if size < longest:
-                    raise ParameterError(
-                        f'{variant.name}.{name} has {size} entries on axis "positions": required the longest kv_len, '
-                        f"{longest}, or more"
-                    )
-            elif isinstance(axis, int) or axis in sizes:
-                wanted = axis if isinstance(axis, int) else sizes[axis]
-                if size != wanted:
-                    raise ParameterError(
-                        f"{variant.name}.{name} has shape {tuple(value.shape)}: axis {axis!r} must have {wanted} entries"
-                    )
-            if size > I32_MAX:
-                raise ParameterError(f"{variant.name}.{name} has {size} entries on axis {axis!r}: required below 2**31")
-        return value
-
-    def check_out(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """A caller's output tensor: contiguous, of the right shape and dtype, apart from the inputs."""
-        if not isinstance(out, torch.Tensor) or tuple(out.shape) != tuple(self.out_shape) or out.dtype != self.dtype:
-            found = f"{tuple(out.shape)} {out.dtype}" if isinstance(out, torch.Tensor) else type(out).__name__
-            raise ParameterError(f"out is {found}: required {tuple(self.out_shape)} {self.dtype}")
-        if out.requires_grad and torch.is_grad_enabled():
-            raise UnsupportedError("out requires grad, and attngen has no backward yet: detach it")
-        if out.device != self.device or not out.is_contiguous():
-            raise ParameterError(
-                f"out is on {out.device} with strides {out.stride()}: required a contiguous tensor on {self.device}"
-            )
-        if _memory(out) and _memory(out) in {_memory(t) for t in (q, k, v)}:
-            raise ParameterError("out shares memory with q, k or v: give another tensor")
-        return out
-
-
-class _AnyShape(_Shape):
+class _AnyShape(Shape):
     device_types = ("cpu", "cuda")
 
 
-class _Site(_Shape):
+class _Site(Shape):
     """A call site on the CPU: everything about a call that depends only on dtypes, shapes, strides and the variant."""
 
     call = None  # sites of other devices do the rest of the call themselves
@@ -751,9 +606,9 @@ class _Site(_Shape):
         problem = problem_for(q.dtype, self.head_dim, self.head_dim_v, storage)
         self.kernel = kernel_for(variant, problem)
         self.params = dict(trace.used())
-        self.scale = _scale(variant, None, self.head_dim)
+        self.scale = scale_of(variant, None, self.head_dim)
         self.lse_shape = (self.batch, self.num_heads, self.q_len)
-        self.free_axes = _free_axes(variant)
+        self.free_axes = free_axes(variant)
         self.out_shape = (*q.shape[:3], self.head_dim_v)
         fields = self.kernel.layout
         self.offsets = {f.name: f.offset for f in fields.fields}
@@ -820,7 +675,7 @@ class _Site(_Shape):
         """Write the parameters."""
         tensors: dict[str, torch.Tensor] = {}
         for name, f in self.params.items():
-            value = _value(self.variant, name, params)
+            value = value_of(self.variant, name, params)
             at = self.offsets[f"param_{name}"]
             if f.kind != "tensor":
                 struct.pack_into("=f" if f.dtype == F32 else "=i", buffer, at, check_scalar(self.variant, name, value))
@@ -843,7 +698,7 @@ def _site(variant: Variant, q: Any, k: Any, v: Any, layout: str, params: Mapping
         sites = variant.__dict__.setdefault("_sites", {})
     storage: tuple[tuple[str, str], ...] = ()
     if params or variant.trace.fields:
-        storage = _storage(variant, params)
+        storage = stored_in(variant, params)
     try:
         ident = (q.dtype, q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), k.dtype, v.dtype, q.device,
                  k.device, v.device, layout, storage)  # fmt: skip
@@ -864,108 +719,3 @@ def _site(variant: Variant, q: Any, k: Any, v: Any, layout: str, params: Mapping
 device_sites: dict[str, Callable[..., Any]] = {}
 device_compilers: dict[str, Callable[..., Any]] = {}
 _MAX_SITES = 1024  # decoding sees a new kv_len each step; a site is about 2 kB
-
-
-def _storage(variant: Variant, params: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    """Stored dtypes of the tensor parameters in use; also refuses unknown and missing parameters."""
-    if params:
-        _check_unknown(variant, params)
-    found = []
-    for name, f in variant.trace.used().items():
-        if f.kind == "tensor":
-            value = _value(variant, name, params)
-            if isinstance(value, torch.Tensor):
-                if value.dtype not in STORAGE[f.dtype]:
-                    raise ParameterError(_storage_message(variant, name, f.dtype, value.dtype))
-                found.append((name, DTYPE_NAMES[value.dtype]))
-            else:
-                raise ParameterError(
-                    f"{variant.name}.{name} is {type(value).__name__}: required a torch.Tensor {list(f.axes)}"
-                )
-    return tuple(found)
-
-
-def _value(variant: Variant, name: str, params: Mapping[str, Any]) -> Any:
-    value = params.get(name)
-    if value is None:
-        value = variant.__dict__.get(name)
-    if value is None:
-        f = variant.trace.fields[name]
-        what = f"a tensor {list(f.axes)}" if f.kind == "tensor" else f"a {f.dtype} number"
-        raise ParameterError(
-            f"{variant.name} needs `{name}`, {what}, and neither the call nor the variant gives it: pass {name}=..."
-        )
-    return value
-
-
-def _check_unknown(variant: Variant, params: Mapping[str, Any]) -> None:
-    unknown = [name for name in params if name not in variant.trace.fields]
-    if unknown:
-        known = ", ".join(variant.trace.fields) or "none"
-        raise ParameterError(f"{variant.name} has no parameter {', '.join(unknown)}: it has {known}")
-
-
-def check_scalar(variant: Variant, name: str, value: Any) -> int | float:
-    dtype = variant.trace.fields[name].dtype
-    if isinstance(value, torch.Tensor) and value.dim() == 0:
-        if value.requires_grad and torch.is_grad_enabled():
-            raise UnsupportedError(f"{variant.name}.{name} requires grad: no backward yet; detach it")
-        value = value.item()
-    value = plain_number(value)
-    if dtype == I32:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ParameterError(f"{variant.name}.{name} is {value!r}: required an int")
-        if not I32_MIN <= value <= I32_MAX:
-            raise ParameterError(f"{variant.name}.{name} is {value}: required an int of 32 bits")
-        return value
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ParameterError(f"{variant.name}.{name} is {value!r}: required a number")
-    if F32_MAX < abs(value) < math.inf:
-        raise ParameterError(f"{variant.name}.{name} is {value}: required a number that fits f32, at most {F32_MAX:.6g}")
-    return float(value)
-
-
-def _int_list(name: str, given: Any, batch: int) -> list[int]:
-    if isinstance(given, torch.Tensor):
-        if given.dtype not in (torch.int32, torch.int64) or given.dim() != 1:
-            raise ParameterError(f"{name} is {given.dtype} {tuple(given.shape)}: required int32 or int64 [{batch}]")
-        if given.is_meta:
-            raise ParameterError(f"{name} is on meta, without values: required {batch} ints")
-        given = given.tolist()
-    values = list(given) if isinstance(given, (list, tuple)) else None
-    if values is None or not all(isinstance(x, int) and not isinstance(x, bool) for x in values):
-        raise ParameterError(f"{name} is {given!r}: required {batch} ints, as a list or an int32 or int64 tensor")
-    if len(values) != batch:
-        raise ParameterError(f"{name} has {len(values)} entries: required one a request, {batch}")
-    return values
-
-
-def _scale(variant: Variant, given: float | None, head_dim: int) -> float:
-    scale = given if given is not None else variant.trace.scale
-    if scale is None:
-        return head_dim**-0.5
-    scale = plain_number(scale)
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not abs(scale) <= F32_MAX / 2:
-        raise ParameterError(f"scale is {scale!r}: required a finite number of magnitude below {F32_MAX / 2:.3g}")
-    return float(scale)
-
-
-def _storage_message(variant: Variant, name: str, dtype: str, found: torch.dtype) -> str:
-    allowed = ", ".join(str(t) for t in STORAGE[dtype])
-    return f"{variant.name}.{name} has dtype {found}: the field is {dtype}, stored as {allowed}; cast it"
-
-
-def check_free_axes(fields: Mapping[str, Any], values: Mapping[str, Any], free: set[str]) -> None:
-    """Raises ParameterError where the tensors among ``values`` give an axis of a free name two sizes."""
-    named: dict[str, tuple[str, int]] = {}
-    for name, value in values.items():
-        f = fields[name]
-        for axis, size in zip(f.axes, value.shape if f.kind == "tensor" else ()):
-            if axis in free and named.setdefault(axis, (name, size))[1] != size:
-                raise ParameterError(
-                    f"axis {axis!r} has {named[axis][1]} entries in {named[axis][0]} and {size} in {name}: required equal"
-                )
-
-
-def _free_axes(variant: Variant) -> set[str]:
-    return {a for f in variant.trace.used().values() for a in f.axes if isinstance(a, str) and a not in AXES}

@@ -31,7 +31,7 @@ from .entry import KEY
 from .errors import ParameterError, UnsupportedError
 from .isa import CPU_ISAS
 from .pack import check_name
-from .run import DTYPE_NAMES
+from .params import DTYPE_NAMES
 
 LOCK_FORMAT = "attngen-lock-1"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -10,8 +10,9 @@ from typing import Any
 from rich.markup import escape
 
 from .errors import ParameterError
+from .fields import STORAGE
 from .printing import print_json, record, stdout, table
-from .spec import STORAGE, Variant
+from .spec import Variant
 
 
 def storage_of(variant: Variant) -> dict[str, str]:

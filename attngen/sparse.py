@@ -18,9 +18,10 @@ import torch
 from .batch import BatchAttention
 from .errors import ParameterError, UnsupportedError
 from .expr import Node, apply, const, load, param, symbol, walk
+from .fields import AXES, Field
 from .masks import custom_mask, segment_packbits
 from .ops import I32
-from .spec import AXES, Field, RopeTrace, Trace, Variant, _check_trace, _outside_dynamo, as_variant, compose
+from .spec import RopeTrace, Trace, Variant, as_variant, check_trace, compose, outside_dynamo
 from .status import Wrong
 
 _BAD_KEYS = (Wrong.NEGATIVE_KV, Wrong.DECREASING_KV, Wrong.NEGATIVE_KV_LEN, Wrong.LAST_PAGE_LEN, Wrong.KV_START)
@@ -64,7 +65,7 @@ class _Placed(Variant):
     renamed = frozenset()  # axes whose sizes are not those of the batch
 
     def __init__(self, variant: Variant, block: int) -> None:
-        _outside_dynamo("a variant over blocks")
+        outside_dynamo("a variant over blocks")
         self._of, self._block = variant, block
         for name in variant.trace.used():
             self.__dict__[name] = variant.__dict__.get(name)
@@ -108,7 +109,7 @@ class _Placed(Variant):
         fields = {n: Field(f.kind, f.dtype, self._axes(f.axes), f.stored) for n, f in old.fields.items()} | self._placing()
         where = {done[node]: place for node, place in old.where.items() if node in done}
         trace = Trace(**hooks, rope=rope, scale=old.scale, fields=fields, where=where)
-        _check_trace(self.name, trace)
+        check_trace(self.name, trace)
         return trace
 
     def _axes(self, names: Sequence[str | int]) -> tuple[str | int, ...]:
@@ -246,13 +247,13 @@ class _Sparse:
         }  # fmt: skip
         attn = self._attn
         placed = {f"bsr_{name}": value for name, value in values.items()}
-        self._check_params(params, attn._mask_fields, sizes)
+        self._check_params(params, attn.plan_fields, sizes)
         last = self._kept("last", (len(kv_indptr) - 1, self._block), lambda: torch.full((len(kv_indptr) - 1,), self._block))[0]
         attn.plan(
             q_indptr, kv_indptr, pages, last, q_positions=q_positions,
-            **{n: x for n, x in placed.items() if n in attn._mask_fields}, **mask, **params,
+            **{n: x for n, x in placed.items() if n in attn.plan_fields}, **mask, **params,
         )  # fmt: skip
-        self._placed = {n: x for n, x in placed.items() if n in attn._run_fields}
+        self._placed = {n: x for n, x in placed.items() if n in attn.run_fields}
         self._sizes, self._row_blocks = sizes, row_blocks
 
     def _kept(self, what: str, sizes: Any, make: Any) -> tuple[torch.Tensor, ...]:
@@ -308,7 +309,7 @@ class _Sparse:
         if not self._sizes[0]:
             raise ParameterError("run before plan: call plan(...) first")
         (m, n), hnd, attn = self._sizes, self.kv_layout == "HND", self._attn
-        self._check_params(params, attn._run_fields, self._sizes)
+        self._check_params(params, attn.run_fields, self._sizes)
         for name, t, tokens, heads in (("q", q, m, self.num_heads), ("k", k, n, self.num_kv_heads), ("v", v, n, self.num_kv_heads)):
             lead = (heads, tokens) if hnd else (tokens, heads)
             if not isinstance(t, torch.Tensor) or t.dim() != 3 or tuple(t.shape[:2]) != lead:

@@ -7,13 +7,10 @@ values of ``Scalar`` and ``Tensor`` fields are run-time arguments and never ente
 
 from __future__ import annotations
 
-import builtins
 import difflib
 import hashlib
 import inspect
 import math
-import numbers
-import sys
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import field, replace
@@ -25,93 +22,12 @@ from torch.compiler import is_dynamo_compiling
 from . import expr
 from .errors import VariantError
 from .expr import COL, LEVEL_NAMES, Node, Where, fail, symbol, text, verify, walk
-from .ops import BOOL, F32, I32
+from .fields import Field, check_value, declared_fields, plain_number
 from .records import record
 from .trace import HOOKS, POSITION, Point, TensorSymbol, call_user, definition, kinds, trace_hook
 
 if TYPE_CHECKING:
     from .rope import RoPE
-
-AXES = ("heads", "kv_heads", "requests", "requests + 1", "positions", "q_tokens", "kv_tokens")
-_DTYPES = {float: F32, int: I32, bool: BOOL, torch.float32: F32, torch.bfloat16: F32, torch.float16: F32,
-           torch.int32: I32, torch.int64: I32, torch.uint8: I32, torch.bool: BOOL}  # fmt: skip
-# The storage dtypes a Tensor field of each value type accepts at the call.
-STORAGE = {
-    F32: (torch.float32, torch.bfloat16, torch.float16),
-    I32: (torch.int32, torch.int64, torch.uint8),
-    BOOL: (torch.bool, torch.uint8),
-}
-
-
-# ---------------------------------------------------------------- fields
-
-
-@record
-class Field:
-    """A declared parameter: ``kind`` is "scalar", "const" or "tensor"; ``axes`` only for tensors."""
-
-    kind: str
-    dtype: str | None
-    axes: tuple[str | int, ...] = ()
-    stored: torch.dtype | None = field(default=None, repr=False)  # a tensor's, where a BatchAttention is told no other
-
-
-class Scalar:
-    """A run-time number: f32, or i32 as ``Scalar[int]``. A new value never recompiles."""
-
-    def __new__(cls, *values: Any) -> Any:
-        raise _called(cls, values)
-
-    def __class_getitem__(cls, dtype: type) -> Field:
-        if dtype not in (int, float):
-            raise VariantError(f"Scalar[{dtype!r}]: a Scalar is Scalar (f32), Scalar[float] or Scalar[int] (i32)")
-        return Field("scalar", _DTYPES[dtype])
-
-
-class Const:
-    """A compile-time number or bool: its value is part of the kernel."""
-
-    def __new__(cls, *values: Any) -> Any:
-        raise _called(cls, values)
-
-    def __class_getitem__(cls, dtype: type) -> Field:
-        if dtype not in (int, float, bool):
-            raise VariantError(f"Const[{dtype!r}]: a Const is an int, a float or a bool")
-        return Field("const", _DTYPES[dtype])
-
-
-def _called(cls: type, values: tuple[Any, ...]) -> VariantError:
-    given = ", ".join(map(repr, values))
-    return fail(
-        f"{cls.__name__}({given}) is called", f"Annotate the field and assign its value: x: ag.{cls.__name__} = {given or '...'}"
-    )
-
-
-class Tensor(Field):
-    """A run-time tensor with named or fixed axes: ``slopes: ag.Tensor("heads")``, ``doc: ag.Tensor("requests",
-    "positions", dtype=int)``.
-
-    ``dtype`` is what hooks see: float (default; stored as float32, bfloat16 or float16), int (int32, int64 or uint8;
-    int64 wraps to i32) or bool (bool or uint8); a torch dtype or its name ("uint8") is also what BatchAttention expects. The axis names
-    heads, kv_heads, requests, requests + 1, positions, q_tokens and kv_tokens are checked against the call's sizes; other
-    names are free and must agree; an int is a fixed size.
-    A read out of range yields 0 or False.
-    """
-
-    def __init__(self, *axes: str | int, dtype: Any = float) -> None:
-        if not axes:
-            raise VariantError('Tensor() has no axes: name each one, e.g. Tensor("heads"); for one number use Scalar')
-        for axis in axes:
-            if not isinstance(axis, (str, int)) or (isinstance(axis, int) and axis < 1):
-                raise VariantError(f"axis {axis!r} of a Tensor field: an axis is a name or a size of at least 1")
-            close = difflib.get_close_matches(str(axis), AXES, n=1, cutoff=0.88)
-            if close and axis not in AXES:
-                raise VariantError(f"axis {axis!r} of a Tensor field: did you mean {close[0]!r}? A free axis needs another name")
-        if isinstance(dtype, str):
-            dtype = getattr(torch, dtype, dtype)
-        if dtype not in _DTYPES:
-            raise VariantError(f"Tensor dtype {dtype!r}: hooks see float, int or bool")
-        super().__init__("tensor", _DTYPES[dtype], axes, dtype if isinstance(dtype, torch.dtype) else None)
 
 
 # A call passes parameters by name beside its own arguments.
@@ -227,13 +143,13 @@ class Variant(metaclass=_VariantMeta):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        declared = _declared_fields(cls)
+        declared = declared_fields(cls)
         cls.fields = {**cls.fields, **declared}
         for name in {**vars(cls), **declared}:
             _check_name(cls, name, declared)
 
     def __init__(self, *args: Any, **values: Any) -> None:
-        _outside_dynamo(type(self).__name__)
+        outside_dynamo(type(self).__name__)
         names = list(self.fields)
         if len(args) > len(names):
             raise fail(f"{self.name}() got {len(args)} values for its fields ({', '.join(names)})", "Give one each")
@@ -250,7 +166,7 @@ class Variant(metaclass=_VariantMeta):
             value = values.get(name, getattr(type(self), name, None))
             if value is None and declared.kind == "const":
                 raise fail(f"{self.name}() got no value for Const `{name}`", f"Pass it: {self.name}({name}=...)")
-            self.__dict__[name] = _check_value(self.name, name, declared, value)
+            self.__dict__[name] = check_value(self.name, name, declared, value)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if "trace" in self.__dict__:
@@ -299,7 +215,7 @@ class Variant(metaclass=_VariantMeta):
         trace = Trace(
             scale=_scale(self.name, proxy), rope=_trace_rope(rope, locations), fields=runtime, where=locations, **found
         )
-        _check_trace(self.name, trace)
+        check_trace(self.name, trace)
         return trace
 
     # ---- mask algebra
@@ -340,7 +256,8 @@ class Variant(metaclass=_VariantMeta):
         return "\n".join(lines)
 
 
-def _outside_dynamo(what: str) -> None:
+def outside_dynamo(what: str) -> None:
+    """Raises VariantError where torch.compile is tracing."""
     if is_dynamo_compiling():  # it makes objects without their metaclass
         raise VariantError(
             f"{what} is made inside a function that torch.compile traces: required outside, since hooks are not traced there; "
@@ -401,7 +318,8 @@ def _trace_rope(rope: Any, locations: dict[Node, Where]) -> RopeTrace | None:
     return RopeTrace(rope, tuple(rows), kv_position, kind)
 
 
-def _check_trace(owner: str, trace: Trace) -> None:
+def check_trace(owner: str, trace: Trace) -> None:
+    """Raises VariantError for hooks that exclude each other or have another type than theirs."""
     verify(trace.roots().values())
     if trace.weight is not None and trace.sink is not None:
         raise fail(f"{owner} has both `weight` and `sink`", "weight replaces softmax, so there is no denominator to add to")
@@ -442,86 +360,6 @@ def _check_name(cls: type, name: str, declared: Mapping[str, Field]) -> None:
     if callable(value) and close:
         remedy = f"Did you mean `{close[0]}`? Prefix helpers with an underscore"
         raise fail(f"{cls.__name__}.{name} is no hook and would be ignored", remedy, definition(value))
-
-
-def _declared_fields(cls: type) -> dict[str, Field]:
-    found = {}
-    for name, annotation in _annotations(cls).items():
-        if name in ("fields", "trace") or annotation is ClassVar or str(annotation).startswith("typing.ClassVar"):
-            continue
-        default = cls.__dict__.get(name)
-        if annotation is Scalar:
-            declared = Field("scalar", F32)
-        elif annotation is Const:
-            kind = type(default) if isinstance(default, (bool, int, float)) else None
-            declared = Field("const", _DTYPES.get(kind))
-        elif isinstance(annotation, Field):
-            declared = annotation
-        elif annotation is Tensor:
-            raise fail(f"field `{name}` of {cls.__name__} is a Tensor without axes", 'Write ag.Tensor("heads")')
-        else:
-            raise fail(
-                f"field `{name}` of {cls.__name__} is annotated {annotation!r}",
-                "Annotate it ag.Scalar, ag.Scalar[int], ag.Const or ag.Tensor(axes...); leave a plain attribute unannotated",
-            )
-        _check_value(cls.__name__, name, declared, default)
-        found[name] = declared
-    for name, value in vars(cls).items():
-        if name not in found and (isinstance(value, Field) or any(value is t for t in (Scalar, Const, Tensor))):
-            raise fail(f"`{name}` of {cls.__name__} is assigned a field's type", f"Annotate it: {name}: ag.{_spelled(value)}")
-    return found
-
-
-def _spelled(field_type: Any) -> str:
-    """A field's type as it is written."""
-    if not isinstance(field_type, Field):
-        return 'Tensor("heads")' if field_type is Tensor else field_type.__name__
-    if field_type.kind == "tensor":
-        return f"Tensor({', '.join(map(repr, field_type.axes))})"
-    return f"{field_type.kind.capitalize()}[{ {F32: 'float', I32: 'int', BOOL: 'bool'}[field_type.dtype] }]"
-
-
-def _annotations(cls: type) -> dict[str, Any]:
-    """The class's own annotations; strings (from __future__ import annotations) are evaluated where it is defined."""
-    raw = inspect.get_annotations(cls)
-    if not any(isinstance(a, str) for a in raw.values()):
-        return raw
-    frame = sys._getframe(1)
-    while frame is not None and frame.f_globals.get("__name__") != cls.__module__:
-        frame = frame.f_back
-    scope = {**vars(builtins), **vars(sys.modules[cls.__module__]), **(frame.f_locals if frame else {})}
-    found = {}
-    for name, annotation in raw.items():
-        try:
-            found[name] = eval(annotation, scope) if isinstance(annotation, str) else annotation
-        except Exception as error:
-            raise fail(f"the annotation `{name}: {annotation}` of {cls.__name__} does not evaluate ({error})",
-                       "Annotate with ag.Scalar, ag.Const or ag.Tensor(...)") from error  # fmt: skip
-    return found
-
-
-def plain_number(value: Any) -> Any:
-    """Numbers of other libraries (numpy's) as Python's int and float; anything else as it is."""
-    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
-        return int(value)
-    return float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else value
-
-
-def _check_value(owner: str, name: str, declared: Field, value: Any) -> Any:
-    """A value for a field at declaration or construction; None leaves it to the call, except for a Const."""
-    if value is None:
-        return None
-    if declared.kind == "tensor":
-        if not isinstance(value, torch.Tensor):
-            raise fail(f"{owner}.{name} is a Tensor field and got {type(value).__name__}", "Give a torch.Tensor")
-        return value
-    if isinstance(value, torch.Tensor) and declared.kind == "scalar" and value.dim() == 0:
-        return value
-    value = plain_number(value)
-    wanted = {F32: (int, float), I32: (int,), BOOL: (bool,), None: (bool, int, float)}[declared.dtype]
-    if not isinstance(value, wanted) or (isinstance(value, bool) and declared.dtype in (F32, I32)):
-        raise fail(f"{owner}.{name} is {declared.kind} {declared.dtype} and got {value!r}", "Give a number of that type")
-    return value
 
 
 class Bare(Variant):
@@ -570,7 +408,7 @@ class Composed(Variant):
     """Several variants as one. Made by ``compose`` and by the mask algebra."""
 
     def __init__(self, how: str, parts: tuple[Variant, ...]) -> None:
-        _outside_dynamo("a composition")
+        outside_dynamo("a composition")
         self._how, self._parts = how, parts
         if how != "compose":
             for part in parts:
@@ -653,7 +491,7 @@ class Composed(Variant):
             fields={n: f for t in traces for n, f in t.fields.items()} | {n: f for t in traces for n, f in t.used().items()},
             where={node: place for t in traces for node, place in t.where.items()},
         )  # fmt: skip
-        _check_trace(self.name, trace)
+        check_trace(self.name, trace)
         return trace
 
     def _only(self, hook: str) -> Any:

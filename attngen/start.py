@@ -442,11 +442,11 @@ def _warm_attention(unit: Mapping[str, Any], device: torch.device, variant: Vari
                 max_kv_tokens=keys, device=device, batch_invariant=bool(unit.get("batch_invariant")),
                 storage={n: x.dtype for n, x in values.items() if isinstance(x, torch.Tensor)},
             )  # fmt: skip
-            to_plan = {n: x for n, x in values.items() if n in attn._mask_fields}
+            to_plan = {n: x for n, x in values.items() if n in attn.plan_fields}
             indptr = [0, keys] if not paged else None
             table = {"block_table": [[0]], "kv_lens": [keys]} if paged else {}
             attn.plan([0, rows], indptr, **table, **to_plan)
-            attn.run(q[0], (k, v) if paged else (k[0], v[0]), **{n: x for n, x in values.items() if n in attn._run_fields})
+            attn.run(q[0], (k, v) if paged else (k[0], v[0]), **{n: x for n, x in values.items() if n in attn.run_fields})
 
 
 def _warm_append(unit: Mapping[str, Any], device: torch.device) -> None:

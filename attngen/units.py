@@ -89,13 +89,13 @@ def _plain_units(arch: str, dtypes: Sequence[str], table: Mapping[str, Any], fol
             facts = {"backend": "cuda", "arch": target, "dtype": dtype, "head_dim": d, "head_dim_v": dv}
             if "append" in table["phases"]:
                 for rope in (None, *(_rope(given, folder) for given in table["variants"])):
-                    config = append._config(target, DTYPES[dtype], d, dv, rope)
+                    config = append.config_of(target, DTYPES[dtype], d, dv, rope)
                     more = {"rotary_dim": config.rotary_dim, "interleaved": config.interleaved}
-                    yield _plain_unit("append", append._specialise(config), facts | more)
+                    yield _plain_unit("append", append.specialise(config), facts | more)
             if "merge" in table["phases"]:
                 for given, out in ((dtype, dtype), ("float32", dtype)):
-                    merging = merge._config(target, DTYPES[given], DTYPES[out], dv)
-                    yield _plain_unit("merge", merge._specialise(merging), facts | {"dtype": given, "out_dtype": out})
+                    merging = merge.config_of(target, DTYPES[given], DTYPES[out], dv)
+                    yield _plain_unit("merge", merge.specialise(merging), facts | {"dtype": given, "out_dtype": out})
 
 
 def _rope(given: Any, folder: Path) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from attngen import boxes, choose_cuda, cuda, dense, run, schedule
+from attngen import boxes, choose_cuda, cuda, dense, lengths, queued, run, schedule, space
 from attngen.bounds import analyse
 from attngen.choose_cuda import ARCHS
 from attngen.interp import evaluate
@@ -24,8 +24,8 @@ def memory(address: int, count: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.frombuffer((ctypes.c_char * size).from_address(address), dtype=dtype)[:count]
 
 
-def unpacked(request: bytes) -> schedule.Request:
-    return schedule.Request(*schedule.REQUEST.unpack(request))
+def unpacked(request: bytes) -> lengths.Request:
+    return lengths.Request(*space.REQUEST.unpack(request))
 
 
 class Kernel:
@@ -58,12 +58,12 @@ class Kernel:
         config, n = self.special.config, p.num_requests
         def read(name, count=n):
             return memory(getattr(p, name), count, torch.int32).tolist() if getattr(p, name) else None
-        batch = schedule.Lengths(
+        batch = lengths.Lengths(
             n, read("q_indptr", n + 1), read("q_lens"), p.q_len, read("q_positions"), read("kv_indptr", n + 1),
             read("kv_last_page_len"), read("kv_lens"), p.kv_len, read("kv_starts"), p.page_size, p.block_table_stride,
             p.kv_capacity, p.max_q_tokens, p.max_q_len,
         )  # fmt: skip
-        reach = schedule.Reach(analyse(self.variant.trace.mask), self.params(p), p.num_heads, p.num_kv_heads)
+        reach = lengths.Reach(analyse(self.variant.trace.mask), self.params(p), p.num_heads, p.num_kv_heads)
         counts = [getattr(p, f"num_workers{i}") for i in range(len(config.classes))]
         assert max(i for i, c in enumerate(counts) if c) < blocks <= len(counts)
         plans, status = schedule.plan(
@@ -77,25 +77,25 @@ class Kernel:
 
     def tiles(self, p: Any) -> Iterator[tuple[Any, ...]]:
         """Request, its number, rows, slots and KV heads of what a class of kind "slices" computes."""
-        first, bn = schedule.WORKER.unpack(bytes(memory(p.workers, 128, torch.uint8).tolist())), self.special.config.block_n
+        first, bn = space.WORKER.unpack(bytes(memory(p.workers, 128, torch.uint8).tolist())), self.special.config.block_n
         for index in range(first[7] if first[5] >= 0 else 0):
-            record = schedule.TILE.unpack(bytes(memory(p.tiles + 80 * index, 80, torch.uint8).tolist()))
+            record = space.TILE.unpack(bytes(memory(p.tiles + 80 * index, 80, torch.uint8).tolist()))
             request, row0, rows, block0, blocks, _, _, gap, gap_blocks = record[1:10]
             listed = [block0 + i + (gap_blocks if i >= gap else 0) for i in range(blocks)]
             yield unpacked(record[0]), request, row0, rows, [b * bn + i for b in listed for i in range(bn)], range(p.num_kv_heads)
 
     def queued(self, p: Any) -> Iterator[tuple[Any, ...]]:
         """The same of kind "queue": every tile in one go, when its first piece is drawn."""
-        units, requests, *drawn = schedule.QUEUE.unpack(bytes(memory(p.queue, 16, torch.uint8).tolist()))
+        units, requests, *drawn = space.QUEUE.unpack(bytes(memory(p.queue, 16, torch.uint8).tolist()))
         starts = memory(p.unit_starts, requests + 1, torch.int32).tolist()
         records = [
-            schedule.QUEUED_REQUEST.unpack(bytes(memory(p.requests + 80 * i, 80, torch.uint8).tolist())) for i in range(requests)
+            space.QUEUED_REQUEST.unpack(bytes(memory(p.requests + 80 * i, 80, torch.uint8).tolist())) for i in range(requests)
         ]
-        records = tuple(schedule.QueuedRequest(unpacked(x[0]), *x[1:11]) for x in records)
+        records = tuple(queued.QueuedRequest(unpacked(x[0]), *x[1:11]) for x in records)
         assert drawn == [0, 0] and starts == [*(r.unit0 for r in records), units]
-        reach = schedule.Reach(analyse(self.variant.trace.mask), self.params(p), p.num_heads, p.num_kv_heads)
+        reach = lengths.Reach(analyse(self.variant.trace.mask), self.params(p), p.num_heads, p.num_kv_heads)
         shape = choose_cuda.tile_class(self.special.config, self.special.problem)
-        for unit in schedule.QueuePlan(shape, p.num_kv_heads, 1, records, units, reach).walk():
+        for unit in queued.QueuePlan(shape, p.num_kv_heads, 1, records, units, reach).walk():
             if unit.pieces == 1 or unit.slot == unit.merge[0]:
                 slots = reach.row_slots(max(unit.record.index, 0), unit.record.request, unit.row0, unit.row0 + unit.rows)
                 yield unit.record.request, unit.record.index, unit.row0, unit.rows, range(*slots), (unit.kv_head,)

@@ -29,8 +29,8 @@ def device(request, monkeypatch):
         return torch.device(request.param)
 
     def load(index, dtype, d, dv, rope):
-        config = append._config("90a", dtype, d, dv, rope)
-        special = append._specialise(config)
+        config = append.config_of("90a", dtype, d, dv, rope)
+        special = append.specialise(config)
         status = append._status.setdefault(0, torch.zeros(2, dtype=torch.int32))
         return append._Loaded(kernel(special), config, special, None if rope is None else rope.inv_freq(d), status)
 
@@ -398,7 +398,7 @@ def test_a_call_fills_the_pointers():
     names = [name for _, name in APPEND_FIELDS]
     assert names[:12] == ["k", "v", "k_cache", "v_cache", "slot_mapping", "positions", "request_of", "page_table", "page_indptr",
                           "rope_inv_freq", "rope_table", "status"]  # fmt: skip
-    assert append._specialise(append._config("90a", BF16, 64, 64, None)).layout.fields[12].offset == append._POINTERS.size
+    assert append.specialise(append.config_of("90a", BF16, 64, 64, None)).layout.fields[12].offset == append._POINTERS.size
 
 
 def test_kernels_that_do_not_exist():

@@ -14,8 +14,11 @@ import torch
 from compare import compare
 
 import attngen as ag
-from attngen import schedule, variants
+from attngen import variants
 from attngen.bounds import analyse
+from attngen.lengths import Lengths, Reach
+from attngen.schedule import plan
+from attngen.space import TILE, WORKER
 from attngen.variants import example_params
 
 pytestmark = pytest.mark.gpu
@@ -392,9 +395,9 @@ def test_the_device_plans_what_the_python_twin_plans():
         window = rng.choice((1, 17, 500, 10**6))
         attn.plan(ints(lengths["q_indptr"]), *tables, max_q_len=most, window=window, **given)
         active = loaded.kernels.launched(most * 4)
-        reach = schedule.Reach(analyse(variant.trace.mask), {"window": window}, 8, 2)
+        reach = Reach(analyse(variant.trace.mask), {"window": window}, 8, 2)
         workers = [w if i in active else 0 for i, w in enumerate(loaded.workers)]
-        plans, status = schedule.plan(loaded.kernels.plan.config, schedule.Lengths(**lengths), reach, workers,
+        plans, status = plan(loaded.kernels.plan.config, Lengths(**lengths), reach, workers,
                                       [c.max_tiles for c in space.classes])  # fmt: skip
         found_status = engine.status()
         assert bool(found_status) == bool(status), (trial, found_status, status)
@@ -402,6 +405,6 @@ def test_the_device_plans_what_the_python_twin_plans():
             for kind, wanted in plans[i].pack().items():
                 at = space.classes[i].lists[kind]
                 found = bytes(memory[at : at + len(wanted)].cpu().tolist())
-                size = schedule.TILE.size if kind == "tiles" else schedule.WORKER.size
+                size = TILE.size if kind == "tiles" else WORKER.size
                 wrong = [j for j in range(0, len(wanted), size) if found[j : j + size] != wanted[j : j + size]]
                 assert not wrong, (trial, i, kind, len(wrong), wrong[0] // size)

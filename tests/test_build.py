@@ -132,7 +132,7 @@ def test_no_ninja(tmp_path, monkeypatch):
 
 
 def test_no_nvcc(tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "_cuda_roots", lambda: [tmp_path])
+    monkeypatch.setattr(build, "cuda_roots", lambda: [tmp_path])
     with pytest.raises(BuildError, match="(?s)no CUDA compiler.*pip install nvidia-cuda-nvcc.*CUDA_HOME"):
         compile_kernel({"kernel.cu": ""}, Recipe("cubin", ("kernel.cu",), (), artifact="kernel.cubin"), tmp_path)
 

@@ -17,7 +17,7 @@ from attngen.interp import evaluate
 from attngen.intervals import Tile, classify, tiles
 from attngen.ops import BOOL, F32, I32, I32_MAX, I32_MIN, OPS
 from attngen.paths import templates_dir
-from attngen.render import _environment
+from attngen.render import environment
 from test_intervals import brute_force
 from trees import EXACT_ROWS, build
 
@@ -38,7 +38,7 @@ class Text:
     """The class functions of some masks, compiled for this host. Values of parameters and symbols are the given ones."""
 
     def __init__(self, found: list[Node], values: dict[str, int], dialect: str) -> None:
-        macro = _environment(None).get_template("shared/classes.jinja").module.class_functions
+        macro = environment(None).get_template("shared/classes.jinja").module.class_functions
         include, headers = HEADERS[dialect]
         parts, self.emitted = [include + '#include "intervals.h"\n'], []
         for i, mask in enumerate(found):

@@ -15,7 +15,8 @@ from attngen.emit import CTYPE, Hooks, emit
 from attngen.expr import Node, discrete_inputs, text
 from attngen.interp import evaluate
 from attngen.ops import BOOL, F32, I32
-from attngen.spec import Field, Trace
+from attngen.fields import Field
+from attngen.spec import Trace
 from compare import compare
 from hypothesis import HealthCheck, given, settings
 from test_ops import headers

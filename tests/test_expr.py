@@ -47,7 +47,8 @@ from attngen.expr import (
 from attngen.interp import evaluate
 from attngen.ops import BOOL, F32, I32, I32_MAX, I32_MIN
 from attngen.paths import PACKAGE, templates_dir
-from attngen.spec import Field, Trace
+from attngen.fields import Field
+from attngen.spec import Trace
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from trees import EXACT_ROWS, Tree, build, leaves, trees

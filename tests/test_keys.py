@@ -198,7 +198,7 @@ def test_every_field_of_the_config_is_part_of_the_key(monkeypatch):
 def test_keys_are_the_same_in_every_process():
     program = (
         "import torch\nfrom attngen import run\nfrom attngen.variants import library\n"
-        "from attngen.spec import STORAGE\n"
+        "from attngen.fields import STORAGE\n"
         "for name, cls in library().items():\n"
         "    v = cls()\n"
         "    storage = {n: str(STORAGE[f.dtype][0])[6:] for n, f in v.trace.used().items() if f.kind == 'tensor'}\n"

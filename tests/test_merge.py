@@ -30,7 +30,7 @@ def device(request, monkeypatch):
         return torch.device(request.param)
 
     def load(index, dtype, out_dtype, dv):
-        special = merge._specialise(merge._config("90a", dtype, out_dtype, dv))
+        special = merge.specialise(merge.config_of("90a", dtype, out_dtype, dv))
         return special, kernel(special)
 
     monkeypatch.setattr(merge, "_merge_cpu", merge._merge_cuda)

@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import random
 
-import attngen as ag
 import on_host_block
 import pytest
 import torch
-from attngen import cuda, schedule
+from attngen import cuda
 from attngen.bounds import analyse
 from attngen.choose_cuda import PlanConfig, TileClass
+from attngen.lengths import Lengths, Reach, read_requests
+from attngen.schedule import plan
+from attngen.space import TILE, WORKER
 from attngen.spec import Problem
 from attngen.status import Status
 from test_schedule import BAD_LENGTHS, GOOD, SinksOrWindow, indptr, random_batch
@@ -31,10 +33,10 @@ def planner(request):
     return special, on_host_block.Kernel(special)
 
 
-def check(planner, lengths: schedule.Lengths, window: int, workers: list[int], max_tiles: list[int], wanted_status: Status | None = None) -> None:
+def check(planner, lengths: Lengths, window: int, workers: list[int], max_tiles: list[int], wanted_status: Status | None = None) -> None:
     special, kernel = planner
-    reach = schedule.Reach(analyse(SinksOrWindow().trace.mask), {"window": window}, HEADS, KV_HEADS)
-    plans, status = schedule.plan(special.config, lengths, reach, workers, max_tiles)
+    reach = Reach(analyse(SinksOrWindow().trace.mask), {"window": window}, HEADS, KV_HEADS)
+    plans, status = plan(special.config, lengths, reach, workers, max_tiles)
     held, values = [], {"num_heads": HEADS, "num_kv_heads": KV_HEADS, "total_heads": HEADS, "param_window": window}
     for name, x in vars(lengths).items():
         if isinstance(x, list):
@@ -46,7 +48,7 @@ def check(planner, lengths: schedule.Lengths, window: int, workers: list[int], m
     room = []
     for i, (n, most) in enumerate(zip(workers, max_tiles)):
         counters = most * KV_HEADS if special.config.classes[i].split else n
-        lists = {"tiles": schedule.TILE.size * most, "workers": schedule.WORKER.size * n, "counters": 4 * counters}
+        lists = {"tiles": TILE.size * most, "workers": WORKER.size * n, "counters": 4 * counters}
         room.append({name: torch.full((max(size, 1),), 0xAB, dtype=torch.uint8) for name, size in lists.items()})
         values |= {f"{name}{i}": memory.data_ptr() for name, memory in room[-1].items()}
         values |= {f"num_workers{i}": n, f"max_tiles{i}": most}
@@ -60,7 +62,7 @@ def check(planner, lengths: schedule.Lengths, window: int, workers: list[int], m
         if n:
             for name, wanted in plans[i].pack().items():
                 found = bytes(room[i][name].tolist())[: len(wanted)]
-                size = schedule.TILE.size if name == "tiles" else schedule.WORKER.size
+                size = TILE.size if name == "tiles" else WORKER.size
                 wrong = [j // size for j in range(0, len(wanted), size) if found[j : j + size] != wanted[j : j + size]]
                 assert not wrong, (i, name, wrong)
             assert not room[i]["counters"].any()
@@ -81,7 +83,7 @@ def test_decode_and_prompts_of_many_requests(planner, requests):
     split = planner[0].config.classes[0].split
     for longest in (1,) if requests > 500 or split else (1, 40):  # the twin takes its time
         q_lens = [rng.randint(1, longest) for _ in range(requests)]
-        lengths = schedule.Lengths(requests, indptr(q_lens), kv_lens=[rng.choice((0, 1, 64, 1000, 3000)) for _ in q_lens],
+        lengths = Lengths(requests, indptr(q_lens), kv_lens=[rng.choice((0, 1, 64, 1000, 3000)) for _ in q_lens],
                                    block_table_stride=4000, max_q_len=40)  # fmt: skip
         n = len(planner[0].config.classes)
         check(planner, lengths, 10**6, [528] * n, [20000] * n)
@@ -89,7 +91,7 @@ def test_decode_and_prompts_of_many_requests(planner, requests):
 
 def test_no_room(planner):
     n = len(planner[0].config.classes)
-    lengths = schedule.Lengths(3, [0, 1, 2, 3], kv_lens=[100, 100, 100], block_table_stride=100)
+    lengths = Lengths(3, [0, 1, 2, 3], kv_lens=[100, 100, 100], block_table_stride=100)
     check(planner, lengths, 10**6, [7] * n, [2] * n)
 
 
@@ -97,7 +99,7 @@ def test_no_room(planner):
 def test_what_is_wrong_is_said(planner, change, status):
     """In the twin's words; a request of several tiles or classes is read by many threads, which find the same."""
     n = len(planner[0].config.classes)
-    lengths = schedule.Lengths(**{**GOOD, **change})
-    bad = [r for r in schedule.read_requests(lengths)[0] if r.kv_base < 0]
+    lengths = Lengths(**{**GOOD, **change})
+    bad = [r for r in read_requests(lengths)[0] if r.kv_base < 0]
     if len(bad) == 1:
         check(planner, lengths, 10**6, [7] * n, [40] * n, status)

@@ -18,11 +18,14 @@ import torch
 import attngen as ag
 import emulated
 import on_host_block
-from attngen import cuda, engine, schedule
+from attngen import cuda, engine
+from attngen import queued as queued_room
 from attngen.bounds import analyse
 from attngen.choose_cuda import PlanConfig, TileClass
+from attngen.lengths import Lengths, Reach
 from attngen.paths import templates_dir
-from attngen.schedule import Lengths, QueuePlan, Reach, plan
+from attngen.queued import ORDERED, QueuedUnit, QueuePlan
+from attngen.schedule import plan
 from attngen.space import workspace
 from attngen.spec import Problem
 from attngen.variants import Causal, Chunked, SlidingWindow, Streaming
@@ -50,7 +53,7 @@ def check_queue(p: QueuePlan, max_slots: int, keeps) -> None:
     as queue.cuh says. ``keeps(index, q, kv)``: the mask."""
     heads, shape = p.num_kv_heads, p.shape
     assert p.units == sum(r.tiles * r.pieces * heads for r in p.records)
-    parts: dict[tuple[int, int, int], list[schedule.QueuedUnit]] = defaultdict(list)
+    parts: dict[tuple[int, int, int], list[QueuedUnit]] = defaultdict(list)
     for unit in p.walk():
         parts[unit.record.index, unit.row0, unit.kv_head].append(unit)
     assert sorted(parts) == sorted(
@@ -78,7 +81,7 @@ def check_queue(p: QueuePlan, max_slots: int, keeps) -> None:
     lengths = [p.reach.row_slots(abs(r.index), r.request, row0, min(row0 + shape.bm, r.rows))  # of the first and last tile
                for r in p.records for row0 in (0, (r.tiles - 1) * shape.bm)]  # fmt: skip
     blocks = [(e - 1) // shape.bn - b // shape.bn + 1 if b < e else 0 for b, e in lengths]
-    order = [(r.index // schedule.ORDERED, -max(two), r.index) for r, two in zip(p.records, zip(blocks[::2], blocks[1::2]))]
+    order = [(r.index // ORDERED, -max(two), r.index) for r, two in zip(p.records, zip(blocks[::2], blocks[1::2]))]
     assert order == sorted(order)
     for r in p.records:
         places = []
@@ -216,7 +219,7 @@ def test_cuts_pay(monkeypatch):
         with monkeypatch.context() as patched:
             for pieces in (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 64, 128):
                 blocks = 0 if pieces == 1 else max(max(kv_lens) // 128 // pieces, 4)
-                patched.setattr(schedule, "_piece_blocks", lambda *_: blocks)  # noqa: B023
+                patched.setattr(queued_room, "_piece_blocks", lambda *_: blocks)  # noqa: B023
                 p = queued(*args, room=2**31 - 1)
                 if sum(r.tiles * r.pieces * p.num_kv_heads for r in p.records if r.pieces > 1) <= 4 * 132:
                     others.append(makespan(p))

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 import attngen as ag
-from attngen import schedule
 from attngen.bounds import analyse
 from attngen.choose_cuda import PlanConfig, TileClass
 from attngen.errors import ParameterError
+from attngen.lengths import Lengths, Reach, all_good, read_requests
 from attngen.paths import templates_dir
-from attngen.schedule import ClassPlan, Lengths, Reach, all_good, plan, read_requests
+from attngen.schedule import ClassPlan, plan
 from attngen.space import workspace
 from attngen.status import Status, Wrong
 

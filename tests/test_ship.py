@@ -957,6 +957,8 @@ def test_cubins_are_shipped_checked_and_launched(here, monkeypatch, attngen):  #
             return object()
 
     version = 13000
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(load, "host", lambda: Driver)
     monkeypatch.setattr("attngen.start.host", lambda: Driver)
     monkeypatch.setattr(cuda, "host", lambda: Driver)

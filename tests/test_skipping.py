@@ -17,9 +17,11 @@ from test_classes import random_mask
 from test_properties import make as random_variant
 
 import attngen as ag
-from attngen import engine, schedule, variants
+from attngen import engine, variants
 from attngen.bounds import analyse
 from attngen.choose_cuda import PlanConfig, TileClass
+from attngen.lengths import Lengths, Reach
+from attngen.schedule import plan
 
 BF16 = torch.bfloat16
 
@@ -248,8 +250,8 @@ def test_mma_random_masks(seed, monkeypatch):
 
 def test_decode_leaves_the_gap_out_of_the_plan():
     """Sinks and a window of a long context are planned, and cost, as what they are."""
-    reach = schedule.Reach(analyse(variants.Streaming().trace.mask), {"window": 1024, "sinks": 64}, 8, 2)
-    (p,), _ = schedule.plan(PlanConfig("90a", (TileClass(16, 64, 2, head_major=True),)), schedule.Lengths(1, [0, 1], kv_lens=[131072]), reach, [264])
+    reach = Reach(analyse(variants.Streaming().trace.mask), {"window": 1024, "sinks": 64}, 8, 2)
+    (p,), _ = plan(PlanConfig("90a", (TileClass(16, 64, 2, head_major=True),)), Lengths(1, [0, 1], kv_lens=[131072]), reach, [264])
     (tile,) = p.tiles
     assert tile.blocks == 17 and [tile.block(i) for i in (0, 1, 16)] == [0, 2032, 2047]
 

@@ -31,13 +31,13 @@ struct alignas(16) QueuedRequest {
   int32_t unit0;          // units before its first one in the queue
   int32_t reserved[2];
 };
-static_assert(sizeof(QueuedRequest) == 80, "the planner in attngen/schedule.py writes the same layout");
+static_assert(sizeof(QueuedRequest) == 80, "the planner in attngen/queued.py writes the same layout");
 
 struct alignas(16) Queue {
   int32_t units, requests;
   int32_t next, done;  // the next unit to draw, the blocks that found none; 0 when planned, and again after the kernel
 };
-static_assert(sizeof(Queue) == 16, "the planner in attngen/schedule.py writes the same layout");
+static_assert(sizeof(Queue) == 16, "the planner in attngen/queued.py writes the same layout");
 
 // The request of a unit, for a whole warp: the last one that does not start after it. 32 starts at a time; one round up to 32
 // requests, two up to 1024.
