@@ -12,7 +12,6 @@ import torch
 
 from .bounds import Inequality, TileBounds
 from .expr import Node
-from .interp import evaluate
 from .records import record
 from .space import INT32_MAX, REQUEST
 from .status import Status, Wrong
@@ -244,6 +243,8 @@ class Reach:
 
     def _range(self, index: int, r: Request, head: int, q_lo: int, q_hi: int) -> Slots:
         """Positions instead of slots, of one KV head."""
+        from .interp import evaluate  # not for a GPU's server, which plans on the device
+
         group, total = self.num_heads // self.num_kv_heads, self.total_heads or self.num_heads
         symbols = {
             "request": index, "kv_head": self.head_offset // group + head, "q_len": r.q_len, "kv_len": r.kv_len, "q_offset": r.q_offset,
