@@ -42,7 +42,7 @@ struct alignas(16) WorkTile {
 
   __device__ __forceinline__ int32_t block(int32_t i) const { return block0 + i + (i >= gap ? gap_blocks : 0); }
 };
-static_assert(sizeof(Request) == 32 && sizeof(WorkTile) == 80, "the planner in attngen/schedule.py writes the same layout");
+static_assert(sizeof(Request) == 32 && sizeof(WorkTile) == 80, "attngen/space.py has the same layout");
 
 struct alignas(16) Worker {
   int64_t begin, end, total;  // its interval, and the length of the line
@@ -51,7 +51,7 @@ struct alignas(16) Worker {
   int32_t tiles, offset;      // in the class; how far into that unit `begin` lies
   WorkTile first;             // a copy of that tile: one trip to memory less before the first load
 };
-static_assert(sizeof(Worker) == 128, "the planner in attngen/schedule.py writes the same layout");
+static_assert(sizeof(Worker) == 128, "attngen/space.py has the same layout");
 
 // A record in 16-byte words.
 template <typename T> __device__ __forceinline__ T load_record(const T* source) {
