@@ -89,7 +89,10 @@ def read_entry(folder: Path, key: str, layer: str = CACHE) -> Entry | None:
     except FileNotFoundError:
         if not folder.is_dir():
             return None
-        raise damaged(folder, "a manifest.json", "none") from None
+        try:  # again: entries appear whole, and this one may have come between the two looks
+            text = (folder / "manifest.json").read_bytes()
+        except FileNotFoundError:
+            raise damaged(folder, "a manifest.json", "none") from None
     manifest = parse_manifest(text, folder, key)
     entry = Entry(key, folder, manifest, layer)
     content = entry.read()

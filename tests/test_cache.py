@@ -451,3 +451,24 @@ def test_a_full_disk(tmp_path, build):
     finally:
         if mounted:
             subprocess.run(["umount", root], check=True)
+
+
+def test_an_entry_that_appears_between_two_looks_is_whole(tmp_path, monkeypatch):
+    """Published after its manifest was found missing, before its folder was looked for: it was set aside as damaged."""
+    from attngen.entry import read_entry
+
+    cache = Cache(tmp_path)
+    key = "ab" * 32
+    entry, _ = cache.get_or_build(key, plain())
+    hidden = entry.folder.with_name("hidden")
+    entry.folder.rename(hidden)
+    is_dir = Path.is_dir
+
+    def appears(path: Path) -> bool:
+        if path == entry.folder and hidden.exists():
+            hidden.rename(entry.folder)
+        return is_dir(path)
+
+    monkeypatch.setattr(Path, "is_dir", appears)
+    found = read_entry(entry.folder, key)
+    assert found is not None and found.read() == b"artifact"
