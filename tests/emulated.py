@@ -9,11 +9,10 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import stand_in
 import torch
-
-from attngen import boxes, choose_cuda, cuda, dense, lengths, queued, run, schedule, space
+from attngen import boxes, choose_cuda, cuda, lengths, queued, schedule, space
 from attngen.bounds import analyse
-from attngen.choose_cuda import ARCHS
 from attngen.interp import evaluate
 
 ELEMENT = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -139,15 +138,7 @@ class Kernel:
 def install(monkeypatch: Any, variant: Any) -> list[Any]:
     """From here on CPU tensors are what CUDA tensors are to ``attention``; returns the list of its launches."""
     launches: list[Any] = []
-    monkeypatch.setattr(cuda, "build", lambda special: (None, True, 0.0))
-    monkeypatch.setattr(cuda, "load", lambda special, *_: Kernel(special, launches, variant))
+    stand_in.install(monkeypatch, "90a", lambda special, *_: Kernel(special, launches, variant))
     monkeypatch.setattr(boxes, "host", lambda: SimpleNamespace(tensor_map=lambda *_: b""))
-    monkeypatch.setattr(cuda, "device_arch", lambda index: ARCHS["90a"])
-    monkeypatch.setattr(cuda, "current_stream", lambda index: 0)
-    monkeypatch.setattr(cuda, "refuse_capture", lambda *_: None)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=3))
-    monkeypatch.setattr(dense.DenseSite, "device_types", ("cpu",))
-    monkeypatch.setattr(dense, "_loaded", {})
-    monkeypatch.setitem(run.device_sites, "cpu", dense.DenseSite)
     variant.__dict__.pop("_sites", None)
     return launches

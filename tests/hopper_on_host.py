@@ -8,11 +8,9 @@ from typing import Any
 
 import on_host_block
 import on_host_hopper
-import torch
-from attngen import boxes, cuda, dense, engine, engine_cpu, run
-from attngen.choose_cuda import ARCHS
+import stand_in
+from attngen import boxes, cuda, engine, engine_cpu
 
-MULTIPROCESSORS = 3
 _kernels: dict[str, Any] = {}
 
 
@@ -36,31 +34,13 @@ def load(special: cuda.Specialised, *_: Any) -> Any:
     return _kernels[special.key]
 
 
-class Engine(engine.CudaEngine):
-    """With a workspace that is aligned as the GPU's allocator aligns."""
-
-    def __init__(self, facts: engine.Facts, workspace: torch.Tensor | None = None) -> None:
-        if workspace is None:
-            raw = torch.empty(1 << 27, dtype=torch.uint8)
-            workspace = raw[-raw.data_ptr() % 256 :]
-        super().__init__(facts, workspace)
-
-
 def install(monkeypatch: Any) -> None:
     def last(self: engine.Kernels, most_rows: int) -> tuple[int, ...]:
         assert self.classes[-1].name == "attention_sm90"
         return (len(self.classes) - 1,)
 
-    monkeypatch.setattr(cuda, "build", lambda special: (None, True, 0.0))
-    monkeypatch.setattr(cuda, "load", load)
+    stand_in.install(monkeypatch, "90a", load)
     monkeypatch.setattr(boxes, "host", lambda: SimpleNamespace(tensor_map=on_host_hopper.tensor_map))
-    monkeypatch.setattr(cuda, "device_arch", lambda index: ARCHS["90a"])
-    monkeypatch.setattr(cuda, "current_stream", lambda index: 0)
-    monkeypatch.setattr(cuda, "refuse_capture", lambda *_: None)
     monkeypatch.setattr(engine.Kernels, "needed", last)
     monkeypatch.setattr(engine.Kernels, "launched", last)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=MULTIPROCESSORS))
-    monkeypatch.setattr(dense.DenseSite, "device_types", ("cpu",))
-    monkeypatch.setattr(dense, "_loaded", {})
-    monkeypatch.setitem(run.device_sites, "cpu", dense.DenseSite)
-    monkeypatch.setattr(engine_cpu, "CpuEngine", Engine)
+    monkeypatch.setattr(engine_cpu, "CpuEngine", stand_in.Engine)

@@ -79,6 +79,21 @@ inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 """
 # Launches `kernel`; 1 if all its threads wait for others. A shim may say what happens between rounds, in which order threads take
 # their turns and which of them miss one, whether something is on its way that will wake them, and that all is lost (2).
+SHARED = """#pragma once  // of kernels that use shared memory by address
+static char shared_memory[1 << 18] __attribute__((aligned(1024)));
+inline uint32_t smem_address(const void* p) { return (uint32_t)((const char*)p - shared_memory); }
+inline int __any_sync(unsigned mask, int x) { return __ballot_sync(mask, x) != 0; }
+inline void __syncwarp() { meet(warp(), 32); }
+inline float __fmul_rz(float a, float b) {
+  const double exact = (double)a * b;
+  const float near = (float)exact;
+  return fabs((double)near) <= fabs(exact) ? near : nextafterf(near, 0.0f);
+}
+template <typename T> inline T __ldcg(const T* p) { return *p; }
+template <typename T> inline void __stcg(T* p, T x) { *p = x; }
+inline float ex2(float x) { return exp2f(x); }
+inline float lg2(float x) { return log2f(x); }
+"""
 RUN = """
 #ifndef BEGIN_ROUND
 #define BEGIN_ROUND

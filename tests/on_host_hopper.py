@@ -34,20 +34,7 @@ SHIM = """
 #include <map>
 struct Dim { unsigned x, y; };
 static Dim gridDim;
-static char shared_memory[1 << 18] __attribute__((aligned(1024)));
-inline uint32_t smem_address(const void* p) { return (uint32_t)((const char*)p - shared_memory); }
-inline int __any_sync(unsigned mask, int x) { return __ballot_sync(mask, x) != 0; }
-inline void __syncwarp() { meet(warp(), 32); }
-inline float __fmul_rz(float a, float b) {
-  const double exact = (double)a * b;
-  const float near = (float)exact;
-  return fabs((double)near) <= fabs(exact) ? near : nextafterf(near, 0.0f);
-}
-template <typename T> inline T __ldcg(const T* p) { return *p; }
-template <typename T> inline void __stcg(T* p, T x) { *p = x; }
 inline uint32_t __float_as_uint(float x) { uint32_t y; memcpy(&y, &x, 4); return y; }
-inline float ex2(float x) { return exp2f(x); }
-inline float lg2(float x) { return log2f(x); }
 inline void yield() { swapcontext(&fibers[threadIdx.x].context, &turns); }
 
 // ---- turns, and copies on their way
@@ -245,7 +232,7 @@ class Kernel:
             files[name] = "#pragma once\n"
         files |= {
             "kernel.cpp": f'#include "shim.h"\n#include "ptx.cuh"\n#include "hopper.h"\n{main}{run}', "ptx.cuh": on_host.PTX,
-            "shim.h": shim + on_host_block.FIBERS + math, "hopper.h": f"#pragma once\n{SHIM}",
+            "shim.h": shim + on_host_block.FIBERS + math, "hopper.h": on_host_block.SHARED + SHIM,
         }  # fmt: skip
         recipe = Recipe("cpu", ("kernel.cpp",), ("-O2", "-std=c++17", "-march=native"))
         with TemporaryDirectory() as folder:

@@ -7,37 +7,21 @@ import ctypes
 import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace
 from typing import Any
 
 import on_host
 import on_host_block
+import stand_in
 import test_ops
-import torch
-from attngen import cuda, dense, engine_cpu, run
+from attngen import engine_cpu
 from attngen.build import Recipe, compile_kernel
-from attngen.choose_cuda import ARCHS
 from attngen.cuda import Specialised
 from attngen.paths import templates_dir
 from attngen.render_cuda import render_cuda
-from hopper_on_host import Engine
 
-SHIM = """#pragma once
+SHIM = """
 #include <functional>
-static char shared_memory[1 << 18] __attribute__((aligned(1024)));
-inline uint32_t smem_address(const void* p) { return (uint32_t)((const char*)p - shared_memory); }
-inline int __any_sync(unsigned mask, int x) { return __ballot_sync(mask, x) != 0; }
 inline unsigned __reduce_or_sync(unsigned, unsigned x) { return joined((int)x, [](int all, int other, int) { return all | other; }); }
-inline void __syncwarp() { meet(warp(), 32); }
-inline float __fmul_rz(float a, float b) {
-  const double exact = (double)a * b;
-  const float near = (float)exact;
-  return fabs((double)near) <= fabs(exact) ? near : nextafterf(near, 0.0f);
-}
-template <typename T> inline T __ldcg(const T* p) { return *p; }
-template <typename T> inline void __stcg(T* p, T x) { *p = x; }
-inline float ex2(float x) { return exp2f(x); }
-inline float lg2(float x) { return log2f(x); }
 static Meeting of_named[16];
 inline void barrier_sync(int id, int threads) { meet(of_named[id], threads); }
 
@@ -120,7 +104,7 @@ class Kernel:
         call = call.replace("for (Fiber& fiber : fibers) {", "for (auto& x : groups) x.clear();\n    for (Fiber& fiber : fibers) {")
         files |= {
             "kernel.cpp": f'#include "shim.h"\n#include "ptx.cuh"\n#include "mma.h"\n{swizzles}{main}{call}', "ptx.cuh": fake_ptx,
-            "shim.h": shim + on_host_block.FIBERS + math, "mma.h": SHIM,
+            "shim.h": shim + on_host_block.FIBERS + math, "mma.h": on_host_block.SHARED + SHIM,
         }  # fmt: skip
         with TemporaryDirectory() as folder:
             recipe = Recipe("cpu", ("kernel.cpp",), ("-O2", "-std=c++17", "-march=native"))
@@ -144,13 +128,5 @@ def load(special: Specialised, *_: Any) -> Any:
 
 def install(monkeypatch: Any) -> None:
     """From here on CPU tensors are what CUDA tensors are, on a GPU of sm_80 with 3 multiprocessors."""
-    monkeypatch.setattr(cuda, "build", lambda special: (None, True, 0.0))
-    monkeypatch.setattr(cuda, "load", load)
-    monkeypatch.setattr(cuda, "device_arch", lambda index: ARCHS["80"])
-    monkeypatch.setattr(cuda, "current_stream", lambda index: 0)
-    monkeypatch.setattr(cuda, "refuse_capture", lambda *_: None)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=3))
-    monkeypatch.setattr(dense.DenseSite, "device_types", ("cpu",))
-    monkeypatch.setattr(dense, "_loaded", {})
-    monkeypatch.setitem(run.device_sites, "cpu", dense.DenseSite)
-    monkeypatch.setattr(engine_cpu, "CpuEngine", Engine)
+    stand_in.install(monkeypatch, "80", load)
+    monkeypatch.setattr(engine_cpu, "CpuEngine", stand_in.Engine)
