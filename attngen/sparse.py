@@ -395,9 +395,7 @@ class BlockSparseAttention(_Sparse):
         self, variant: Variant | type[Variant] | None = None, *, num_heads: int, num_kv_heads: int, head_dim: int, R: int, C: int,
         max_q_tokens: int, max_kv_tokens: int, per_head: bool = False, masked: bool = False, kv_layout: str = "NHD", **more: Any,
     ) -> None:  # fmt: skip
-        for name, value in (("R", R), ("C", C), ("max_q_tokens", max_q_tokens), ("max_kv_tokens", max_kv_tokens)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ParameterError(f"{name} is {value!r}: required an int of at least 1")
+        _check_positive(R=R, C=C, max_q_tokens=max_q_tokens, max_kv_tokens=max_kv_tokens)
         if max_kv_tokens % C:
             raise ParameterError(f"max_kv_tokens {max_kv_tokens}: required a multiple of C={C}; pad k and v, or use VariableBlockSparseAttention")
         if masked and per_head:
@@ -520,6 +518,12 @@ class BlockSparseAttention(_Sparse):
     )
 
 
+def _check_positive(**sizes: Any) -> None:
+    for name, value in sizes.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ParameterError(f"{name} is {value!r}: required an int of at least 1")
+
+
 def _host(*given: Any) -> list[torch.Tensor] | None:
     """The vectors, where the host knows them."""
     if any(isinstance(x, torch.Tensor) and x.device.type != "cpu" for x in given):
@@ -592,9 +596,7 @@ class VariableBlockSparseAttention(_Sparse):
         max_kv_tokens: int, max_row_blocks: int, max_row_size: int | None = None, multiple: int = 1, max_blocks: int | None = None,
         kv_layout: str = "HND", **more: Any,
     ) -> None:  # fmt: skip
-        for name, value in (("max_q_tokens", max_q_tokens), ("max_kv_tokens", max_kv_tokens), ("max_row_blocks", max_row_blocks), ("multiple", multiple)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ParameterError(f"{name} is {value!r}: required an int of at least 1")
+        _check_positive(max_q_tokens=max_q_tokens, max_kv_tokens=max_kv_tokens, max_row_blocks=max_row_blocks, multiple=multiple)
         if max_kv_tokens % multiple:
             raise ParameterError(f"max_kv_tokens {max_kv_tokens}: required a multiple of multiple={multiple}")
         self.multiple, self.max_row_blocks = multiple, max_row_blocks
