@@ -116,9 +116,10 @@ def choices_of(
             return {PHASES[0]: choose_decode(problem, name, hooks, paged=paged, split=split)}
         return {PHASES[2]: choose_attention(problem, name, hooks, 64, paged=paged, split=split)}
 
+    structure, layout, sources = trace.key(problem.head_dim), "pages" if paged else "contiguous", cuda.compiler_digest()
+
     def prefer(phase: str) -> Preference | None:
-        layout = "pages" if paged else "contiguous"
-        return tuned.preference(trace.key(problem.head_dim), problem, phase, layout, cuda.compiler_digest())
+        return tuned.preference(structure, problem, phase, layout, sources)
 
     few, some, more, many = PHASES
     choices: dict[str, Any] = {few: choose_decode(problem, name, hooks, paged=paged, prefer=prefer(few))}
@@ -244,9 +245,12 @@ class Loaded:
         return values
 
 
-def zone_bytes(variant: Variant, zones: Sequence[ZoneMap], sizes: Mapping[str, int]) -> tuple[int, ...]:
-    """Room for the zone maps of tensors up to ``sizes``, by axis; a tensor that is bound has its own. None where the map would be
+def zone_bytes(
+    variant: Variant, zones: Sequence[ZoneMap], *, max_requests: int, max_q_tokens: int, max_kv_tokens: int, max_kv_len: int
+) -> tuple[int, ...]:
+    """Room for the zone maps of tensors of at most these sizes; a tensor that is bound has its own. None where the map would be
     huge, or an axis may have any length: what tiles read of such a tensor is not known."""
+    sizes = {"requests": max_requests, "q_tokens": max_q_tokens, "kv_tokens": max_kv_tokens, "positions": max_kv_len}
 
     def shape(zone: ZoneMap) -> tuple[int, ...]:
         bound = variant.values.get(zone.name)
@@ -381,18 +385,18 @@ def workspace_bytes(
     capacity = max_pages if page_size is not None else max_kv_tokens
     if capacity is None:
         raise ParameterError(f"workspace_bytes: required {'max_kv_tokens' if page_size is None else 'max_pages'}")
+    most_keys = capacity * (page_size or 1)
     stored = tuple(sorted(stored_dtypes(variant, storage).items()))
     problem = cuda_problem(arch_named(arch).name, dtype, head_dim, head_dim_v or head_dim, stored)
     rows = min(max_q_len or max_q_tokens, max_q_tokens) * (num_heads // num_kv_heads)
     kernels = kernels_of(variant, problem, page_size=page_size, batch_invariant=batch_invariant, most_rows=rows)
     return space_of(
         kernels, kernels.needed(rows), multiprocessors, max_requests=max_requests, max_q_tokens=max_q_tokens,
-        max_kv_len=max_kv_len or capacity * (page_size or 1), num_heads=num_heads, num_kv_heads=num_kv_heads,
-        head_dim_v=head_dim_v or head_dim,
-        zone_bytes=zone_bytes(variant, kernels.plan.config.zones, {
-            "requests": max_requests, "q_tokens": max_q_tokens, "kv_tokens": capacity * (page_size or 1),
-            "positions": max_kv_len or capacity * (page_size or 1),
-        }),
+        max_kv_len=max_kv_len or most_keys, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim_v=head_dim_v or head_dim,
+        zone_bytes=zone_bytes(
+            variant, kernels.plan.config.zones, max_requests=max_requests, max_q_tokens=max_q_tokens, max_kv_tokens=most_keys,
+            max_kv_len=max_kv_len or most_keys,
+        ),
     ).num_bytes  # fmt: skip
 
 
@@ -432,10 +436,10 @@ class CudaEngine:
         self._space = self._loaded.space(
             max_requests=facts.max_requests, max_q_tokens=facts.max_q_tokens, max_kv_len=facts.max_kv_len,
             num_heads=facts.num_heads, num_kv_heads=facts.num_kv_heads, head_dim_v=facts.head_dim_v,
-            zone_bytes=zone_bytes(facts.variant, self._loaded.zones, {
-                "requests": facts.max_requests, "q_tokens": facts.max_q_tokens, "kv_tokens": facts.capacity * (facts.page_size or 1),
-                "positions": facts.max_kv_len,
-            }),
+            zone_bytes=zone_bytes(
+                facts.variant, self._loaded.zones, max_requests=facts.max_requests, max_q_tokens=facts.max_q_tokens,
+                max_kv_tokens=facts.capacity * (facts.page_size or 1), max_kv_len=facts.max_kv_len,
+            ),
         )  # fmt: skip
         if workspace is None:
             workspace = torch.empty(self.workspace_bytes, dtype=torch.uint8, device=device)

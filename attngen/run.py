@@ -231,11 +231,12 @@ def specialise(variant: Variant, problem: Problem) -> tuple[Any, Choice, Layout,
     trace = variant.trace
     storage = dict(problem.storage)
     hooks = emit(trace, storage, problem.head_dim)
-    prefer = tuned.preference(trace.key(problem.head_dim), problem, "attention", "any", compiler_digest())
+    structure, sources = trace.key(problem.head_dim), compiler_digest()
+    prefer = tuned.preference(structure, problem, "attention", "any", sources)
     choice = choose_cpu(problem, problem.isa, hooks, prefer)
     struct_layout = layout(trace.used(), storage)
     flags = tuple(cpu_flags(problem.isa))
-    facts = (FORMAT, LAUNCH_ABI, trace.key(problem.head_dim), problem, repr(choice.config), flags, compiler_digest())
+    facts = (FORMAT, LAUNCH_ABI, structure, problem, repr(choice.config), flags, sources)
     return hooks, choice, struct_layout, flags, hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
