@@ -6,7 +6,7 @@ holds what was found.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -39,7 +39,7 @@ class Wrong(IntEnum):
     SHORT_MASK = 128  # custom_mask alone
 
 
-_OF_BATCH = {
+_OF_BATCH: Mapping[int, str] = {
     Wrong.NEGATIVE_Q: "q_indptr[{i}] is {found}: required 0 or more",
     Wrong.DECREASING_Q: "q_indptr[{next}] is {found}, less than the entry before it: required none that decreases",
     Wrong.LONG_BATCH: "q_indptr[{next}] is {found}: required at most max_q_tokens={max_q_tokens}, given at construction",
@@ -56,7 +56,7 @@ _OF_BATCH = {
     Wrong.SHORT_Q: "q has {found} rows: required as many as q_indptr counts",
     Wrong.SHORT_KV: "k and v have {found} rows: required as many as kv_indptr counts",
 }  # fmt: skip
-_OF_TOKEN = {
+_OF_TOKEN: Mapping[int, str] = {
     Wrong.BAD_PAGES: "kv_indptr decreases, is negative or runs past kv_indices at its request {found}",
     Wrong.LONG_POSITION: "its position {found} is past the pages of its request, or 2^30 or more",
     Wrong.BAD_PAGE: "its page or slot {found} is past the end of the cache",
@@ -85,12 +85,16 @@ class Status(NamedTuple):
         first, found = words
         return Status(first & 0xFF, first >> 8 & 0xFFFFFF, found)
 
+    @property
+    def _of_another_release(self) -> str:
+        return f"status {self.what}, {{found}}"  # a pack's kernel may know causes that this release has no text for
+
     def raise_for_batch(self, **facts: object) -> None:
         """A ParameterError that names the request; ``facts``: the limits that were not kept."""
-        text = _OF_BATCH.get(self.what, f"status {self.what}, {{found}}")  # type: ignore[call-overload]
+        text = _OF_BATCH.get(self.what, self._of_another_release)
         raise ParameterError(f"request {self.index}: " + text.format(i=self.index, next=self.index + 1, found=self.found, **facts))
 
     def raise_for_token(self) -> None:
         """A ParameterError that names append_kv's token."""
-        text = _OF_TOKEN.get(self.what, f"status {self.what}, {{found}}")  # type: ignore[call-overload]
+        text = _OF_TOKEN.get(self.what, self._of_another_release)
         raise ParameterError(f"append_kv, token {self.index}: {text.format(found=self.found)}")
