@@ -135,8 +135,8 @@ def hopper_smem_bytes(d: int, dv: int, groups: int, block_n: int, stages: int, q
     """No less than the size of ``Shared`` in attention_sm90.cu, which asserts it: tiles of queries, keys and values, what hooks
     need of each key, two units, barriers."""
     tiles = 128 * groups * q_buffers * max(d, dv) + 2 * stages * block_n * (d + dv)
-    staged = [value for value in hooks.col if value.name not in ("kv", "kv_token")]
-    cols = 4 * stages * block_n * (2 + len(staged)) if staged else 0
+    values = [value for value in hooks.col if value.name not in ("kv", "kv_token")]
+    cols = 4 * stages * block_n * (2 + len(values)) if hooks.reads_columns else 0
     classes = hooks.classes
     ranges = 0 if classes is None else 272 + 8 * (groups + 1) * classes.rows.size
     units = 2 * (144 + 128 * groups + 8 * len(hooks.tile) + ranges)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from .bounds import alternatives, analyse, disjuncts
 from .expr import COL, ELEM, ROW, TILE, Node, text, walk
-from .ops import BOOL, F32
+from .ops import BOOL, F32, operand
 
 Read = Callable[[Node, Sequence[str]], str]  # of a read and the texts of its indices' ranges
 ROW_SYMBOLS, COL_SYMBOLS = ("q", "q_token", "head"), ("kv", "kv_token")
@@ -207,18 +207,8 @@ class _Lines:
         if node.op == "where":  # both sides of one type
             args[1:] = [f"{_ctype(node)}({x})" if a.level <= TILE else x for a, x in zip(node.args[1:], args[1:])]
         pattern = "!{0}" if node.op == "not" and node.dtype == BOOL else _TEXT[node.op]
-        return pattern.format(*(x if _is_name(x) or pattern.startswith("ag_") or _is_call(x) else f"({x})" for x in args))
+        return pattern.format(*(args if pattern.startswith("ag_") else map(operand, args)))
 
 
 def _is_name(expr: str) -> bool:
     return all(ch.isalnum() or ch in "_." for ch in expr)
-
-
-def _is_call(expr: str) -> bool:
-    """Whether a text is one call or one pair of parentheses."""
-    depth = 0
-    for i, ch in enumerate(expr):
-        depth += (ch == "(") - (ch == ")")
-        if depth == 0 and not (ch.isalnum() or ch in "_.") and i < len(expr) - 1:
-            return False
-    return expr.endswith(")")

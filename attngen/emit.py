@@ -16,6 +16,7 @@ from pathlib import Path
 from .bounds import Inequality, analyse
 from .choose_cuda import ZoneMap
 from .classes import ClassHoles, along_one_axis, tile_class
+from .columns import column_texts
 from .expr import (
     CALL,
     COL,
@@ -32,7 +33,7 @@ from .expr import (
     walk,
     where,
 )
-from .ops import BOOL, F32, I32, OPS, c_text
+from .ops import BOOL, F32, I32, OPS, c_text, operand
 from .records import record
 from .spec import Trace
 
@@ -83,6 +84,22 @@ class ElementFn:
     result: str
     where: str
 
+    @property
+    def reads_columns(self) -> bool:
+        """Whether it needs of a key more than its place."""
+        return any(access.startswith("cols.") and name not in ("kv", "kv_token") for _, name, access in self.params)
+
+
+@record
+class ColumnHoles:
+    """A mask by columns (columns.py). ``row``: the word of a row, as uint32. ``terms``: what its words ``names`` hold, evaluated key by
+    key. ``holds``: whether ``row`` says what the mask does; None: always."""
+
+    row: ElementFn
+    names: tuple[str, ...]
+    terms: tuple[ElementFn, ...]
+    holds: ElementFn | None
+
 
 @record
 class RopeHoles:
@@ -128,6 +145,7 @@ class Hooks:
     col: list[Value] = field(default_factory=list)
     logits: ElementFn | None = None
     mask: ElementFn | None = None
+    columns: ColumnHoles | None = None  # the mask again, on CUDA
     weight: ElementFn | None = None
     output: ElementFn | None = None
     sink: str | None = None
@@ -138,6 +156,12 @@ class Hooks:
     bounds: BoundsHoles = BoundsHoles("0", "t.kv_len", "true", True)
     classes: ClassHoles | None = None  # of tiles, where intervals say more than closed bounds
     zones: tuple[ZoneMap, ...] = ()  # that the classes read, on CUDA
+
+    @property
+    def reads_columns(self) -> bool:
+        """Whether scores of a kernel that masks by columns need of a key more than its place."""
+        fns = (self.logits, self.weight, *(self.columns.terms if self.columns else ()))
+        return any(fn is not None and fn.reads_columns for fn in fns)
 
 
 def emit(
@@ -249,6 +273,8 @@ class _Emitter:
             if node is not None and not (name == "mask" and node.op == "const" and node.attr):
                 setattr(out, name, self.element(node))
         out.bounds = self.bounds()
+        if out.mask is not None and self.dialect == "cuda":
+            out.columns = self.columns(trace.mask)
         if classes:
             out.classes = tile_class(trace.mask, self.uniform, self.readable, self.read, self.name)
             out.zones = tuple(zone for _, zone in sorted(self.zones.items()))
@@ -354,7 +380,7 @@ class _Emitter:
         if node.op == "load":
             return self.load(node, args)
         text = c_text(OPS[node.op], self.dialect, node.dtype, node.args[0].dtype, node in self.exact)
-        return text.format(*(a if _atomic(a) else f"({a})" for a in args))
+        return text.format(*map(operand, args))
 
     def load(self, node: Node, index: list[str], dtype: str | None = None) -> str:
         name, axes = node.attr
@@ -379,15 +405,21 @@ class _Emitter:
     def element(self, root: Node) -> ElementFn:
         lines: list[Value] = []
         result = self.leaf(root, ELEM) or self.expression(root, ELEM, lines)
-        text = " ".join([result, *(line.expr for line in lines)])
-        words = set(re.findall(r"(?<![.\w])[A-Za-z_]\w*", text))
-        params = [
-            (v.ctype, v.name, f"{array}.{v.name}[{i}]")
-            for section, array, i in ((self.out.row, "rows", "m"), (self.out.col, "cols", "n"))
-            for v in section
-            if v.name in words
-        ]
-        return ElementFn(tuple(params), tuple(lines), result, self.where(root))
+        return ElementFn(self.parameters([result, *(line.expr for line in lines)]), tuple(lines), result, self.where(root))
+
+    def columns(self, mask: Node) -> ColumnHoles:
+        stored = {name for name, dtype in self.storage.items() if dtype == "uint8"}
+        found = column_texts(mask, lambda node: self.leaf(node, ELEM) or self.expression(node, ELEM), self.name, stored)
+        lines = tuple(Value("uint32_t", name, text) for name, text in found.lines)
+        row = ElementFn(self.parameters([found.result, *(line.expr for line in lines)]), lines, found.result, self.where(mask))
+        holds = ElementFn(self.parameters([found.holds]), (), found.holds, "") if found.holds else None
+        return ColumnHoles(row, tuple(name for name, _ in found.terms), tuple(self.element(node) for _, node in found.terms), holds)
+
+    def parameters(self, texts: Sequence[str]) -> tuple[tuple[str, str, str], ...]:
+        """The row and column values that texts name."""
+        words = set(re.findall(r"(?<![.\w])[A-Za-z_]\w*", " ".join(texts)))
+        sections = ((self.out.row, "rows", "m"), (self.out.col, "cols", "n"))
+        return tuple((v.ctype, v.name, f"{array}.{v.name}[{i}]") for section, array, i in sections for v in section if v.name in words)
 
     # ---- rope and bounds
     def rope(self, head_dim: int) -> RopeHoles:
@@ -510,21 +542,6 @@ def literal(node: Node) -> str:
     text = f"{node.attr:.9g}"
     text = text if any(ch in text for ch in ".e") else text + ".0"
     return f"{text}f" if node.attr >= 0 and not text.startswith("-") else f"({text}f)"
-
-
-def _atomic(text: str) -> bool:
-    """Whether C text binds tighter than any operator: a name, a literal, a call or one pair of parentheses."""
-    if re.fullmatch(r"[\w.]+", text):
-        return True
-    start = re.match(r"[\w.]*\(", text)
-    if not start or not text.endswith(")"):
-        return False
-    depth = 0
-    for i, ch in enumerate(text):
-        depth += (ch == "(") - (ch == ")")
-        if depth == 0 and ch == ")" and i < len(text) - 1:
-            return False
-    return True
 
 
 def _scaled(factor: int, text: str) -> str:

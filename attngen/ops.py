@@ -11,6 +11,7 @@ Meaning, everywhere: i32 wraps; ``//`` and ``%`` floor and yield 0 for a zero di
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import torch
@@ -170,3 +171,23 @@ def c_text(op: Op, dialect: str, dtype: str, arg_dtype: str, exact: bool = False
     if exact and dtype == F32 and "exact" in texts:
         return texts["exact"]
     return texts[dtype] if dtype in texts else texts[f"arg:{arg_dtype}"]
+
+
+def is_operand(text: str) -> bool:
+    """Whether C text binds tighter than any operator: a name, a literal, a call or one pair of parentheses."""
+    if re.fullmatch(r"[\w.]+", text):
+        return True
+    start = re.match(r"[\w.]*\(", text)
+    if not start or not text.endswith(")"):
+        return False
+    depth = 0
+    for i, ch in enumerate(text):
+        depth += (ch == "(") - (ch == ")")
+        if depth == 0 and ch == ")" and i < len(text) - 1:
+            return False
+    return True
+
+
+def operand(text: str) -> str:
+    """C text, in parentheses where an operator beside it would need them."""
+    return text if is_operand(text) else f"({text})"

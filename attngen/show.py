@@ -10,19 +10,15 @@ from typing import Any
 from rich.markup import escape
 
 from .errors import ParameterError
-from .fields import STORAGE
 from .printing import print_json, record, stdout, table
 from .spec import Variant
 
 
 def storage_of(variant: Variant) -> dict[str, str]:
-    """The stored dtype of each tensor that the variant reads: of its value, or its declaration's first."""
-    storage = {}
-    for name, field in variant.trace.used().items():
-        if field.kind == "tensor":
-            value = variant.values.get(name)
-            storage[name] = str(STORAGE[field.dtype][0] if value is None else value.dtype).removeprefix("torch.")
-    return storage
+    """The stored dtype of each tensor that the variant reads: of its value, or its declaration's own."""
+    from .run import stored_dtypes
+
+    return stored_dtypes(variant, None)
 
 
 def show_cpu(plan: Any, stage: str, as_json: bool) -> None:

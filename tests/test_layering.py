@@ -22,6 +22,7 @@ STREET = (
     "expr",
     "bounds",
     "classes",
+    "columns",
     "intervals",
     "trace",
     "rope",
