@@ -37,7 +37,7 @@ ARCHS = {
         Arch("120", 99 * _KB, 100 * _KB, True),
     )
 }
-_SMEM_RESERVED = 1024  # of the SM's shared memory, for each block
+SMEM_RESERVED = 1024  # of the SM's shared memory, for each block
 _OTHER_REGISTERS = 145  # of a decode thread, beside O and Q: scores, two cursors, addresses
 
 
@@ -172,8 +172,8 @@ def choose_decode(
         lost = ""
         if smem > gpu.smem_per_block:
             lost = f"needs {smem} bytes of shared memory, a block has {gpu.smem_per_block}"
-        elif blocks * (smem + _SMEM_RESERVED) > gpu.smem_per_sm:
-            lost = f"{blocks} blocks need {blocks * (smem + _SMEM_RESERVED)} bytes of shared memory, an SM has {gpu.smem_per_sm}"
+        elif blocks * (smem + SMEM_RESERVED) > gpu.smem_per_sm:
+            lost = f"{blocks} blocks need {blocks * (smem + SMEM_RESERVED)} bytes of shared memory, an SM has {gpu.smem_per_sm}"
         fits = not lost
         if fits and stages > 2 and (in_flight := blocks * warps * 16 // block_m * stages * 32 * (d + dv)) > _IN_FLIGHT:
             lost = f"{in_flight} bytes in flight an SM queue up in front of memory, {_IN_FLIGHT} suffice"
@@ -206,7 +206,7 @@ def most_blocks(config: Any) -> int:
     """No fewer blocks of a kernel than fit an SM at once, known before it is built."""
     if config.kind == "queue":  # persistent, with all of the SM's registers
         return config.blocks_per_sm
-    return min(arch(config.arch).smem_per_sm // (config.smem_bytes + _SMEM_RESERVED), 2048 // config.threads)
+    return min(arch(config.arch).smem_per_sm // (config.smem_bytes + SMEM_RESERVED), 2048 // config.threads)
 
 
 def check_head_dims(d: int, dv: int) -> None:
@@ -300,8 +300,8 @@ def choose_attention(
             lost = f"pieces of {split} keys are not made of blocks of {block_n}"
         elif smem > gpu.smem_per_block:
             lost = f"needs {smem} bytes of shared memory, a block has {gpu.smem_per_block}"
-        elif blocks * (smem + _SMEM_RESERVED) > gpu.smem_per_sm:
-            needed = blocks * (smem + _SMEM_RESERVED)
+        elif blocks * (smem + SMEM_RESERVED) > gpu.smem_per_sm:
+            needed = blocks * (smem + SMEM_RESERVED)
             lost = f"{blocks} blocks need {needed} bytes of shared memory, an SM has {gpu.smem_per_sm}"
         fits = not lost
         if fits and won is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .choose import Preference, settle
-from .choose_cuda import CudaChoice, Printed, arch
+from .choose_cuda import SMEM_RESERVED, CudaChoice, Printed, arch
 from .errors import UnsupportedError
 from .records import record
 
@@ -27,11 +27,12 @@ class HopperConfig(Printed):
     ping_pong: bool  # groups take turns at the tensor cores
     feeding_registers: int  # of a thread of the feeding warpgroup
     computing_registers: int
+    blocks_per_sm: int
     unit_cost: int  # fixed cost of a unit, in blocks of keys
     split: int  # keys of a fixed piece (batch_invariant), a multiple of block_n; 0: none
     smem_bytes: int
 
-    template, kind, head_major, blocks_per_sm = "attention_sm90", "queue", False, 1
+    template, kind, head_major = "attention_sm90", "queue", False
 
     @property
     def block_m(self) -> int:
@@ -53,12 +54,14 @@ class HopperCandidate:
     stages: int
     q_buffers: int
     ping_pong: bool
+    blocks_per_sm: int
     smem_bytes: int
     lost: str
 
 
-# Registers of a thread, feeding and computing, by computing warpgroups: the sums over a block are 64 K or less.
-_REGISTERS = {1: (56, 256), 2: (48, 224), 3: (32, 160)}
+# Registers of a thread, feeding and computing, by computing warpgroups: the sums over an SM are 64 K or less. Of one there are two
+# blocks an SM.
+_REGISTERS = {1: (56, 200), 2: (48, 224), 3: (32, 160)}
 
 # (stages, q_buffers), best first: two of queries let a unit begin while the one before ends, more stages bring its keys by then.
 _BUFFERS = ((4, 2), (3, 2), (2, 2), (2, 1))
@@ -66,14 +69,17 @@ _BUFFERS = ((4, 2), (3, 2), (2, 2), (2, 1))
 # (groups, block_n), best first, by the larger of head_dim and head_dim_v up to a bound; measured on an H100, see
 # docs/perf-log.md. Blocks longer than these gain at 16k keys what they lose at 1k: a sequence's last block is emptier. Those after
 # the first are for `attngen tune`, and for hooks that need much of each key.
+_ALONE = {64: (64, 128, 96), 96: (64, 96, 80), 128: (64, 96, 80)}  # of one group, by the same bounds
 _SHAPES = {64: ((3, 128), (2, 128), (2, 192)), 96: ((2, 128), (2, 96)), 128: ((2, 128), (2, 176), (2, 96)), 192: ((2, 112), (2, 96)), 256: ((2, 80), (2, 64))}
 
 
 def choose_hopper(
-    problem: Problem, arch_name: str, hooks: Hooks, page_size: int | None = None, split: int = 0, prefer: Preference | None = None
+    problem: Problem, arch_name: str, hooks: Hooks, page_size: int | None = None, split: int = 0, prefer: Preference | None = None,
+    most_rows: int = 0,
 ) -> CudaChoice[HopperConfig, HopperCandidate]:
     """The Hopper kernel for ``problem``. ``page_size``: of the KV cache, None without pages; any that it serves gives the same
-    kernel. ``split``: keys of a fixed piece, 0 for none; ``prefer``: a candidate to take if it fits.
+    kernel. ``split``: keys of a fixed piece, 0 for none; ``prefer``: a candidate to take if it fits; ``most_rows``: of a tile, if
+    it is to be 64.
 
     Raises UnsupportedError where another kernel serves: other architectures, head sizes that are no multiples of 32, pages
     that are no multiples of 8, keys that the kernel would have to rotate.
@@ -82,25 +88,32 @@ def choose_hopper(
     if why := unserved(problem, arch_name, hooks, page_size):
         raise UnsupportedError(f"the Hopper kernel: {why}.\n  do: use attention_sm80, which serves it")
     wide = max(d, dv)
-    shapes = next(shapes for bound, shapes in _SHAPES.items() if wide <= bound)
-    if d == 192 and dv <= 128:
-        shapes = ((2, 128), *shapes)
+    if alone := most_rows == 64:
+        shapes = next((tuple((1, block_n) for block_n in found) for bound, found in _ALONE.items() if wide <= bound), ())
+        if not shapes:
+            raise UnsupportedError(f"the Hopper kernel with tiles of 64 rows: head_dim {d}/{dv} is above 128.\n  do: use attention_sm80")
+    else:
+        shapes = next(shapes for bound, shapes in _SHAPES.items() if wide <= bound)
+        if d == 192 and dv <= 128:
+            shapes = ((2, 128), *shapes)
+    blocks = 2 if alone else 1
+    most_smem = min(gpu.smem_per_block, gpu.smem_per_sm // blocks - SMEM_RESERVED)
     candidates: list[HopperCandidate] = []
     possible: list[HopperCandidate] = []
     won: HopperCandidate | None = None
     for groups, block_n in shapes:
-        ping_pong = wide <= 128
+        ping_pong = wide <= 128 and groups > 1
         sizes = [(*buffers, hopper_smem_bytes(d, dv, groups, block_n, *buffers, hooks)) for buffers in _BUFFERS]
-        stages, q_buffers, smem = next((s for s in sizes if s[2] <= gpu.smem_per_block), sizes[-1])
+        stages, q_buffers, smem = next((s for s in sizes if s[2] <= most_smem), sizes[-1])
         lost = ""
         if split % block_n:
             lost = f"pieces of {split} keys are not made of blocks of {block_n}"
-        elif smem > gpu.smem_per_block:
-            lost = f"needs {smem} bytes of shared memory, a block has {gpu.smem_per_block}"
+        elif smem > most_smem:
+            lost = f"needs {smem} bytes of shared memory, a block has {most_smem}"
         fits = not lost
         if fits and won is not None:
             lost = f"{64 * won.groups} rows, {won.block_n} keys come first"
-        candidate = HopperCandidate(groups, block_n, stages, q_buffers, ping_pong, smem, lost)
+        candidate = HopperCandidate(groups, block_n, stages, q_buffers, ping_pong, blocks, smem, lost)
         won = won if lost else candidate
         candidates.append(candidate)
         possible += [candidate] if fits else []
@@ -111,7 +124,7 @@ def choose_hopper(
         )  # fmt: skip
     listed, won, by = settle(candidates, possible, won, prefer)
     config = HopperConfig(
-        arch_name, page_size is not None, won.groups, won.block_n, won.stages, won.q_buffers, won.ping_pong, *_REGISTERS[won.groups], 2, split,
+        arch_name, page_size is not None, won.groups, won.block_n, won.stages, won.q_buffers, won.ping_pong, *_REGISTERS[won.groups], blocks, 2, split,
         won.smem_bytes,
     )  # fmt: skip
     return CudaChoice(config, listed, by)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .emit import Hooks
 
 # The rooms whose text decides what a CUDA kernel's source says.
-_ROOMS = ("ops", "expr", "bounds", "classes", "trace", "rope", "fields", "spec", "abi", "abi_cuda", "choose_cuda", "choose_hopper", "emit", "render", "render_cuda",
+_ROOMS = ("ops", "expr", "bounds", "classes", "columns", "trace", "rope", "fields", "spec", "abi", "abi_cuda", "choose_cuda", "choose_hopper", "emit", "render", "render_cuda",
           "build")  # fmt: skip
 
 

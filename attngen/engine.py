@@ -125,7 +125,10 @@ def choices_of(
     choices: dict[str, Any] = {few: choose_decode(problem, name, hooks, paged=paged, prefer=prefer(few))}
     with contextlib.suppress(UnsupportedError):
         choices[some] = choose_decode(problem, name, hooks, 32, paged=paged, prefer=prefer(some))
-    choices[more] = choose_attention(problem, name, hooks, 64, paged=paged, prefer=prefer(more))
+    try:
+        choices[more] = choose_hopper(problem, name, hooks, page_size, prefer=prefer(more), most_rows=64)
+    except UnsupportedError:
+        choices[more] = choose_attention(problem, name, hooks, 64, paged=paged, prefer=prefer(more))
     try:
         choices[many] = choose_hopper(problem, name, hooks, page_size, prefer=prefer(many))
     except UnsupportedError:

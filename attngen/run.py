@@ -49,7 +49,7 @@ FORMAT = 1  # of the key; a change voids every cached kernel
 DEBUG = os.environ.get("ATTNGEN_DEBUG", "0") not in ("", "0")  # the ladder of debug.py
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # The rooms whose text decides what a kernel's source says.
-_COMPILER_ROOMS = ("ops", "expr", "bounds", "classes", "trace", "rope", "fields", "spec", "abi", "choose", "emit", "render", "build")
+_COMPILER_ROOMS = ("ops", "expr", "bounds", "classes", "columns", "trace", "rope", "fields", "spec", "abi", "choose", "emit", "render", "build")
 
 
 # ---------------------------------------------------------------- compiling

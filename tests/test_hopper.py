@@ -75,6 +75,14 @@ def test_head_dims(d, dv, dtype):
     check(variants.Causal(), [70, 3, 129], [200, 90, 129], d=d, dv=dv, dtype=dtype)
 
 
+@pytest.mark.parametrize("name", ["Causal", "SlidingWindow", "Document", "ALiBi", "Gemma2", "Sigmoid"])
+@pytest.mark.parametrize("d", [64, 96, 128])
+def test_tiles_of_64_rows(name, d, monkeypatch):
+    """The class below the largest: one group a block, two blocks an SM."""
+    monkeypatch.setattr(hopper_on_host, "CLASS", -2)
+    check(VARIANTS[name], [1, 64, 0, 130, 3, 1], [300, 64, 40, 200, 0, 17], d=d)
+
+
 @pytest.mark.parametrize("d, dv", [(96, 64), (128, 96)])
 def test_panels_of_two_widths(d, dv):
     """A warp's output then lies where other warps' queries are: several units, so that warps are apart."""
