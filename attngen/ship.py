@@ -84,7 +84,7 @@ def _compilers(workers: int) -> str:
 def _write_lock(path: Path, lock: dict[str, Any], keep_others: bool) -> None:
     """``keep_others``: with --arch, the lock's kernels of other archs stay, as long as they belong to the same set."""
     from .entry import json_text, written_whole
-    from .sets import read_lock
+    from .sets import read_lock, sealed
 
     if keep_others and path.exists():
         try:
@@ -97,6 +97,7 @@ def _write_lock(path: Path, lock: dict[str, Any], keep_others: bool) -> None:
             keys = {role["key"] for unit in kept for role in unit["roles"] if "key" in role}
             lock = {**lock, "units": [*kept, *lock["units"]], "sources": {**before["sources"], **lock["sources"]}}
             lock["kernels"] = dict(sorted({**{k: before["kernels"][k] for k in keys}, **lock["kernels"]}.items()))
+            lock = sealed(lock)
     with written_whole(path) as private:
         private.write_text(json_text(lock), encoding="utf-8")
 

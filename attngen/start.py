@@ -303,7 +303,7 @@ def _check_serves(unit: Mapping[str, Any], roles: Sequence[pins.Role], path: Pat
     """Raises CacheError where the kernels that a lock file gives to a unit serve something else, as after a bad merge of two."""
     try:
         fits = _serves(unit, [role.manifest if isinstance(role, Entry) else role for role in roles], path)
-    except (KeyError, TypeError, IndexError, ValueError) as error:
+    except (KeyError, TypeError, IndexError, ValueError, AttributeError, StopIteration) as error:
         raise CacheError(f"the kernels of the set {path} do not say what they serve ({error!r}): build it again") from None
     if not fits:
         found = ", ".join(role.key[:12] for role in roles if isinstance(role, Entry))

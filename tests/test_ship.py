@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import hashlib
@@ -299,7 +300,7 @@ def test_jit_builds_what_is_missing(here):
     text = json.dumps(loaded.lock)
     for key in keys_of_lock(json.loads(text)):
         text = text.replace(key, key[::-1])
-    (here / "llama.lock").write_text(text)
+    (here / "llama.lock").write_text(json.dumps(sets.sealed(json.loads(text))))
     forget()
     with pytest.raises(MissingKernelError, match="2 kernels of the set"):
         ag.load_set(here / "llama.toml", jit=False)
@@ -372,15 +373,62 @@ def test_a_lock_file_that_gives_the_wrong_kernel_is_refused(here, built, monkeyp
     lock = json.loads((here / "llama.lock").read_text())
     exchanged(lock, 0, 1)
     (here / "llama.lock").write_text(json.dumps(lock))
+    with pytest.raises(ParameterError, match="(?s)is no lock file.*edited, merged or cut"):
+        ag.load_set(here / "llama.toml", jit=False)
+    (here / "llama.lock").write_text(json.dumps(sets.sealed(lock)))
     with pytest.raises(CacheError, match="(?s)gives Causal .* kernels that serve something else.*precompile again"):
         ag.load_set(here / "llama.toml", jit=False)
     assert not pins._pinned  # nothing of it
 
 
+def test_half_a_lock_file_is_not_served_as_the_whole(here, built, monkeypatch):
+    monkeypatch.setenv("ATTNGEN_CACHE_DIR", str(built / "cache"))
+    whole = json.loads((here / "llama.lock").read_text())
+
+    def refused(lock: dict, message: str) -> None:
+        (here / "cut.lock").write_text(json.dumps(lock))
+        with pytest.raises(ParameterError, match=f"(?s)is no lock file.*{message}.*do: write it again"):
+            ag.load_set(here / "cut.lock", jit=False)
+
+    half = {**whole, "units": whole["units"][1:]}
+    refused(half, "edited, merged or cut")
+    del half["seal"]  # as the last release wrote them
+    refused(half, "1 kernels that its units name and 2 that it lists")
+    key = half["units"][0]["roles"][0]["key"]
+    refused({**half, "seal": whole["seal"], "kernels": {key: whole["kernels"][key]}}, "edited, merged or cut")
+    (here / "cut.lock").write_text(json.dumps({n: v for n, v in whole.items() if n != "seal"}))
+    assert len(ag.load_set(here / "cut.lock", jit=False).kernels) == 2
+
+
+def places(value: object, at: tuple = ()) -> Iterator[tuple]:
+    """Of everything inside a JSON value."""
+    for name, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield (*at, name)
+        yield from places(inner, (*at, name))
+
+
+def test_a_lock_file_of_other_types_is_an_error_of_ours(here, built, monkeypatch):
+    """Every field of one without a seal in turn: of another type, or gone."""
+    monkeypatch.setenv("ATTNGEN_CACHE_DIR", str(built / "cache"))
+    whole = {n: v for n, v in json.loads((here / "llama.lock").read_text()).items() if n != "seal"}
+    for place in places(whole):
+        for bad in (None, 7, "x", [], {}, ["x"], {"key": "x"}, [[]], "gone"):
+            lock = json.loads(json.dumps(whole))
+            holder = lock
+            for name in place[:-1]:
+                holder = holder[name]
+            if bad == "gone":
+                del holder[place[-1]]
+            else:
+                holder[place[-1]] = bad
+            with contextlib.suppress(ag.AttngenError):
+                start._load(here / "llama.lock", sets.check_lock(lock, "it"), start._here(None), None)
+
+
 @pytest.mark.parametrize("key", ["../../../../tmp/evil", "A" * 64, "ab"])
 def test_a_lock_file_names_no_path(here, key):
     text = (here / "llama.lock").read_text().replace(keys_of(here)[0], key)
-    (here / "llama.lock").write_text(text)
+    (here / "llama.lock").write_text(json.dumps(sets.sealed(json.loads(text))))
     with pytest.raises(ParameterError, match="a key that is none"):
         ag.load_set(here / "llama.lock", jit=False)
     (here / "llama.lock").write_text("[" * 100_000)
@@ -974,7 +1022,7 @@ def test_cubins_are_shipped_checked_and_launched(here, monkeypatch, attngen):  #
     roles = next(u for u in wrong["units"] if u["variant"] == "Causal")["roles"]
     for one, two in ((0, 1), (0, len(roles) - 1)):  # tiles in another order; the planner as a class
         roles[one], roles[two] = roles[two], roles[one]
-        (here / "wrong.lock").write_text(json.dumps(wrong))
+        (here / "wrong.lock").write_text(json.dumps(sets.sealed(wrong)))
         with pytest.raises(CacheError, match="serve something else|do not say what they serve"):
             ag.load_set(here / "wrong.lock", jit=False, device="cuda:0")
         roles[one], roles[two] = roles[two], roles[one]
