@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from . import trust
-from .entry import FILE_NAME, KEY, Entry, check_manifest, written_whole
+from .entry import FILE_NAME, KEY, Entry, check_files, check_manifest, written_whole
 from .errors import CacheError, ParameterError
 from .records import record
 
@@ -90,7 +90,7 @@ def write_pack(
     blobs: dict[str, bytes] = {}
     listed = {}
     for entry in sorted(entries, key=lambda e: e.key):
-        entry.read()
+        check_files(entry)
         files = {}
         for file in files_of(entry):
             content = entry.file(file)

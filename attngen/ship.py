@@ -409,9 +409,12 @@ def cache_push(
     as_json: JsonFlag = False,
 ) -> None:
     """Upload kernels to a remote store, for ATTNGEN_REMOTE_CACHE to name."""
+    from .entry import check_files
     from .layers import RemoteLayer
 
     name, entries, _ = _entries_of(source)
+    for entry in entries:  # all of it, before any of it
+        check_files(entry)
     remote = RemoteLayer(url)
     try:
         sent = sum(remote.store(entry, sign) for entry in entries)

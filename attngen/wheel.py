@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from . import trust
-from .entry import FORMAT, Entry, entry_folder, json_text, sealed_text, written_whole
+from .entry import FORMAT, Entry, check_files, entry_folder, json_text, sealed_text, written_whole
 from .errors import ParameterError
 from .layers import GROUP
 from .pack import bare_manifest, check_name, files_of, plain_member
@@ -35,7 +35,7 @@ def write_wheel(
     files: dict[str, bytes] = {f"{package}/__init__.py": f'"""Kernels of the set {name}, built by attngen. Data only."""\n'.encode()}
     native = False
     for entry in entries:
-        entry.read()
+        check_files(entry)
         native = native or entry.manifest.get("kind") != "cubin"
         where = f"{package}/{entry_folder(entry.key)}"
         for file in files_of(entry):

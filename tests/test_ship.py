@@ -641,6 +641,26 @@ def test_export_and_import(here, built, attngen, monkeypatch):  # noqa: F811
     assert ag.load_set("llama", jit=False).layers() == {"system": 2}
 
 
+def test_a_damaged_source_or_log_is_neither_shipped_nor_kept(here, built, attngen, monkeypatch):  # noqa: F811
+    """No lookup reads them, so that only what ships or imports an entry can see it."""
+    pytest.importorskip("fsspec")
+    shutil.copytree(built / "cache", here / "cache")
+    key = keys_of(here)[0]
+    for name in ("attention.cpp", "build.log"):
+        damaged = Cache(here / "cache").folder(key) / name
+        whole = damaged.read_bytes()
+        flip(damaged, 2)
+        for command in (("export", here / "llama.toml", "-o", here / "new.attnpack"), ("wheel", here / "llama.toml", "-o", here / "new"),
+                        ("push", f"file://{here}/new", here / "llama.toml")):  # fmt: skip
+            status, _, err = attngen("cache", *command)
+            assert status == 2 and f"{name} with sha256" in err, err
+            assert not list(here.glob("*new*"))
+        with pytest.warns(ag.CacheWarning, match="set aside"):
+            done = read_json(attngen("cache", "import", here / "llama.attnpack", "--json"))
+        assert (done["kernels"], done["there"]) == (2, 1) and damaged.read_bytes() == whole
+    assert read_json(attngen("cache", "verify", "--json"))["damaged"] == []
+
+
 def test_a_truncated_or_flipped_pack_gives_nothing_or_the_truth(packed, tmp_path):
     whole = packed.read_bytes()
     refused = 0
