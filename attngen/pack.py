@@ -5,13 +5,15 @@
 
 A zip archive without compression, times or attributes, so that equal kernels make equal bytes. Everything in it is
 named by its hash and checked when it is read; the sha256 of attnpack.json stands for the whole. Nothing of the archive
-names a path: files are written under names that are checked here. No member is compressed, so none can swell.
+names a path: files are written under names that are checked here. No member is compressed, so none can swell; what the
+directory, the index and files named by many entries can swell to is bounded before they are parsed or copied.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import io
 import json
 import os
 import re
@@ -29,9 +31,12 @@ from .records import record
 
 PACK_FORMAT = "attnpack-1"
 INDEX = "attnpack.json"
-MAX_FILE = 256 << 20  # bytes of one file; kernels take some 100 kB
-MAX_TOTAL = 16 << 30  # bytes that an import may write
-MAX_INDEX = 256 << 20
+MAX_FILE = 64 << 20  # bytes of one file; kernels take some 100 kB
+MAX_TOTAL = 16 << 30  # bytes that an import may write,
+MAX_SHARED = 8  # and times the pack's size, past 64 MiB: files that many entries share are in it once (found: 1.1)
+MAX_INDEX = 64 << 20  # a kernel takes 7 kB of it
+MAX_VALUES = 4 << 20  # of its JSON, at most 72 bytes each: a kernel takes 400
+MAX_DIRECTORY = 8 << 20  # of the archive: a member takes 117 bytes of it
 SET_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,99}")
 _BLOB = re.compile(r"blobs/[0-9a-f]{64}")
 
@@ -131,6 +136,15 @@ def check_name(name: str) -> None:
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
+class _Opened(io.FileIO):
+    """A file whose reader cannot be made to take much of it at once: zipfile reads the directory whole, whatever its size."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > MAX_DIRECTORY:
+            raise ValueError(f"a directory of {size} bytes; required at most {MAX_DIRECTORY}")
+        return super().read(MAX_DIRECTORY if size is None or size < 0 else size)
+
+
 class Pack:
     """A pack that is open for reading, its index checked: names, hashes and sizes, and the signature where one is required.
 
@@ -141,16 +155,19 @@ class Pack:
         self.path = path
         try:
             # Read by place, not through the archive: forked processes share the position of an open file.
-            self._file = open(path, "rb")
+            self._file = _Opened(path, "rb")
             with zipfile.ZipFile(self._file) as archive:
                 self._members = {info.filename: info for info in archive.infolist()}
                 self._check_members(archive.infolist())
-                text = archive.read(INDEX)
+                with archive.open(INDEX) as member:
+                    text = b"".join(iter(functools.partial(member.read, 1 << 20), b""))
         except (OSError, zipfile.BadZipFile, KeyError, ValueError, NotImplementedError, EOFError) as error:
             if isinstance(error, CacheError):
                 raise
             raise self._bad("a pack as `attngen cache export` writes it", repr(error)) from None
         self.digest = hashlib.sha256(text).hexdigest()
+        if (values := sum(map(text.count, (b",", b"[", b"{")))) > MAX_VALUES:
+            raise self._bad(f"an index of at most {MAX_VALUES} values", f"about {values}")
         try:
             index = json.loads(text)
             found = index["format"]
@@ -243,6 +260,7 @@ class Pack:
                 if not isinstance(size, int) or there.get(f"blobs/{digest}") != size:
                     raise self._bad(f"{name} of {key[:12]}: {size} bytes", f"{there.get(f'blobs/{digest}')}")
                 total += size
+        max_total = min(max_total, (64 << 20) + MAX_SHARED * os.fstat(self._file.fileno()).st_size)
         if total > max_total:
             raise self._bad(f"at most {max_total} bytes unpacked", f"{total}")
 

@@ -365,23 +365,26 @@ def cache_import(
     """Verify a pack and copy its kernels into the cache."""
     from . import cache
     from .pack import Pack
+    from .sets import check_lock
 
     opened = Pack(pack)
     if sha256 and opened.digest != sha256.lower():
         raise ParameterError(f"{pack} is not the pack that was asked for.\n  required: sha256 {sha256}\n  found: {opened.digest}")
     store = cache.Cache(into.absolute()) if into else cache.default()
-    entries = [entry for key in opened.keys if (entry := opened.lookup(key, "pack")) is not None]
-    for entry in entries:  # all of it, before any of it
-        for read in opened.files(entry.key).values():
+    if opened.lock is not None:
+        check_lock(opened.lock, f"the lock file in {pack}")
+    for key in opened.keys:  # all of it, before any of it; one kernel at a time is held
+        opened.lookup(key, "pack")
+        for read in opened.files(key).values():
             read()
-    there = sum(store.adopt(entry)[1] for entry in entries)
+    there = sum(store.adopt(entry)[1] for key in opened.keys if (entry := opened.lookup(key, "pack")) is not None)
     if opened.lock is not None:
         store.keep_lock(opened.name, opened.lock)
-    facts = {"pack": str(pack), "name": opened.name, "sha256": opened.digest, "kernels": len(entries), "there": there,
+    facts = {"pack": str(pack), "name": opened.name, "sha256": opened.digest, "kernels": len(opened.keys), "there": there,
              "signed_by": opened.signed_by, "path": str(store.root)}  # fmt: skip
     if as_json:
         return print_json(facts)
-    print(f"{opened.name}: {len(entries) - there} kernels imported, {there} were there, in {store.root}")
+    print(f"{opened.name}: {len(opened.keys) - there} kernels imported, {there} were there, in {store.root}")
 
 
 @cache_app.command("wheel")

@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -738,6 +739,47 @@ def test_links_and_bombs_are_refused(packed, tmp_path):
         write(("attnpack.json", b"{}"), ("attnpack.json", b"{}"))
     with pytest.raises(CacheError, match="attnpack.json twice"):
         Pack(packed)
+
+
+def test_what_a_small_pack_can_swell_to_is_bounded(packed, tmp_path, monkeypatch):
+    def refused(message: str, *members: tuple[str, bytes]) -> None:
+        with zipfile.ZipFile(packed, "w") as archive:
+            for name, content in members:
+                archive.writestr(name, content)
+        with pytest.raises(CacheError, match=message):
+            Pack(packed)
+
+    whole = packed.read_bytes()
+    swelling = b'{"x": [' + b"[]," * 2_500_000 + b'0], "format": "attnpack-1", "name": "n", "entries": {}, "lock": null}'
+    refused("an index of at most 4194304 values", ("attnpack.json", swelling))
+    refused("a directory of [0-9]+ bytes; required at most 8388608", ("attnpack.json", b"{}"), *((f"blobs/{i:064x}", b"") for i in range(80_000)))
+    blob = bytes(32 << 20)
+    digest = hashlib.sha256(blob).hexdigest()
+    entries = {
+        key: {"manifest": {"format": 1, "key": key, "artifact": "k.cubin", "size": len(blob), "sha256": digest, "kind": "cubin"},
+              "files": {"k.cubin": [digest, len(blob)]}}
+        for key in (f"{i:064x}" for i in range(20))
+    }  # fmt: skip
+    index = {"format": "attnpack-1", "name": "n", "entries": entries, "lock": None}
+    refused("bytes unpacked", ("attnpack.json", json.dumps(index).encode()), (f"blobs/{digest}", blob))
+    packed.write_bytes(whole)
+    monkeypatch.setattr("attngen.pack.MAX_FILE", 2999)
+    with pytest.raises(CacheError, match="(?s)members of at most 2999 bytes.*of 3000"):
+        Pack(packed)
+
+
+def test_an_import_holds_one_kernel_at_a_time(tmp_path, attngen):  # noqa: F811
+    store, size = Cache(tmp_path / "source"), 8 << 20
+    for i in range(12):
+        store.get_or_build(f"{i:064x}", described(bytes([i]) * size, kind="cubin"))
+    write_pack(tmp_path / "big.attnpack", "big", store.entries())
+
+    def grown() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        assert attngen("cache", "import", tmp_path / "big.attnpack", "--into", tmp_path / "cache")[0] == 0
+        return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+
+    assert int(toy.in_child(grown)) < 6 * size
 
 
 def test_forked_servers_read_one_pack_at_once(packed):
