@@ -83,7 +83,8 @@ def load_kernel(entry: cache.Entry) -> LoadedKernel:
         raise _unloadable(entry.folder, f"a kernel that a CPU with {here} runs", f"one for {isa}")
     module = host()
     try:
-        address = module.load_cpu(os.fspath(entry.artifact), abi)
+        with entry.opened() as name:
+            address = module.load_cpu(name, abi)
     except RuntimeError as error:
         raise _unloadable(entry.artifact, f"a library of launch ABI {abi}", str(error)) from None
     made = LoadedKernel(entry, functools.partial(module.launch_cpu, address))

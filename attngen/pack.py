@@ -14,12 +14,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
 import struct
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -39,6 +41,7 @@ MAX_VALUES = 4 << 20  # of its JSON, at most 72 bytes each: a kernel takes 400
 MAX_DIRECTORY = 8 << 20  # of the archive: a member takes 117 bytes of it
 SET_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,99}")
 _BLOB = re.compile(r"blobs/[0-9a-f]{64}")
+_spellings = itertools.count()
 
 
 @record
@@ -48,17 +51,15 @@ class MemoryEntry(Entry):
     get: Callable[[str], bytes] = field(default=lambda name: b"", compare=False, repr=False)
     on_disk: ClassVar[bool] = False
 
-    @functools.cached_property
-    def _in_memory(self) -> Path:
-        # A library is opened by name. The descriptor stays open: the loader takes equal names for equal libraries.
-        descriptor = os.memfd_create(f"attngen-{self.key[:12]}")
-        with os.fdopen(os.dup(descriptor), "wb") as out:
+    @contextmanager
+    def opened(self) -> Iterator[str]:
+        # A library is opened by name, and the loader takes equal names for equal libraries: a descriptor that serves again must
+        # not be spelled as before. None stays open, or a thousand kernels would need a thousand.
+        number, descriptor = next(_spellings), os.memfd_create(f"attngen-{self.key[:12]}")
+        with os.fdopen(descriptor, "wb") as out:
             out.write(self.read())
-        return Path(f"/proc/self/fd/{descriptor}")
-
-    @property
-    def artifact(self) -> Path:
-        return self._in_memory if self.manifest.get("kind") == "cpu" else self.folder / self.manifest["artifact"]
+            out.flush()
+            yield f"/proc/self/fd{'/' * (1 + number % 1000)}.{'/' * (1 + number // 1000)}{descriptor}"
 
     def exists(self) -> bool:
         return True

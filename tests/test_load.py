@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import subprocess
 import sys
 import sysconfig
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from attngen import load
 from attngen.abi import LAUNCH_ABI
 from attngen.cache import Cache
 from attngen.errors import BuildError, LoadError
+from attngen.pack import Pack, write_pack
 
 HOST_FILE = load.host().__file__
 
@@ -66,6 +69,25 @@ def test_the_gil_is_released_while_a_kernel_runs(store):
     x[0] = 1  # never reached, were the GIL held
     thread.join(60)
     assert not thread.is_alive()
+
+
+def test_a_thousand_kernels_of_a_pack_keep_no_file_open(store, tmp_path):
+    """Each is opened under a descriptor that served another before, and is its own library all the same."""
+    keys = [f"{i:064x}" for i in range(1100)]
+    built = [store.get_or_build(key, toy.builder(toy.SOURCE.replace("+= 1", f"+= {i + 1}")))[0] for i, key in enumerate(keys[:3])]
+    entries = [replace(built[i % 3], key=key, manifest={**built[i % 3].manifest, "key": key}) for i, key in enumerate(keys)]
+    write_pack(tmp_path / "many.attnpack", "many", entries)
+    pack = Pack(tmp_path / "many.attnpack")
+
+    def serve() -> str:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+        for i, key in enumerate(keys):
+            x = torch.zeros(10)
+            load.load_kernel(pack.lookup(key, "pack")).launch(packed(x, threads=1))
+            assert x.eq(i % 3 + 1).all(), (i, x)
+        return "all served"
+
+    assert toy.in_child(serve, timeout=120) == "all served"
 
 
 # ---- libraries that do not belong here -------------------------------------------------------------------------------

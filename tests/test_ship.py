@@ -1013,6 +1013,8 @@ def test_logs_and_the_debug_ladder_speak_on_hits(here, built, monkeypatch, capsy
         assert "vfmadd" in output or "mulps" in output
 
     entry = Cache(built / "cache").lookup(hit["key"])
+    machine_code = debug.machine_code(entry)
+    assert debug.machine_code(Pack(here / "llama.attnpack").lookup(hit["key"], "pack:llama")).splitlines()[2:] == machine_code.splitlines()[2:]
     monkeypatch.setenv("ATTNGEN_DEBUG", "1")
     debug.show(entry, True, 0.0)
     quiet = capsys.readouterr().err
@@ -1108,6 +1110,10 @@ def test_cubins_are_shipped_checked_and_launched(here, monkeypatch, attngen):  #
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
     with pytest.raises(LoadError, match="(?s)required: a cubin for compute capability 8.0.*found: one for sm_90a"):
         ag.load_set(here / "gpu.toml", jit=False, device="cuda:0")
+    in_cache = cache.default().lookup(attention["roles"][0]["key"])
+    write_pack(here / "gpu.attnpack", "gpu", [in_cache])
+    machine_code = debug.machine_code(Pack(here / "gpu.attnpack").lookup(in_cache.key, "pack:gpu"))
+    assert "not shown" in machine_code or ("sm_90" in machine_code and in_cache.manifest["symbol"] in machine_code), machine_code
     # A cubin that was damaged after it was found is not handed over: what was checked is, or it is checked again.
     entry = cache.default().lookup(attention["roles"][0]["key"])
     flip(entry.artifact)
