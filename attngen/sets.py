@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -179,7 +180,7 @@ def stale(path: Path, lock: Mapping[str, Any]) -> str:
 
 def missing_command(path: Path, archs: Sequence[str]) -> str:
     """The command that builds a set for ``archs``."""
-    return f"attngen precompile {path}" + (f" --arch {','.join(archs)}" if archs else "")
+    return f"attngen precompile {shlex.quote(str(path))}" + (f" --arch {','.join(archs)}" if archs else "")
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -454,7 +455,7 @@ def doctor(as_json: JsonFlag = False) -> None:
 
 def explain_miss(
     key: Annotated[str, typer.Argument(metavar="KEY", help="A key, or its first digits, as errors and logs name it.")],
-    lock: Annotated[list[Path], typer.Option("--lock", help="A lock file that may name the key; may be repeated.")] = [],  # noqa: B006
+    lock: Annotated[list[Path], typer.Option("--lock", help="A lock file or pack that may name the key; may be repeated. Imported and installed sets are looked at anyway.")] = [],  # noqa: B006
     as_json: JsonFlag = False,
 ) -> None:
     """Why a kernel was not there: which inputs of its key differ from the nearest entry's."""
@@ -480,24 +481,41 @@ def explain_miss(
 
 def _find_inputs(key: str, misses: Path, locks: Sequence[Path], manifests: Sequence[Any]) -> dict[str, Any]:
     """What is known of a key: from the entry itself, a refused request, or a lock file."""
-    from .sets import read_lock
-
     found = [{"key": m["key"], "variant": m.get("variant", ""), "inputs": m["inputs"]} for m in manifests
              if m["key"].startswith(key) and "inputs" in m]  # fmt: skip
     for path in sorted(misses.glob(f"{key}*.json")) if key.isalnum() else ():
-        found.append(json.loads(path.read_bytes()))
-    for path in locks:
-        content = read_lock(path)
+        try:
+            found.append(json.loads(path.read_bytes()))
+        except (OSError, ValueError) as error:  # cut short by a full disk, or not ours to read
+            stderr().print(f"passed over {path}: {error}", style="yellow", markup=False, soft_wrap=True)
+    for content in _locks(locks):
         for name, kernel in content["kernels"].items():
             if name.startswith(key):
-                inputs = {**kernel["inputs"], "sources": content.get("sources", {}).get(kernel["inputs"].get("backend"), {})}
+                inputs = {**kernel["inputs"], "sources": content["sources"].get(kernel["inputs"].get("backend"), {})}
                 found.append({"key": name, "variant": kernel["variant"], "inputs": inputs})
     keys = {item["key"] for item in found}
     if len(keys) != 1:
         raise ParameterError(
             f"{key}: {'several keys begin so' if keys else 'nothing is known of this key'}.\n  required: a key of the cache, of a "
-            f"request that ATTNGEN_JIT=off refused here, or of a lock file (--lock)\n"
+            f"request that ATTNGEN_JIT=off refused here, or of an imported set, a lock file or a pack (--lock)\n"
             f"  found: {', '.join(k[:16] for k in sorted(keys)) or 'none'}"
         )
     return found[0]
 
+
+def _locks(given: Sequence[Path]) -> Iterator[dict[str, Any]]:
+    """The lock files and packs that are ``given``, then those of imported and installed sets."""
+    from . import cache, layers
+    from .pack import Pack
+    from .sets import check_lock, read_lock
+
+    for path in given:
+        if path.suffix != ".attnpack":
+            yield read_lock(path)
+        elif (lock := Pack(path).lock) is not None:
+            yield check_lock(lock, f"the lock file in {path}")
+    own = layers.FolderLayer("cache", cache.default().root)
+    for layer in (*layers.before(), own, *layers.installed()):
+        for name in layer.sets():
+            with suppress(AttngenError):  # load_set says what is wrong with one that is asked for
+                yield check_lock(layer.lock(name), name)

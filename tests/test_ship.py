@@ -12,12 +12,14 @@ import multiprocessing
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -287,8 +289,48 @@ def test_what_is_missing_is_said_at_once(here, built):
     message = str(caught.value)
     assert message.startswith("1 kernel of the set llama is not there.") and gone[:12] in message and kept[:12] not in message and f"do: attngen precompile {here / 'llama.toml'} --arch" in message
     flip(Cache(here / "cache").folder(kept) / "kernel.so")
-    with pytest.raises(MissingKernelError, match=f"(?s)^2 kernels of the set llama are not there.*{kept[:12]}: a damaged cache entry"):
+    with pytest.raises(MissingKernelError, match=f"(?s)^2 kernels of the set llama are not there.*{kept[:12]}: a damaged cache entry") as caught:
         ag.load_set(here / "llama.toml", jit=False)
+    assert set(caught.value.missing) == {gone, kept} and caught.value.missing[gone] == "in no layer"
+
+
+def test_what_a_server_lacks_can_be_asked_about(here, built, attngen, monkeypatch):  # noqa: F811
+    """Of a set, a pack and an imported set: the commands of the error are whole, and work."""
+    folder = here / "my models"
+    folder.mkdir()
+    for name in ("llama.toml", "llama.lock", "mine.py"):
+        shutil.copy(here / name, folder / name)
+    lock = json.loads((here / "llama.lock").read_text())
+    gone, kept = lock["kernels"]
+    kernel = Cache(built / "cache").lookup(kept)
+    write_pack(here / "half.attnpack", "half", [kernel], lock)
+    (here / "alone").mkdir()
+    shutil.move(here / "half.attnpack", here / "alone" / "half.attnpack")
+    assert attngen("cache", "import", here / "alone" / "half.attnpack")[0] == 0
+    for source in (folder / "llama.toml", here / "alone" / "half.attnpack", "half"):
+        with pytest.raises(MissingKernelError) as caught:
+            ag.load_set(source, jit=False)
+        assert set(caught.value.missing) == {gone}
+        remedy = str(caught.value).splitlines()[-1]
+        assert (f"attngen precompile '{folder}/llama.toml' --arch" in remedy) == (source == folder / "llama.toml"), remedy
+        assert ("precompile llama.toml" in remedy and "where llama.toml is" in remedy) == (source != folder / "llama.toml"), remedy
+        words = shlex.split(remedy.partition("to see why: attngen ")[2])
+        assert words[:2] == ["explain-miss", gone[:16]]
+        asked = read_json(attngen(*words, "--json"))
+        assert (asked["key"], asked["nearest"]) == (gone, kept) and asked["differences"]
+    (here / "cache" / "v1" / "misses" / f"{gone}.json").write_text('{"key": ')
+    status, _, err = attngen("explain-miss", gone)
+    assert status == 0 and "passed over" in err
+
+
+def test_warnings_of_compiling_while_the_process_runs(here, monkeypatch):
+    monkeypatch.setenv("ATTNGEN_JIT", "warn")
+    with pytest.warns(ag.JitWarning, match="ATTNGEN_JIT=warn: compiling 2 kernels of the set .*llama.toml while the process runs"):
+        assert ag.load_set(here / "llama.toml").built == 2
+    forget()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ag.load_set(here / "llama.toml").built == 0
 
 
 def test_jit_builds_what_is_missing(here):
