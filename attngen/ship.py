@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from .errors import AttngenError, MissingKernelError, ParameterError
+from .errors import AttngenError, CacheError, MissingKernelError, ParameterError
 from .printing import print_json, record, stderr, stdout, table
 
 if TYPE_CHECKING:
@@ -99,8 +99,14 @@ def _write_lock(path: Path, lock: dict[str, Any], keep_others: bool) -> None:
             lock = {**lock, "units": [*kept, *lock["units"]], "sources": {**before["sources"], **lock["sources"]}}
             lock["kernels"] = dict(sorted({**{k: before["kernels"][k] for k in keys}, **lock["kernels"]}.items()))
             lock = sealed(lock)
-    with written_whole(path) as private:
-        private.write_text(json_text(lock), encoding="utf-8")
+    try:
+        with written_whole(path) as private:
+            private.write_text(json_text(lock), encoding="utf-8")
+    except OSError as error:
+        raise CacheError(
+            f"the lock file {path} cannot be written; the kernels are built.\n  required: a folder with room, that you can write\n"
+            f"  found: {error}\n  do: make room or move the set, and run the same command again: it builds nothing anew"
+        ) from error
 
 
 def _print_dry_run(plan: Plan, facts: dict[str, Any], as_json: bool) -> None:

@@ -684,6 +684,29 @@ def test_export_and_import(here, built, attngen, monkeypatch):  # noqa: F811
     assert ag.load_set("llama", jit=False).layers() == {"system": 2}
 
 
+def test_a_full_disk_beside_the_cache(here, built, attngen, monkeypatch):  # noqa: F811
+    """What precompile, export and wheel write is there whole, or not at all and the error says so."""
+    monkeypatch.setenv("ATTNGEN_CACHE_DIR", str(built / "cache"))
+    full = here / "full"
+    full.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k,mode=700", "none", full], capture_output=True).returncode:
+        pytest.skip("no right to mount")
+    try:
+        for name in ("llama.toml", "mine.py"):
+            shutil.copy(here / name, full / name)
+        with contextlib.suppress(OSError), open(full / "rest", "wb", buffering=0) as rest:
+            while True:
+                rest.write(bytes(4096))
+        before = sorted(full.rglob("*"))
+        for command in (("precompile", full / "llama.toml"), ("cache", "export", here / "llama.toml", "-o", full / "x.attnpack"),
+                        ("cache", "wheel", here / "llama.toml", "-o", full)):  # fmt: skip
+            status, _, err = attngen(*command)
+            assert status == 2 and "cannot be written" in err and "No space left" in err, err
+            assert sorted(full.rglob("*")) == before
+    finally:
+        subprocess.run(["umount", full], check=True)
+
+
 def test_a_damaged_source_or_log_is_neither_shipped_nor_kept(here, built, attngen, monkeypatch):  # noqa: F811
     """No lookup reads them, so that only what ships or imports an entry can see it."""
     pytest.importorskip("fsspec")
