@@ -18,7 +18,7 @@ import torch
 import toy
 
 import attngen
-from attngen import load
+from attngen import doctor, load
 from attngen.abi import LAUNCH_ABI
 from attngen.cache import Cache
 from attngen.errors import BuildError, LoadError
@@ -127,6 +127,31 @@ def test_a_file_that_is_no_library(store, monkeypatch):
         load.load_kernel(entry)
 
 
+def test_a_cache_that_is_mounted_noexec(store, tmp_path, monkeypatch):
+    """Building anew would help nothing there: the error and the doctor say what does."""
+    store.root.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "noexec,mode=700", "none", store.root], capture_output=True).returncode:
+        pytest.skip("no right to mount")
+    monkeypatch.setenv("ATTNGEN_CACHE_DIR", str(store.root))
+
+    def work() -> str:  # in a child: glibc keeps a page of a library that it could not load mapped
+        entry, _ = store.get_or_build(toy.KEY[::-1], toy.builder())
+        with pytest.raises(LoadError, match="(?s)mounted noexec.*do: mount it without noexec, set ATTNGEN_CACHE_DIR") as caught:
+            load.load_kernel(entry)
+        assert "cache clear" not in str(caught.value)
+        found = doctor._cache()
+        assert not found.ok and "noexec" in found.found and "ATTNGEN_CACHE_DIR" in found.remedy
+        write_pack(tmp_path / "toy.attnpack", "toy", [entry])
+        x = torch.zeros(3)
+        load.load_kernel(Pack(tmp_path / "toy.attnpack").lookup(entry.key, "pack")).launch(packed(x))
+        return f"the pack serves {x.tolist()}"
+
+    try:
+        assert toy.in_child(work) == "the pack serves [1.0, 1.0, 1.0]"
+    finally:
+        subprocess.run(["umount", store.root], check=True)
+
+
 # ---- fork ------------------------------------------------------------------------------------------------------------
 
 
@@ -174,7 +199,7 @@ def test_a_child_reports_a_kernels_status_too(toy_kernel):
 
 HOST = """
 import sys
-from attngen import load
+from attngen import doctor, load
 builders = {"ninja", "jinja2", "filelock", "torch.utils.cpp_extension", "pybind11"}
 print(load.host().__file__, sorted(builders & set(sys.modules)))
 """
