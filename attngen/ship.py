@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -56,7 +57,8 @@ def precompile(
                        '["9.0a"], or say --arch 9.0a', style="yellow", markup=False, soft_wrap=True)  # fmt: skip
     if dry_run:
         return _print_dry_run(plan, facts, as_json)
-    result = build(plan, workers) if as_json else _build_watched(plan, workers)
+    with _ended_as_by_hand() as ended:
+        result = build(plan, workers) if as_json else _build_watched(plan, workers)
     lock_path = plan.variant_set.lock_path
     if result.complete:
         _write_lock(lock_path, result.lock(), bool(arch))
@@ -71,9 +73,28 @@ def precompile(
     else:
         _print_summary(result, lock_path)
     if result.interrupted:
-        raise typer.Exit(130)
+        raise typer.Exit(128 + (ended[0] if ended else signal.SIGINT))
     if not result.complete:
         raise typer.Exit(1)
+
+
+@contextmanager
+def _ended_as_by_hand() -> Iterator[list[int]]:
+    """SIGTERM and SIGHUP end what is inside as Ctrl-C does, which takes the compilers along: they are sessions of their own. Gives
+    those that came."""
+    came: list[int] = []
+
+    def heard(number: int, frame: object) -> None:
+        came.append(number)
+        raise KeyboardInterrupt
+
+    wanted = (signal.SIGTERM, signal.SIGHUP)
+    before = {n: signal.signal(n, heard) for n in wanted if signal.getsignal(n) == signal.SIG_DFL}  # nohup's stays
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _compilers(workers: int) -> str:

@@ -241,6 +241,38 @@ def test_an_interrupted_precompile_goes_on_where_it_stopped(here, monkeypatch):
     assert (here / "llama.lock").exists()
 
 
+def sessions() -> dict[int, str]:
+    """Command lines by process, of those whose session is not this one's."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, IndexError):
+            if int((path / "stat").read_text().rpartition(")")[2].split()[3]) != os.getsid(0):
+                found[int(path.name)] = (path / "cmdline").read_text().replace("\0", " ")
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_an_ended_precompile_takes_its_compilers_along(here, number):
+    """As `docker stop` or a closed terminal end it."""
+    (here / "llama.lock").unlink()
+    compiler = here / "slow-cxx"
+    compiler.write_text(f'#!/bin/sh\ncase "$1" in --version) exec g++ --version;; esac\nsleep 600 # {here}\n')
+    compiler.chmod(0o755)
+    command = [sys.executable, "-m", "attngen", "precompile", here / "llama.toml", "-j", "2"]
+    heard = lambda: signal.signal(number, signal.SIG_DFL)  # noqa: E731  - a suite under nohup ignores it
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=heard,
+                               env={**os.environ, "CXX": str(compiler)})  # fmt: skip
+    mine = lambda: [text for text in sessions().values() if str(compiler) in text]  # noqa: E731
+    deadline = time.monotonic() + 60
+    while len(mine()) < 2:
+        assert time.monotonic() < deadline and process.poll() is None, "it does not compile"
+        time.sleep(0.05)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and "interrupted: the same command goes on from here" in out
+    assert mine() == [] and list((here / "cache" / "v1" / "building").iterdir()) == []
+
+
 @pytest.mark.parametrize(
     "text,message",
     [
