@@ -144,6 +144,21 @@ def test_archs_on_the_command_line_take_the_place_of_their_kind(tmp_path, attnge
     assert status == 2 and "archs has '3.0'" in err
 
 
+def test_archs_on_the_command_line_leave_the_locks_others(here, built, attngen):  # noqa: F811
+    shutil.copytree(built / "cache", here / "cache")
+    before = json.loads((here / "llama.lock").read_text())
+    assert attngen("precompile", here / "llama.toml", "--arch", "generic")[0] == 0
+    lock = json.loads((here / "llama.lock").read_text())
+    assert [u["arch"] for u in lock["units"]] == [run.host_isa()] * 2 + ["generic"] * 2
+    assert len(lock["kernels"]) == 4 and before["kernels"].items() < lock["kernels"].items()
+    assert len(ag.load_set(here / "llama.toml", jit=False).kernels) == 2  # of this machine
+    again = (here / "llama.lock").read_bytes()
+    assert attngen("precompile", here / "llama.toml", "--arch", "generic")[0] == 0 and (here / "llama.lock").read_bytes() == again
+    (here / "mine.py").write_text(MINE + "\n# another file, so that what the lock says of it is no longer so\n")
+    assert attngen("precompile", here / "llama.toml", "--arch", "generic")[0] == 0
+    assert {u["arch"] for u in json.loads((here / "llama.lock").read_text())["units"]} == {"generic"}
+
+
 def test_a_set_that_names_no_archs_says_so(tmp_path, attngen):  # noqa: F811
     (tmp_path / "bare.toml").write_text('[[kernels]]\nvariants = ["Causal"]\nphases = ["decode"]\nhead_dims = [64]\n')
     status, _, err = attngen("precompile", tmp_path / "bare.toml", "--dry-run")
@@ -303,6 +318,8 @@ def test_a_set_is_loaded_and_serves(here, built, monkeypatch):
     loaded = ag.load_set(here / "llama.toml", jit=False)
     assert [row.key for row in loaded.kernels] == [k for u in loaded.units for k in [u["roles"][0]["key"]]]
     assert loaded.layers() == {"cache": 2} and loaded.built == 0
+    stats = ag.stats()
+    assert (stats["hits"], stats["layers"], stats["misses"], stats["builds"]) == (2, {"cache": 2}, 0, 0)
     assert "2 kernels in" in loaded.report() and "Causal attention" in loaded.report()
     monkeypatch.setenv("ATTNGEN_JIT", "off")
     q, k, v = (torch.randn(1, 5, 2, 32) for _ in range(3))
