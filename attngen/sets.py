@@ -115,8 +115,8 @@ _KERNEL = {"name": str, "variant": str, "arch": str, "inputs": dict}
 _UNIT = {"identity": str, "variant": str, "backend": ("cpu", "cuda"), "arch": str, "roles": list}
 _DTYPED = {"dtype": DTYPES, "head_dim_v": int}
 _UNITS = {
-    "append_kv": {**_DTYPED, "head_dim": int, "rotary_dim": int, "interleaved": bool}, "merge_states": {**_DTYPED, "out_dtype": DTYPES},
-    "custom_mask": {}, "cpu": {**_DTYPED, "head_dim": int, "bind": dict},
+    "append_kv": {**_DTYPED, "head_dim": int, "rotary_dim": int, "interleaved": bool},
+    "merge_states": {**_DTYPED, "out_dtype": DTYPES}, "custom_mask": {}, "cpu": {**_DTYPED, "head_dim": int, "bind": dict},
     "cuda": {**_DTYPED, "head_dim": int, "bind": dict, "layout": PAGE_SIZES, "batch_invariant": bool},
 }  # fmt: skip
 
@@ -139,8 +139,8 @@ def check_lock(lock: Any, where: str) -> dict[str, Any]:
         check_name(lock["name"])
     except (KeyError, TypeError, ValueError) as error:
         raise ParameterError(
-            f"{where} is no lock file of this release, or not a whole one.\n  required: format {LOCK_FORMAT}, as `attngen precompile` wrote it\n"
-            f"  found: {error!r}\n  do: write it again with `attngen precompile SET.toml`, or copy it or its pack anew"
+            f"{where} is no lock file of this release, or not a whole one.\n"
+            f"  required: format {LOCK_FORMAT}, as `attngen precompile` wrote it\n  found: {error!r}\n  do: write it again with `attngen precompile SET.toml`, or copy it or its pack anew"
         ) from None
     return lock
 

@@ -482,7 +482,9 @@ def doctor(as_json: JsonFlag = False) -> None:
 
 def explain_miss(
     key: Annotated[str, typer.Argument(metavar="KEY", help="A key, or its first digits, as errors and logs name it.")],
-    lock: Annotated[list[Path], typer.Option("--lock", help="A lock file or pack that may name the key; may be repeated. Imported and installed sets are looked at anyway.")] = [],  # noqa: B006
+    lock: Annotated[
+        list[Path], typer.Option("--lock", help="A lock file or pack that may name the key, beside the sets that are imported or installed; may be repeated.")
+    ] = [],  # noqa: B006
     as_json: JsonFlag = False,
 ) -> None:
     """Why a kernel was not there: which inputs of its key differ from the nearest entry's."""
