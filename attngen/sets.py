@@ -140,7 +140,8 @@ def check_lock(lock: Any, where: str) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError) as error:
         raise ParameterError(
             f"{where} is no lock file of this release, or not a whole one.\n"
-            f"  required: format {LOCK_FORMAT}, as `attngen precompile` wrote it\n  found: {error!r}\n  do: write it again with `attngen precompile SET.toml`, or copy it or its pack anew"
+            f"  required: format {LOCK_FORMAT}, as `attngen precompile` wrote it\n  found: {error!r}\n"
+            f"  do: write it again with `attngen precompile SET.toml`, or copy it or its pack anew"
         ) from None
     return lock
 
