@@ -489,9 +489,10 @@ def explain_miss(
 ) -> None:
     """Why a kernel was not there: which inputs of its key differ from the nearest entry's."""
     from . import cache, explain
+    from .pack import Pack
 
     store = cache.default()
-    manifests = list(store.manifests())
+    manifests = [*store.manifests(), *(m for path in lock if path.suffix == ".attnpack" for m in Pack(path).manifests())]
     wanted = _find_inputs(key, store.base / "misses", lock, manifests)
     near = explain.nearest(wanted["inputs"], manifests, but=wanted["key"])
     rows = [record(d) for d in near.differences] if near else []
