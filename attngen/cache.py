@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from . import counters, trust
-from .entry import FORMAT, Entry, cache_root, entry_folder, json_text, read_entry, sealed_text, sources_digest, written_whole
+from .entry import FORMAT, Entry, cache_root, check_files, entry_folder, json_text, read_entry, sealed_text, sources_digest, written_whole
 from .errors import AttngenError, BuildError, CacheError, CacheWarning, JitWarning, MissingKernelError
 
 __all__ = ["FORMAT", "Cache", "Entry", "cache_root", "default", "sources_digest"]
@@ -268,16 +268,19 @@ class Cache:
         from .pack import files_of
 
         def copy(folder: Path) -> Mapping[str, Any]:
+            check_files(entry)
             for name in files_of(entry):
                 (folder / name).write_bytes(entry.file(name))
             return entry.manifest
 
+        there = None
         try:
-            there = self.lookup(entry.key, shelf)
-        except CacheError:
-            there = None
-        if there is not None:
-            return there, True
+            if (there := self.lookup(entry.key, shelf)) is not None:
+                check_files(there)
+                return there, True
+        except CacheError as error:
+            if there is not None:  # a source or the log, which no lookup reads: what comes is whole
+                self._set_aside(entry.key, shelf, error)
         return self._build_locked(entry.key, copy, shelf)[0], False
 
     def keep_lock(self, name: str, lock: Mapping[str, Any]) -> None:

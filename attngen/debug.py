@@ -17,6 +17,7 @@ import sys
 from typing import Any
 
 from .entry import Entry
+from .errors import CacheError
 
 
 def level() -> int:
@@ -53,8 +54,17 @@ def machine_code(entry: Entry) -> str:
     if tool is None:
         return f"not shown: no {'nvdisasm or cuobjdump of the CUDA toolkit' if cubin else 'objdump (binutils)'} here"
     options = ["-sass"] if tool.endswith("cuobjdump") else ["-c"] if cubin else ["-d", "--no-show-raw-insn"]
-    done = subprocess.run([tool, *options, os.fspath(entry.artifact)], capture_output=True, text=True)
-    return done.stdout if done.returncode == 0 else f"{tool}: {done.stderr.strip()}"
+    try:
+        content = entry.content()
+    except CacheError as error:
+        return f"not shown: {error}"
+    with os.fdopen(os.memfd_create("attngen"), "wb") as copy:  # it may lie in a pack; nothing is written
+        copy.write(content)
+        copy.flush()
+        name = f"/proc/self/fd/{copy.fileno()}"
+        done = subprocess.run([tool, *options, name], capture_output=True, text=True, pass_fds=[copy.fileno()])
+    shown = done.stdout if done.returncode == 0 else f"{tool}: {done.stderr.strip()}"
+    return shown.replace(name, os.fspath(entry.artifact))
 
 
 @functools.cache

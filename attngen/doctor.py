@@ -117,6 +117,7 @@ def _isa() -> Finding:
 
 def _cache() -> Finding:
     from .cache import cache_root
+    from .load import noexec
 
     try:
         root = cache_root()
@@ -134,6 +135,9 @@ def _cache() -> Finding:
         return Finding(
             "cache folder", False, True, f"{folder}: {error.strerror}", "set ATTNGEN_CACHE_DIR to a folder of yours"
         )
+    if noexec(folder):
+        return Finding("cache folder", False, True, f"{folder} is mounted noexec: no library of it loads",
+                       "set ATTNGEN_CACHE_DIR to a folder elsewhere, or serve from a pack")  # fmt: skip
     return Finding("cache folder", True, True, f"{root} is writable")
 
 

@@ -48,6 +48,11 @@ class Entry:
         """Bytes of the artifact."""
         return int(self.manifest["size"])
 
+    @contextmanager
+    def opened(self) -> Iterator[str]:
+        """A name under which a loader finds the artifact, until the context ends."""
+        yield os.fspath(self.artifact)
+
     def exists(self) -> bool:
         """Whether its artifact is still there."""
         return self.artifact.exists()

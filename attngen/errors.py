@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 class AttngenError(Exception):
     """Base of every error attngen raises on purpose."""
@@ -28,7 +30,12 @@ class CacheError(AttngenError, OSError):
 
 
 class MissingKernelError(CacheError):
-    """A kernel is in no layer of the cache, and nothing may be compiled (ATTNGEN_JIT=off, or jit=False)."""
+    """A kernel is in no layer of the cache, and nothing may be compiled (ATTNGEN_JIT=off, or jit=False).
+
+    ``missing``: of load_set, why each key is missing.
+    """
+
+    missing: Mapping[str, str] = {}
 
 
 class LoadError(AttngenError, OSError):

@@ -83,7 +83,8 @@ def load_kernel(entry: cache.Entry) -> LoadedKernel:
         raise _unloadable(entry.folder, f"a kernel that a CPU with {here} runs", f"one for {isa}")
     module = host()
     try:
-        address = module.load_cpu(os.fspath(entry.artifact), abi)
+        with entry.opened() as name:
+            address = module.load_cpu(name, abi)
     except RuntimeError as error:
         raise _unloadable(entry.artifact, f"a library of launch ABI {abi}", str(error)) from None
     made = LoadedKernel(entry, functools.partial(module.launch_cpu, address))
@@ -283,8 +284,17 @@ load(name="_host", sources=["host.cpp"], build_directory=".", with_cuda=False, e
             "compiler": compiler.version, "python": PYTHON_ABI}  # fmt: skip
 
 
+def noexec(path: Path) -> bool:
+    """Whether ``path`` lies in a file system that is mounted noexec: no library loads from there, cubins do."""
+    try:
+        return bool(os.statvfs(path).f_flag & os.ST_NOEXEC)
+    except OSError:
+        return False
+
+
 def _unloadable(path: Path, required: str, found: str) -> LoadError:
-    return LoadError(
-        f"a library that this process cannot load: {path}\n  required: {required}\n  found: {found}\n"
-        f"  do: run `attngen cache clear`; it is built again at its next use"
-    )
+    remedy = "run `attngen cache clear`; it is built again at its next use"
+    if path.suffix == ".so" and noexec(path):
+        found += "; its file system is mounted noexec"
+        remedy = "mount it without noexec, set ATTNGEN_CACHE_DIR to a folder elsewhere, or serve from a pack, which needs none"
+    return LoadError(f"a library that this process cannot load: {path}\n  required: {required}\n  found: {found}\n  do: {remedy}")

@@ -5,35 +5,43 @@
 
 A zip archive without compression, times or attributes, so that equal kernels make equal bytes. Everything in it is
 named by its hash and checked when it is read; the sha256 of attnpack.json stands for the whole. Nothing of the archive
-names a path: files are written under names that are checked here. No member is compressed, so none can swell.
+names a path: files are written under names that are checked here. No member is compressed, so none can swell; what the
+directory, the index and files named by many entries can swell to is bounded before they are parsed or copied.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import io
+import itertools
 import json
 import os
 import re
 import struct
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from . import trust
-from .entry import FILE_NAME, KEY, Entry, check_manifest, written_whole
+from .entry import FILE_NAME, KEY, Entry, check_files, check_manifest, written_whole
 from .errors import CacheError, ParameterError
 from .records import record
 
 PACK_FORMAT = "attnpack-1"
 INDEX = "attnpack.json"
-MAX_FILE = 256 << 20  # bytes of one file; kernels take some 100 kB
-MAX_TOTAL = 16 << 30  # bytes that an import may write
-MAX_INDEX = 256 << 20
+MAX_FILE = 64 << 20  # bytes of one file; kernels take some 100 kB
+MAX_TOTAL = 16 << 30  # bytes that an import may write,
+MAX_SHARED = 8  # and times the pack's size, past 64 MiB: files that many entries share are in it once (found: 1.1)
+MAX_INDEX = 64 << 20  # a kernel takes 7 kB of it
+MAX_VALUES = 4 << 20  # of its JSON, by its punctuation: as much as 400 MB where they are small; a kernel takes 500
+MAX_DIRECTORY = 8 << 20  # of the archive: a member takes 117 bytes of it
 SET_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,99}")
 _BLOB = re.compile(r"blobs/[0-9a-f]{64}")
+_spellings = itertools.count()
 
 
 @record
@@ -43,17 +51,15 @@ class MemoryEntry(Entry):
     get: Callable[[str], bytes] = field(default=lambda name: b"", compare=False, repr=False)
     on_disk: ClassVar[bool] = False
 
-    @functools.cached_property
-    def _in_memory(self) -> Path:
-        # A library is opened by name. The descriptor stays open: the loader takes equal names for equal libraries.
-        descriptor = os.memfd_create(f"attngen-{self.key[:12]}")
-        with os.fdopen(os.dup(descriptor), "wb") as out:
+    @contextmanager
+    def opened(self) -> Iterator[str]:
+        # A library is opened by name, and the loader takes equal names for equal libraries: a descriptor that serves again must
+        # not be spelled as before. None stays open, or a thousand kernels would need a thousand.
+        number, descriptor = next(_spellings), os.memfd_create(f"attngen-{self.key[:12]}")
+        with os.fdopen(descriptor, "wb") as out:
             out.write(self.read())
-        return Path(f"/proc/self/fd/{descriptor}")
-
-    @property
-    def artifact(self) -> Path:
-        return self._in_memory if self.manifest.get("kind") == "cpu" else self.folder / self.manifest["artifact"]
+            out.flush()
+            yield f"/proc/self/fd{'/' * (1 + number % 1000)}.{'/' * (1 + number // 1000)}{descriptor}"
 
     def exists(self) -> bool:
         return True
@@ -90,7 +96,7 @@ def write_pack(
     blobs: dict[str, bytes] = {}
     listed = {}
     for entry in sorted(entries, key=lambda e: e.key):
-        entry.read()
+        check_files(entry)
         files = {}
         for file in files_of(entry):
             content = entry.file(file)
@@ -131,6 +137,15 @@ def check_name(name: str) -> None:
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
+class _Opened(io.FileIO):
+    """A file whose reader cannot be made to take much of it at once: zipfile reads the directory whole, whatever its size."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > MAX_DIRECTORY:
+            raise ValueError(f"a directory of {size} bytes; required at most {MAX_DIRECTORY}")
+        return super().read(MAX_DIRECTORY if size is None or size < 0 else size)
+
+
 class Pack:
     """A pack that is open for reading, its index checked: names, hashes and sizes, and the signature where one is required.
 
@@ -141,16 +156,19 @@ class Pack:
         self.path = path
         try:
             # Read by place, not through the archive: forked processes share the position of an open file.
-            self._file = open(path, "rb")
+            self._file = _Opened(path, "rb")
             with zipfile.ZipFile(self._file) as archive:
                 self._members = {info.filename: info for info in archive.infolist()}
                 self._check_members(archive.infolist())
-                text = archive.read(INDEX)
+                with archive.open(INDEX) as member:
+                    text = b"".join(iter(functools.partial(member.read, 1 << 20), b""))
         except (OSError, zipfile.BadZipFile, KeyError, ValueError, NotImplementedError, EOFError) as error:
             if isinstance(error, CacheError):
                 raise
             raise self._bad("a pack as `attngen cache export` writes it", repr(error)) from None
         self.digest = hashlib.sha256(text).hexdigest()
+        if (values := sum(map(text.count, (b",", b":", b"[", b"{")))) > MAX_VALUES:
+            raise self._bad(f"an index of at most {MAX_VALUES} values", f"about {values}")
         try:
             index = json.loads(text)
             found = index["format"]
@@ -243,6 +261,7 @@ class Pack:
                 if not isinstance(size, int) or there.get(f"blobs/{digest}") != size:
                     raise self._bad(f"{name} of {key[:12]}: {size} bytes", f"{there.get(f'blobs/{digest}')}")
                 total += size
+        max_total = min(max_total, (64 << 20) + MAX_SHARED * os.fstat(self._file.fileno()).st_size)
         if total > max_total:
             raise self._bad(f"at most {max_total} bytes unpacked", f"{total}")
 

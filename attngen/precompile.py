@@ -129,7 +129,7 @@ def build(plan: Plan, workers: int, watch: Callable[[Result], None] = lambda res
 
     def work(job: Job) -> None:
         state = by_key[job.key]
-        with gate.admit(_BYTES, stop):
+        with gate.admit(state, stop):
             if stop.is_set():
                 return
             state.thread, state.started, state.state = threading.get_ident(), time.perf_counter(), "builds"
@@ -202,20 +202,26 @@ class _Gate:
     """Admits a job when memory is free for it, and one in any case: a machine that is short builds one at a time."""
 
     def __init__(self) -> None:
-        self._changed, self._running = threading.Condition(), 0
+        self._changed = threading.Condition()
+        self._running: list[State] = []
 
     @contextmanager
-    def admit(self, needed: int, stop: threading.Event) -> Iterator[None]:
+    def admit(self, state: State, stop: threading.Event) -> Iterator[None]:
         with self._changed:
-            while self._running and not stop.is_set() and free_bytes() < needed + _KEPT_FREE:
+            while self._running and not stop.is_set() and not self._room():
                 self._changed.wait(1.0)  # others finish, or other programs do
-            self._running += 1
+            self._running.append(state)
         try:
             yield
         finally:
             with self._changed:
-                self._running -= 1
+                self._running.remove(state)
                 self._changed.notify_all()
+
+    def _room(self) -> bool:
+        """Whether one more fits beside what runs: what was admitted will yet take what it has not taken so far."""
+        to_come = sum(max(0, _BYTES - state.peak_bytes) for state in self._running)
+        return free_bytes() - to_come >= _BYTES + _KEPT_FREE
 
 
 class _Sampler:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -27,6 +28,7 @@ from typing import Any
 
 import torch
 
+from . import trust
 from .entry import KEY
 from .errors import ParameterError, UnsupportedError
 from .isa import CPU_ISAS
@@ -102,25 +104,68 @@ def read_lock(path: Path) -> dict[str, Any]:
     return check_lock(lock, str(path))
 
 
+def sealed(lock: Mapping[str, Any]) -> dict[str, Any]:
+    """``lock`` with a digest of what a signature covers: a part that is lost or changed is not served as the whole."""
+    return {**lock, "seal": hashlib.sha256(trust.signed_bytes(lock)).hexdigest()}
+
+
+# What the parts of a lock file must hold: by name a type, or the values that it may have.
+_LOCK = {"name": str, "set_sha256": str, "files": dict, "sources": dict, "kernels": dict, "units": list}
+_KERNEL = {"name": str, "variant": str, "arch": str, "inputs": dict}
+_UNIT = {"identity": str, "variant": str, "backend": ("cpu", "cuda"), "arch": str, "roles": list}
+_DTYPED = {"dtype": DTYPES, "head_dim_v": int}
+_UNITS = {
+    "append_kv": {**_DTYPED, "head_dim": int, "rotary_dim": int, "interleaved": bool},
+    "merge_states": {**_DTYPED, "out_dtype": DTYPES}, "custom_mask": {}, "cpu": {**_DTYPED, "head_dim": int, "bind": dict},
+    "cuda": {**_DTYPED, "head_dim": int, "bind": dict, "layout": PAGE_SIZES, "batch_invariant": bool},
+}  # fmt: skip
+
+
 def check_lock(lock: Any, where: str) -> dict[str, Any]:
-    """``lock``, if it has the form of a lock file. Raises ParameterError."""
+    """``lock``, if it has the form of a lock file and is whole. Raises ParameterError."""
     try:
         if lock["format"] != LOCK_FORMAT:
             raise ValueError(f"format {lock['format']!r}")
-        for unit in lock["units"]:
-            keys = {role["key"] for role in unit["roles"] if "key" in role}
-            if not isinstance(unit["identity"], str) or not keys or not keys <= set(lock["kernels"]):
-                raise ValueError("a unit of unknown kernels")
-            if not all(KEY.fullmatch(key) for key in keys):  # it names a folder
-                raise ValueError("a key that is none")
-            str(unit["backend"]), str(unit["arch"])
+        if "seal" in lock and lock["seal"] != sealed(lock)["seal"]:  # the last release's have none
+            raise ValueError("other content than was written: it was edited, merged or cut")
+        _check_fields("the lock file", lock, _LOCK)
+        for key, kernel in lock["kernels"].items():
+            _check_fields(f"kernel {key[:12]}", kernel, _KERNEL)
+        served = {key for unit in lock["units"] for key in _check_unit(unit)}
+        if served != set(lock["kernels"]):
+            raise ValueError(f"{len(served)} kernels that its units name and {len(lock['kernels'])} that it lists, not the same")
+        if not all(KEY.fullmatch(key) for key in served):  # it names a folder
+            raise ValueError("a key that is none")
         check_name(lock["name"])
     except (KeyError, TypeError, ValueError) as error:
         raise ParameterError(
-            f"{where} is no lock file of this release.\n  required: format {LOCK_FORMAT}\n  found: {error!r}\n"
-            f"  do: write it again with `attngen precompile SET.toml`"
+            f"{where} is no lock file of this release, or not a whole one.\n"
+            f"  required: format {LOCK_FORMAT}, as `attngen precompile` wrote it\n  found: {error!r}\n"
+            f"  do: write it again with `attngen precompile SET.toml`, or copy it or its pack anew"
         ) from None
     return lock
+
+
+def _check_unit(unit: Any) -> list[str]:
+    """The keys that a unit names, if it has all that serving it needs."""
+    _check_fields("a unit", unit, _UNIT)
+    _check_fields(f"the unit {unit['variant'][:80]}", unit, _UNITS.get(unit["variant"], _UNITS[unit["backend"]]))
+    for role in unit["roles"]:
+        _check_fields("a role", role, {"key": str} if "key" in role else {"name": str, "variant": str})
+    keys = [role["key"] for role in unit["roles"] if "key" in role]
+    if not keys:
+        raise ValueError(f"the unit {unit['variant'][:80]} without kernels")
+    return keys
+
+
+def _check_fields(what: str, record: Any, wanted: Mapping[str, Any]) -> None:
+    if not isinstance(record, dict):
+        raise TypeError(f"{what} is {record!r:.80}")
+    for name, kind in wanted.items():
+        value = record.get(name)
+        fits = type(value) is kind if isinstance(kind, type) else isinstance(value, str) and value in kind
+        if not fits:
+            raise TypeError(f"{name} of {what} is {value!r:.80}")
 
 
 def stale(path: Path, lock: Mapping[str, Any]) -> str:
@@ -136,7 +181,7 @@ def stale(path: Path, lock: Mapping[str, Any]) -> str:
 
 def missing_command(path: Path, archs: Sequence[str]) -> str:
     """The command that builds a set for ``archs``."""
-    return f"attngen precompile {path}" + (f" --arch {','.join(archs)}" if archs else "")
+    return f"attngen precompile {shlex.quote(str(path))}" + (f" --arch {','.join(archs)}" if archs else "")
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 
-from .errors import AttngenError, MissingKernelError, ParameterError
+from .errors import AttngenError, CacheError, MissingKernelError, ParameterError
 from .printing import print_json, record, stderr, stdout, table
 
 if TYPE_CHECKING:
@@ -55,7 +57,8 @@ def precompile(
                        '["9.0a"], or say --arch 9.0a', style="yellow", markup=False, soft_wrap=True)  # fmt: skip
     if dry_run:
         return _print_dry_run(plan, facts, as_json)
-    result = build(plan, workers) if as_json else _build_watched(plan, workers)
+    with _ended_as_by_hand() as ended:
+        result = build(plan, workers) if as_json else _build_watched(plan, workers)
     lock_path = plan.variant_set.lock_path
     if result.complete:
         _write_lock(lock_path, result.lock(), bool(arch))
@@ -70,9 +73,28 @@ def precompile(
     else:
         _print_summary(result, lock_path)
     if result.interrupted:
-        raise typer.Exit(130)
+        raise typer.Exit(128 + (ended[0] if ended else signal.SIGINT))
     if not result.complete:
         raise typer.Exit(1)
+
+
+@contextmanager
+def _ended_as_by_hand() -> Iterator[list[int]]:
+    """SIGTERM and SIGHUP end what is inside as Ctrl-C does, which takes the compilers along: they are sessions of their own. Gives
+    those that came."""
+    came: list[int] = []
+
+    def heard(number: int, frame: object) -> None:
+        came.append(number)
+        raise KeyboardInterrupt
+
+    wanted = (signal.SIGTERM, signal.SIGHUP)
+    before = {n: signal.signal(n, heard) for n in wanted if signal.getsignal(n) == signal.SIG_DFL}  # nohup's stays
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _compilers(workers: int) -> str:
@@ -84,7 +106,7 @@ def _compilers(workers: int) -> str:
 def _write_lock(path: Path, lock: dict[str, Any], keep_others: bool) -> None:
     """``keep_others``: with --arch, the lock's kernels of other archs stay, as long as they belong to the same set."""
     from .entry import json_text, written_whole
-    from .sets import read_lock
+    from .sets import read_lock, sealed
 
     if keep_others and path.exists():
         try:
@@ -97,8 +119,15 @@ def _write_lock(path: Path, lock: dict[str, Any], keep_others: bool) -> None:
             keys = {role["key"] for unit in kept for role in unit["roles"] if "key" in role}
             lock = {**lock, "units": [*kept, *lock["units"]], "sources": {**before["sources"], **lock["sources"]}}
             lock["kernels"] = dict(sorted({**{k: before["kernels"][k] for k in keys}, **lock["kernels"]}.items()))
-    with written_whole(path) as private:
-        private.write_text(json_text(lock), encoding="utf-8")
+            lock = sealed(lock)
+    try:
+        with written_whole(path) as private:
+            private.write_text(json_text(lock), encoding="utf-8")
+    except OSError as error:
+        raise CacheError(
+            f"the lock file {path} cannot be written; the kernels are built.\n  required: a folder with room, that you can write\n"
+            f"  found: {error}\n  do: make room or move the set, and run the same command again: it builds nothing anew"
+        ) from error
 
 
 def _print_dry_run(plan: Plan, facts: dict[str, Any], as_json: bool) -> None:
@@ -364,23 +393,26 @@ def cache_import(
     """Verify a pack and copy its kernels into the cache."""
     from . import cache
     from .pack import Pack
+    from .sets import check_lock
 
     opened = Pack(pack)
     if sha256 and opened.digest != sha256.lower():
         raise ParameterError(f"{pack} is not the pack that was asked for.\n  required: sha256 {sha256}\n  found: {opened.digest}")
     store = cache.Cache(into.absolute()) if into else cache.default()
-    entries = [entry for key in opened.keys if (entry := opened.lookup(key, "pack")) is not None]
-    for entry in entries:  # all of it, before any of it
-        for read in opened.files(entry.key).values():
+    if opened.lock is not None:
+        check_lock(opened.lock, f"the lock file in {pack}")
+    for key in opened.keys:  # all of it, before any of it; one kernel at a time is held
+        opened.lookup(key, "pack")
+        for read in opened.files(key).values():
             read()
-    there = sum(store.adopt(entry)[1] for entry in entries)
+    there = sum(store.adopt(entry)[1] for key in opened.keys if (entry := opened.lookup(key, "pack")) is not None)
     if opened.lock is not None:
         store.keep_lock(opened.name, opened.lock)
-    facts = {"pack": str(pack), "name": opened.name, "sha256": opened.digest, "kernels": len(entries), "there": there,
+    facts = {"pack": str(pack), "name": opened.name, "sha256": opened.digest, "kernels": len(opened.keys), "there": there,
              "signed_by": opened.signed_by, "path": str(store.root)}  # fmt: skip
     if as_json:
         return print_json(facts)
-    print(f"{opened.name}: {len(entries) - there} kernels imported, {there} were there, in {store.root}")
+    print(f"{opened.name}: {len(opened.keys) - there} kernels imported, {there} were there, in {store.root}")
 
 
 @cache_app.command("wheel")
@@ -408,9 +440,12 @@ def cache_push(
     as_json: JsonFlag = False,
 ) -> None:
     """Upload kernels to a remote store, for ATTNGEN_REMOTE_CACHE to name."""
+    from .entry import check_files
     from .layers import RemoteLayer
 
     name, entries, _ = _entries_of(source)
+    for entry in entries:  # all of it, before any of it
+        check_files(entry)
     remote = RemoteLayer(url)
     try:
         sent = sum(remote.store(entry, sign) for entry in entries)
@@ -447,14 +482,17 @@ def doctor(as_json: JsonFlag = False) -> None:
 
 def explain_miss(
     key: Annotated[str, typer.Argument(metavar="KEY", help="A key, or its first digits, as errors and logs name it.")],
-    lock: Annotated[list[Path], typer.Option("--lock", help="A lock file that may name the key; may be repeated.")] = [],  # noqa: B006
+    lock: Annotated[
+        list[Path], typer.Option("--lock", help="A lock file or pack that may name the key, beside the sets that are imported or installed; may be repeated.")
+    ] = [],  # noqa: B006
     as_json: JsonFlag = False,
 ) -> None:
     """Why a kernel was not there: which inputs of its key differ from the nearest entry's."""
     from . import cache, explain
+    from .pack import Pack
 
     store = cache.default()
-    manifests = list(store.manifests())
+    manifests = [*store.manifests(), *(m for path in lock if path.suffix == ".attnpack" for m in Pack(path).manifests())]
     wanted = _find_inputs(key, store.base / "misses", lock, manifests)
     near = explain.nearest(wanted["inputs"], manifests, but=wanted["key"])
     rows = [record(d) for d in near.differences] if near else []
@@ -473,24 +511,41 @@ def explain_miss(
 
 def _find_inputs(key: str, misses: Path, locks: Sequence[Path], manifests: Sequence[Any]) -> dict[str, Any]:
     """What is known of a key: from the entry itself, a refused request, or a lock file."""
-    from .sets import read_lock
-
     found = [{"key": m["key"], "variant": m.get("variant", ""), "inputs": m["inputs"]} for m in manifests
              if m["key"].startswith(key) and "inputs" in m]  # fmt: skip
     for path in sorted(misses.glob(f"{key}*.json")) if key.isalnum() else ():
-        found.append(json.loads(path.read_bytes()))
-    for path in locks:
-        content = read_lock(path)
+        try:
+            found.append(json.loads(path.read_bytes()))
+        except (OSError, ValueError) as error:  # cut short by a full disk, or not ours to read
+            stderr().print(f"passed over {path}: {error}", style="yellow", markup=False, soft_wrap=True)
+    for content in _locks(locks):
         for name, kernel in content["kernels"].items():
             if name.startswith(key):
-                inputs = {**kernel["inputs"], "sources": content.get("sources", {}).get(kernel["inputs"].get("backend"), {})}
+                inputs = {**kernel["inputs"], "sources": content["sources"].get(kernel["inputs"].get("backend"), {})}
                 found.append({"key": name, "variant": kernel["variant"], "inputs": inputs})
     keys = {item["key"] for item in found}
     if len(keys) != 1:
         raise ParameterError(
             f"{key}: {'several keys begin so' if keys else 'nothing is known of this key'}.\n  required: a key of the cache, of a "
-            f"request that ATTNGEN_JIT=off refused here, or of a lock file (--lock)\n"
+            f"request that ATTNGEN_JIT=off refused here, or of an imported set, a lock file or a pack (--lock)\n"
             f"  found: {', '.join(k[:16] for k in sorted(keys)) or 'none'}"
         )
     return found[0]
 
+
+def _locks(given: Sequence[Path]) -> Iterator[dict[str, Any]]:
+    """The lock files and packs that are ``given``, then those of imported and installed sets."""
+    from . import cache, layers
+    from .pack import Pack
+    from .sets import check_lock, read_lock
+
+    for path in given:
+        if path.suffix != ".attnpack":
+            yield read_lock(path)
+        elif (lock := Pack(path).lock) is not None:
+            yield check_lock(lock, f"the lock file in {path}")
+    own = layers.FolderLayer("cache", cache.default().root)
+    for layer in (*layers.before(), own, *layers.installed()):
+        for name in layer.sets():
+            with suppress(AttngenError):  # load_set says what is wrong with one that is asked for
+                yield check_lock(layer.lock(name), name)

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -23,14 +25,14 @@ from . import cache, counters, layers, pins, sets
 from .isa import host_isa
 from .entry import Entry
 from .devices import as_device, cuda_index
-from .errors import CacheError, LoadError, MissingKernelError, ParameterError, VariantError
+from .errors import CacheError, JitWarning, LoadError, MissingKernelError, ParameterError, VariantError
 from .load import host, load_kernel
 from .pack import SET_NAME, Pack
 from .run import collector_paused
 from .spec import Problem, Variant
 
 log = logging.getLogger("attngen.start")
-_SHOWN = 20  # missing kernels that an error lists
+_SHOWN = 100  # missing kernels that an error's text lists; its attribute ``missing`` has all
 
 
 class LoadedKernelRow(NamedTuple):
@@ -200,23 +202,23 @@ def _fit(path: Path, lock: Mapping[str, Any] | None, here: Mapping[str, str], de
         if arch not in archs and (archs or device is not None):
             raise MissingKernelError(
                 f"the set {lock['name']} has no kernels for {arch}, which this machine's {backend} runs.\n  required: {arch}\n"
-                f"  found: {', '.join(archs) or 'none'}\n  do: {sets.missing_command(toml, [arch])}"
+                f"  found: {', '.join(archs) or 'none'}\n  do: {_remedy(path, lock, [arch])}"
             )
     if not _fitting(lock, here):
         archs = sorted({str(unit["arch"]) for unit in lock["units"]})
         raise MissingKernelError(
             f"nothing of the set {lock['name']} runs here.\n  required: one of {', '.join(archs)}\n"
             f"  found: {', '.join(here.values())}{'' if torch.cuda.is_available() else ', no CUDA device'}\n"
-            f"  do: {sets.missing_command(toml, list(here.values()))}"
+            f"  do: {_remedy(path, lock, list(here.values()))}"
         )
     return lock
 
 
 def sets_path(path: Path, lock: Mapping[str, Any] | None) -> Path:
     """The TOML file that a set was made from, as far as its path or name tells."""
-    if path.suffix in (".toml", ".lock", ".attnpack"):
-        return path.with_suffix(".toml")
-    return Path(f"{lock['name'] if lock else path.name}.toml")
+    if path.suffix == ".toml":
+        return path
+    return path.with_name(f"{lock['name'] if lock else path.stem}.toml")
 
 
 def _missing(path: Path, lock: Mapping[str, Any], missing: Mapping[str, str]) -> MissingKernelError:
@@ -228,16 +230,35 @@ def _missing(path: Path, lock: Mapping[str, Any], missing: Mapping[str, str]) ->
     archs = sorted({str(lock["kernels"][key]["arch"]) for key in missing})
     text = "\n".join([*rows[:_SHOWN], *more])
     count = "1 kernel" if len(missing) == 1 else f"{len(missing)} kernels"
-    return MissingKernelError(
+    where = sets.lock_path(path) if path.suffix == ".toml" else path  # of an imported set it is found by itself
+    given = f" --lock {shlex.quote(str(where))}" if where.suffix in (".lock", ".attnpack") else ""
+    error = MissingKernelError(
         f"{count} of the set {lock['name']} {'is' if len(missing) == 1 else 'are'} not there.\n  required: all {len(lock['kernels'])}, as "
-        f"its lock file says\n  found missing:\n{text}\n  do: {sets.missing_command(sets_path(path, lock), archs)}, or import its pack"
+        f"its lock file says\n  found missing:\n{text}\n  do: {_remedy(path, lock, archs)}; to see why: "
+        f"attngen explain-miss {next(iter(missing))[:16]}{given}"
     )
+    error.missing = dict(missing)
+    return error
+
+
+def _remedy(path: Path, lock: Mapping[str, Any], archs: Sequence[str]) -> str:
+    """How to get what a set lacks: from its TOML file, where that is here, else from where it was made."""
+    toml = sets_path(path, lock)
+    command = sets.missing_command(toml if toml.exists() else Path(toml.name), archs)
+    if toml.exists():
+        return f"{command}, or import its pack"
+    return f"{command}, where {toml.name} is, and export it anew; or import a pack that has them"
 
 
 def _build(path: Path, archs: Sequence[str]) -> tuple[dict[str, Any], int]:
     from .precompile import Plan, build, workers_for  # a start that finds everything needs none of it
 
-    result = build(Plan.of(sets.VariantSet(path, archs)), workers_for(None))
+    plan = Plan.of(sets.VariantSet(path, archs))
+    if plan.missing and counters.jit_mode() == "warn":
+        what = f"ATTNGEN_JIT=warn: compiling {len(plan.missing)} kernels of the set {path} while the process runs"
+        log.warning("%s", what, extra={"facts": {"event": "jit", "set": str(path), "keys": [job.key for job in plan.missing]}})
+        warnings.warn(JitWarning(what), stacklevel=3)
+    result = build(plan, workers_for(None))
     for state in result.failed:
         raise CacheError(f"the set {path} cannot be built: {state.job.title} {state.job.name}:\n{state.error}")
     if result.interrupted:
@@ -303,7 +324,7 @@ def _check_serves(unit: Mapping[str, Any], roles: Sequence[pins.Role], path: Pat
     """Raises CacheError where the kernels that a lock file gives to a unit serve something else, as after a bad merge of two."""
     try:
         fits = _serves(unit, [role.manifest if isinstance(role, Entry) else role for role in roles], path)
-    except (KeyError, TypeError, IndexError, ValueError) as error:
+    except (KeyError, TypeError, IndexError, ValueError, AttributeError, StopIteration) as error:
         raise CacheError(f"the kernels of the set {path} do not say what they serve ({error!r}): build it again") from None
     if not fits:
         found = ", ".join(role.key[:12] for role in roles if isinstance(role, Entry))

@@ -21,7 +21,7 @@ from .engine import cuda_problem, kernels_of
 from .entry import FORMAT, Entry
 from .errors import ParameterError, UnsupportedError, VariantError
 from .find import load_variant
-from .sets import DTYPES, LOCK_FORMAT, PAGE_SIZES, STORED, VariantSet, bind_of, gpu, is_cpu, name_of
+from .sets import DTYPES, LOCK_FORMAT, PAGE_SIZES, STORED, VariantSet, bind_of, gpu, is_cpu, name_of, sealed
 from .spec import Variant, as_variant
 
 
@@ -185,8 +185,8 @@ def make_lock(found: VariantSet, units: Sequence[Unit], entries: Mapping[str, En
             sources[unit.facts["backend"]] = inputs.pop("sources", {})  # the same for all
             kernels[job.key] = {"name": job.name, "variant": m.get("variant", job.title), "arch": job.arch, "abi": m["abi"],
                                 "inputs": inputs}  # fmt: skip
-    return {
+    return sealed({
         "format": LOCK_FORMAT, "name": found.name, "attngen": __version__, "entries": FORMAT, "set_sha256": found.digest,
         "files": found.files(), "sources": sources, "kernels": dict(sorted(kernels.items())),
         "units": [{"identity": u.identity, **u.facts, "roles": list(u.roles)} for u in units],
-    }  # fmt: skip
+    })  # fmt: skip

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from . import trust
-from .entry import FORMAT, Entry, entry_folder, json_text, sealed_text, written_whole
-from .errors import ParameterError
+from .entry import FORMAT, Entry, check_files, entry_folder, json_text, sealed_text, written_whole
+from .errors import CacheError, ParameterError
 from .layers import GROUP
 from .pack import bare_manifest, check_name, files_of, plain_member
 
@@ -35,7 +35,7 @@ def write_wheel(
     files: dict[str, bytes] = {f"{package}/__init__.py": f'"""Kernels of the set {name}, built by attngen. Data only."""\n'.encode()}
     native = False
     for entry in entries:
-        entry.read()
+        check_files(entry)
         native = native or entry.manifest.get("kind") != "cubin"
         where = f"{package}/{entry_folder(entry.key)}"
         for file in files_of(entry):
@@ -57,15 +57,21 @@ def write_wheel(
     record = "".join(f"{path},sha256={_digest(files[path])},{len(files[path])}\n" for path in sorted(files))
     files[f"{info}/RECORD"] = (record + f"{info}/RECORD,,\n").encode()
 
-    folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{package}-{version}-{tag}.whl"
     # The archive ends with its metadata, as wheels do.
     order = sorted(files, key=lambda path: (".dist-info/" in path, path))
-    with written_whole(target) as private, zipfile.ZipFile(private, "w", zipfile.ZIP_DEFLATED) as archive:
-        for path in order:
-            member = plain_member(path)
-            member.compress_type = zipfile.ZIP_DEFLATED
-            archive.writestr(member, files[path])
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with written_whole(target) as private, zipfile.ZipFile(private, "w", zipfile.ZIP_DEFLATED) as archive:
+            for path in order:
+                member = plain_member(path)
+                member.compress_type = zipfile.ZIP_DEFLATED
+                archive.writestr(member, files[path])
+    except OSError as error:
+        raise CacheError(
+            f"the wheel {target} cannot be written.\n  required: a folder with room, that you can write\n  found: {error}\n"
+            f"  do: give -o another folder"
+        ) from error
     return target
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import subprocess
 import sys
 import sysconfig
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,10 +18,11 @@ import torch
 import toy
 
 import attngen
-from attngen import load
+from attngen import doctor, load
 from attngen.abi import LAUNCH_ABI
 from attngen.cache import Cache
 from attngen.errors import BuildError, LoadError
+from attngen.pack import Pack, write_pack
 
 HOST_FILE = load.host().__file__
 
@@ -68,6 +71,25 @@ def test_the_gil_is_released_while_a_kernel_runs(store):
     assert not thread.is_alive()
 
 
+def test_a_thousand_kernels_of_a_pack_keep_no_file_open(store, tmp_path):
+    """Each is opened under a descriptor that served another before, and is its own library all the same."""
+    keys = [f"{i:064x}" for i in range(1100)]
+    built = [store.get_or_build(key, toy.builder(toy.SOURCE.replace("+= 1", f"+= {i + 1}")))[0] for i, key in enumerate(keys[:3])]
+    entries = [replace(built[i % 3], key=key, manifest={**built[i % 3].manifest, "key": key}) for i, key in enumerate(keys)]
+    write_pack(tmp_path / "many.attnpack", "many", entries)
+    pack = Pack(tmp_path / "many.attnpack")
+
+    def serve() -> str:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+        for i, key in enumerate(keys):
+            x = torch.zeros(10)
+            load.load_kernel(pack.lookup(key, "pack")).launch(packed(x, threads=1))
+            assert x.eq(i % 3 + 1).all(), (i, x)
+        return "all served"
+
+    assert toy.in_child(serve, timeout=120) == "all served"
+
+
 # ---- libraries that do not belong here -------------------------------------------------------------------------------
 
 
@@ -103,6 +125,31 @@ def test_a_file_that_is_no_library(store, monkeypatch):
     entry.artifact.write_bytes(b"not ELF")
     with pytest.raises(LoadError, match="kernel.so"):
         load.load_kernel(entry)
+
+
+def test_a_cache_that_is_mounted_noexec(store, tmp_path, monkeypatch):
+    """Building anew would help nothing there: the error and the doctor say what does."""
+    store.root.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "noexec,mode=700", "none", store.root], capture_output=True).returncode:
+        pytest.skip("no right to mount")
+    monkeypatch.setenv("ATTNGEN_CACHE_DIR", str(store.root))
+
+    def work() -> str:  # in a child: glibc keeps a page of a library that it could not load mapped
+        entry, _ = store.get_or_build(toy.KEY[::-1], toy.builder())
+        with pytest.raises(LoadError, match="(?s)mounted noexec.*do: mount it without noexec, set ATTNGEN_CACHE_DIR") as caught:
+            load.load_kernel(entry)
+        assert "cache clear" not in str(caught.value)
+        found = doctor._cache()
+        assert not found.ok and "noexec" in found.found and "ATTNGEN_CACHE_DIR" in found.remedy
+        write_pack(tmp_path / "toy.attnpack", "toy", [entry])
+        x = torch.zeros(3)
+        load.load_kernel(Pack(tmp_path / "toy.attnpack").lookup(entry.key, "pack")).launch(packed(x))
+        return f"the pack serves {x.tolist()}"
+
+    try:
+        assert toy.in_child(work) == "the pack serves [1.0, 1.0, 1.0]"
+    finally:
+        subprocess.run(["umount", store.root], check=True)
 
 
 # ---- fork ------------------------------------------------------------------------------------------------------------
@@ -152,7 +199,7 @@ def test_a_child_reports_a_kernels_status_too(toy_kernel):
 
 HOST = """
 import sys
-from attngen import load
+from attngen import doctor, load
 builders = {"ninja", "jinja2", "filelock", "torch.utils.cpp_extension", "pybind11"}
 print(load.host().__file__, sorted(builders & set(sys.modules)))
 """

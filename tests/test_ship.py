@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import hashlib
@@ -10,12 +11,15 @@ import json
 import multiprocessing
 import os
 import re
+import resource
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -140,6 +144,21 @@ def test_archs_on_the_command_line_take_the_place_of_their_kind(tmp_path, attnge
     assert status == 2 and "archs has '3.0'" in err
 
 
+def test_archs_on_the_command_line_leave_the_locks_others(here, built, attngen):  # noqa: F811
+    shutil.copytree(built / "cache", here / "cache")
+    before = json.loads((here / "llama.lock").read_text())
+    assert attngen("precompile", here / "llama.toml", "--arch", "generic")[0] == 0
+    lock = json.loads((here / "llama.lock").read_text())
+    assert [u["arch"] for u in lock["units"]] == [run.host_isa()] * 2 + ["generic"] * 2
+    assert len(lock["kernels"]) == 4 and before["kernels"].items() < lock["kernels"].items()
+    assert len(ag.load_set(here / "llama.toml", jit=False).kernels) == 2  # of this machine
+    again = (here / "llama.lock").read_bytes()
+    assert attngen("precompile", here / "llama.toml", "--arch", "generic")[0] == 0 and (here / "llama.lock").read_bytes() == again
+    (here / "mine.py").write_text(MINE + "\n# another file, so that what the lock says of it is no longer so\n")
+    assert attngen("precompile", here / "llama.toml", "--arch", "generic")[0] == 0
+    assert {u["arch"] for u in json.loads((here / "llama.lock").read_text())["units"]} == {"generic"}
+
+
 def test_a_set_that_names_no_archs_says_so(tmp_path, attngen):  # noqa: F811
     (tmp_path / "bare.toml").write_text('[[kernels]]\nvariants = ["Causal"]\nphases = ["decode"]\nhead_dims = [64]\n')
     status, _, err = attngen("precompile", tmp_path / "bare.toml", "--dry-run")
@@ -161,7 +180,7 @@ def test_the_estimate_counts_cpu_seconds(here, built, monkeypatch):
     assert Plan.of(sets.VariantSet(here / "llama.toml")).estimate(2) == 7.5
 
 
-@pytest.mark.parametrize("free,most", [(0, 1), (1 << 40, 4)], ids=["none left", "plenty"])
+@pytest.mark.parametrize("free,most", [(0, 1), (800 << 20, 1), (1100 << 20, 2), (1 << 40, 4)], ids=["none left", "for one", "for two", "plenty"])
 def test_as_many_compilers_as_memory_allows(here, monkeypatch, free, most):
     from attngen import precompile
     from attngen.units import Job
@@ -182,7 +201,7 @@ def test_as_many_compilers_as_memory_allows(here, monkeypatch, free, most):
     jobs = tuple(Job(f"{i:064x}", "Toy", "decode", "90a", compiler) for i in range(4))
     plan = Plan(sets.VariantSet(here / "llama.toml"), (), jobs, {}, {job.key: 1.0 for job in jobs})
     result = build(plan, 4)
-    assert result.complete and max(seen) == most and precompile.workers_for(None) == (1 if free == 0 else len(os.sched_getaffinity(0)))
+    assert result.complete and max(seen) == most and precompile.workers_for(None) == min(most, len(os.sched_getaffinity(0)))
 
 
 def test_the_display_shows_what_is_being_built(here):
@@ -237,6 +256,38 @@ def test_an_interrupted_precompile_goes_on_where_it_stopped(here, monkeypatch):
     assert (here / "llama.lock").exists()
 
 
+def sessions() -> dict[int, str]:
+    """Command lines by process, of those whose session is not this one's."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, IndexError):
+            if int((path / "stat").read_text().rpartition(")")[2].split()[3]) != os.getsid(0):
+                found[int(path.name)] = (path / "cmdline").read_text().replace("\0", " ")
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_an_ended_precompile_takes_its_compilers_along(here, number):
+    """As `docker stop` or a closed terminal end it."""
+    (here / "llama.lock").unlink()
+    compiler = here / "slow-cxx"
+    compiler.write_text(f'#!/bin/sh\ncase "$1" in --version) exec g++ --version;; esac\nsleep 100 # {here}\n')
+    compiler.chmod(0o755)
+    command = [sys.executable, "-m", "attngen", "precompile", here / "llama.toml", "-j", "2"]
+    heard = lambda: signal.signal(number, signal.SIG_DFL)  # noqa: E731  - a suite under nohup ignores it
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=heard,
+                               env={**os.environ, "CXX": str(compiler)})  # fmt: skip
+    mine = lambda: [text for text in sessions().values() if str(compiler) in text]  # noqa: E731
+    deadline = time.monotonic() + 60
+    while len(mine()) < 2:
+        assert time.monotonic() < deadline and process.poll() is None, "it does not compile"
+        time.sleep(0.05)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and "interrupted: the same command goes on from here" in out
+    assert mine() == [] and list((here / "cache" / "v1" / "building").iterdir()) == []
+
+
 @pytest.mark.parametrize(
     "text,message",
     [
@@ -267,6 +318,8 @@ def test_a_set_is_loaded_and_serves(here, built, monkeypatch):
     loaded = ag.load_set(here / "llama.toml", jit=False)
     assert [row.key for row in loaded.kernels] == [k for u in loaded.units for k in [u["roles"][0]["key"]]]
     assert loaded.layers() == {"cache": 2} and loaded.built == 0
+    stats = ag.stats()
+    assert (stats["hits"], stats["layers"], stats["misses"], stats["builds"]) == (2, {"cache": 2}, 0, 0)
     assert "2 kernels in" in loaded.report() and "Causal attention" in loaded.report()
     monkeypatch.setenv("ATTNGEN_JIT", "off")
     q, k, v = (torch.randn(1, 5, 2, 32) for _ in range(3))
@@ -285,8 +338,50 @@ def test_what_is_missing_is_said_at_once(here, built):
     message = str(caught.value)
     assert message.startswith("1 kernel of the set llama is not there.") and gone[:12] in message and kept[:12] not in message and f"do: attngen precompile {here / 'llama.toml'} --arch" in message
     flip(Cache(here / "cache").folder(kept) / "kernel.so")
-    with pytest.raises(MissingKernelError, match=f"(?s)^2 kernels of the set llama are not there.*{kept[:12]}: a damaged cache entry"):
+    with pytest.raises(MissingKernelError, match=f"(?s)^2 kernels of the set llama are not there.*{kept[:12]}: a damaged cache entry") as caught:
         ag.load_set(here / "llama.toml", jit=False)
+    assert set(caught.value.missing) == {gone, kept} and caught.value.missing[gone] == "in no layer"
+
+
+def test_what_a_server_lacks_can_be_asked_about(here, built, attngen, monkeypatch):  # noqa: F811
+    """Of a set, a pack and an imported set: the commands of the error are whole, and work."""
+    folder = here / "my models"
+    folder.mkdir()
+    for name in ("llama.toml", "llama.lock", "mine.py"):
+        shutil.copy(here / name, folder / name)
+    lock = json.loads((here / "llama.lock").read_text())
+    gone, kept = lock["kernels"]
+    kernel = Cache(built / "cache").lookup(kept)
+    write_pack(here / "half.attnpack", "half", [kernel], lock)
+    (here / "alone").mkdir()
+    shutil.move(here / "half.attnpack", here / "alone" / "half.attnpack")
+    for source in (here / "alone" / "half.attnpack", "half", folder / "llama.toml"):
+        if source == "half":
+            layers._attached.clear()
+            assert attngen("cache", "import", here / "alone" / "half.attnpack")[0] == 0
+        with pytest.raises(MissingKernelError) as caught:
+            ag.load_set(source, jit=False)
+        assert set(caught.value.missing) == {gone}
+        remedy = str(caught.value).splitlines()[-1]
+        assert (f"attngen precompile '{folder}/llama.toml' --arch" in remedy) == (source == folder / "llama.toml"), remedy
+        assert ("precompile llama.toml" in remedy and "where llama.toml is" in remedy) == (source != folder / "llama.toml"), remedy
+        words = shlex.split(remedy.partition("to see why: attngen ")[2])
+        assert words[:2] == ["explain-miss", gone[:16]]
+        asked = read_json(attngen(*words, "--json"))
+        assert (asked["key"], asked["nearest"]) == (gone, kept) and asked["differences"]
+    (here / "cache" / "v1" / "misses" / f"{gone}.json").write_text('{"key": ')
+    status, _, err = attngen("explain-miss", gone)
+    assert status == 0 and "passed over" in err
+
+
+def test_warnings_of_compiling_while_the_process_runs(here, monkeypatch):
+    monkeypatch.setenv("ATTNGEN_JIT", "warn")
+    with pytest.warns(ag.JitWarning, match="ATTNGEN_JIT=warn: compiling 2 kernels of the set .*llama.toml while the process runs"):
+        assert ag.load_set(here / "llama.toml").built == 2
+    forget()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ag.load_set(here / "llama.toml").built == 0
 
 
 def test_jit_builds_what_is_missing(here):
@@ -299,7 +394,7 @@ def test_jit_builds_what_is_missing(here):
     text = json.dumps(loaded.lock)
     for key in keys_of_lock(json.loads(text)):
         text = text.replace(key, key[::-1])
-    (here / "llama.lock").write_text(text)
+    (here / "llama.lock").write_text(json.dumps(sets.sealed(json.loads(text))))
     forget()
     with pytest.raises(MissingKernelError, match="2 kernels of the set"):
         ag.load_set(here / "llama.toml", jit=False)
@@ -372,15 +467,62 @@ def test_a_lock_file_that_gives_the_wrong_kernel_is_refused(here, built, monkeyp
     lock = json.loads((here / "llama.lock").read_text())
     exchanged(lock, 0, 1)
     (here / "llama.lock").write_text(json.dumps(lock))
+    with pytest.raises(ParameterError, match="(?s)is no lock file.*edited, merged or cut"):
+        ag.load_set(here / "llama.toml", jit=False)
+    (here / "llama.lock").write_text(json.dumps(sets.sealed(lock)))
     with pytest.raises(CacheError, match="(?s)gives Causal .* kernels that serve something else.*precompile again"):
         ag.load_set(here / "llama.toml", jit=False)
     assert not pins._pinned  # nothing of it
 
 
+def test_half_a_lock_file_is_not_served_as_the_whole(here, built, monkeypatch):
+    monkeypatch.setenv("ATTNGEN_CACHE_DIR", str(built / "cache"))
+    whole = json.loads((here / "llama.lock").read_text())
+
+    def refused(lock: dict, message: str) -> None:
+        (here / "cut.lock").write_text(json.dumps(lock))
+        with pytest.raises(ParameterError, match=f"(?s)is no lock file.*{message}.*do: write it again"):
+            ag.load_set(here / "cut.lock", jit=False)
+
+    half = {**whole, "units": whole["units"][1:]}
+    refused(half, "edited, merged or cut")
+    del half["seal"]  # as the last release wrote them
+    refused(half, "1 kernels that its units name and 2 that it lists")
+    key = half["units"][0]["roles"][0]["key"]
+    refused({**half, "seal": whole["seal"], "kernels": {key: whole["kernels"][key]}}, "edited, merged or cut")
+    (here / "cut.lock").write_text(json.dumps({n: v for n, v in whole.items() if n != "seal"}))
+    assert len(ag.load_set(here / "cut.lock", jit=False).kernels) == 2
+
+
+def places(value: object, at: tuple = ()) -> Iterator[tuple]:
+    """Of everything inside a JSON value."""
+    for name, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield (*at, name)
+        yield from places(inner, (*at, name))
+
+
+def test_a_lock_file_of_other_types_is_an_error_of_ours(here, built, monkeypatch):
+    """Every field of one without a seal in turn: of another type, or gone."""
+    monkeypatch.setenv("ATTNGEN_CACHE_DIR", str(built / "cache"))
+    whole = {n: v for n, v in json.loads((here / "llama.lock").read_text()).items() if n != "seal"}
+    for place in places(whole):
+        for bad in (None, 7, "x", [], {}, ["x"], {"key": "x"}, [[]], "gone"):
+            lock = json.loads(json.dumps(whole))
+            holder = lock
+            for name in place[:-1]:
+                holder = holder[name]
+            if bad == "gone":
+                del holder[place[-1]]
+            else:
+                holder[place[-1]] = bad
+            with contextlib.suppress(ag.AttngenError):
+                start._load(here / "llama.lock", sets.check_lock(lock, "it"), start._here(None), None)
+
+
 @pytest.mark.parametrize("key", ["../../../../tmp/evil", "A" * 64, "ab"])
 def test_a_lock_file_names_no_path(here, key):
     text = (here / "llama.lock").read_text().replace(keys_of(here)[0], key)
-    (here / "llama.lock").write_text(text)
+    (here / "llama.lock").write_text(json.dumps(sets.sealed(json.loads(text))))
     with pytest.raises(ParameterError, match="a key that is none"):
         ag.load_set(here / "llama.lock", jit=False)
     (here / "llama.lock").write_text("[" * 100_000)
@@ -593,6 +735,50 @@ def test_export_and_import(here, built, attngen, monkeypatch):  # noqa: F811
     assert ag.load_set("llama", jit=False).layers() == {"system": 2}
 
 
+def test_a_full_disk_beside_the_cache(here, built, attngen, monkeypatch):  # noqa: F811
+    """What precompile, export and wheel write is there whole, or not at all and the error says so."""
+    monkeypatch.setenv("ATTNGEN_CACHE_DIR", str(built / "cache"))
+    full = here / "full"
+    full.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k,mode=700", "none", full], capture_output=True).returncode:
+        pytest.skip("no right to mount")
+    try:
+        for name in ("llama.toml", "mine.py"):
+            shutil.copy(here / name, full / name)
+        with contextlib.suppress(OSError), open(full / "rest", "wb", buffering=0) as rest:
+            while True:
+                rest.write(bytes(4096))
+        before = sorted(full.rglob("*"))
+        for command in (("precompile", full / "llama.toml"), ("cache", "export", here / "llama.toml", "-o", full / "x.attnpack"),
+                        ("cache", "wheel", here / "llama.toml", "-o", full)):  # fmt: skip
+            status, _, err = attngen(*command)
+            assert status == 2 and "cannot be written" in err and "No space left" in err, err
+            assert sorted(full.rglob("*")) == before
+    finally:
+        subprocess.run(["umount", full], check=True)
+
+
+def test_a_damaged_source_or_log_is_neither_shipped_nor_kept(here, built, attngen, monkeypatch):  # noqa: F811
+    """No lookup reads them, so that only what ships or imports an entry can see it."""
+    pytest.importorskip("fsspec")
+    shutil.copytree(built / "cache", here / "cache")
+    key = keys_of(here)[0]
+    for name in ("attention.cpp", "build.log"):
+        damaged = Cache(here / "cache").folder(key) / name
+        whole = damaged.read_bytes()
+        flip(damaged, 2)
+        for command in (("export", here / "llama.toml", "-o", here / "new.attnpack"), ("wheel", here / "llama.toml", "-o", here / "new"),
+                        ("push", f"file://{here}/new", here / "llama.toml")):  # fmt: skip
+            status, _, err = attngen("cache", *command)
+            assert status == 2 and f"{name} with sha256" in err, err
+            assert not list(here.glob("*new*"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ag.CacheWarning)  # it is set aside
+            done = read_json(attngen("cache", "import", here / "llama.attnpack", "--json"))
+        assert (done["kernels"], done["there"]) == (2, 1) and damaged.read_bytes() == whole
+    assert read_json(attngen("cache", "verify", "--json"))["damaged"] == []
+
+
 def test_a_truncated_or_flipped_pack_gives_nothing_or_the_truth(packed, tmp_path):
     whole = packed.read_bytes()
     refused = 0
@@ -670,6 +856,47 @@ def test_links_and_bombs_are_refused(packed, tmp_path):
         write(("attnpack.json", b"{}"), ("attnpack.json", b"{}"))
     with pytest.raises(CacheError, match="attnpack.json twice"):
         Pack(packed)
+
+
+def test_what_a_small_pack_can_swell_to_is_bounded(packed, tmp_path, monkeypatch):
+    def refused(message: str, *members: tuple[str, bytes]) -> None:
+        with zipfile.ZipFile(packed, "w") as archive:
+            for name, content in members:
+                archive.writestr(name, content)
+        with pytest.raises(CacheError, match=message):
+            Pack(packed)
+
+    whole = packed.read_bytes()
+    swelling = b'{"x": [' + b"[]," * 2_500_000 + b'0], "format": "attnpack-1", "name": "n", "entries": {}, "lock": null}'
+    refused("an index of at most 4194304 values", ("attnpack.json", swelling))
+    refused("a directory of [0-9]+ bytes; required at most 8388608", ("attnpack.json", b"{}"), *((f"blobs/{i:064x}", b"") for i in range(80_000)))
+    blob = bytes(32 << 20)
+    digest = hashlib.sha256(blob).hexdigest()
+    entries = {
+        key: {"manifest": {"format": 1, "key": key, "artifact": "k.cubin", "size": len(blob), "sha256": digest, "kind": "cubin"},
+              "files": {"k.cubin": [digest, len(blob)]}}
+        for key in (f"{i:064x}" for i in range(20))
+    }  # fmt: skip
+    index = {"format": "attnpack-1", "name": "n", "entries": entries, "lock": None}
+    refused("bytes unpacked", ("attnpack.json", json.dumps(index).encode()), (f"blobs/{digest}", blob))
+    packed.write_bytes(whole)
+    monkeypatch.setattr("attngen.pack.MAX_FILE", 2999)
+    with pytest.raises(CacheError, match="(?s)members of at most 2999 bytes.*of 3000"):
+        Pack(packed)
+
+
+def test_an_import_holds_one_kernel_at_a_time(tmp_path, attngen):  # noqa: F811
+    store, size = Cache(tmp_path / "source"), 8 << 20
+    for i in range(12):
+        store.get_or_build(f"{i:064x}", described(bytes([i]) * size, kind="cubin"))
+    write_pack(tmp_path / "big.attnpack", "big", store.entries())
+
+    def grown() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        assert attngen("cache", "import", tmp_path / "big.attnpack", "--into", tmp_path / "cache")[0] == 0
+        return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+
+    assert int(toy.in_child(grown)) < 6 * size
 
 
 def test_forked_servers_read_one_pack_at_once(packed):
@@ -903,6 +1130,8 @@ def test_logs_and_the_debug_ladder_speak_on_hits(here, built, monkeypatch, capsy
         assert "vfmadd" in output or "mulps" in output
 
     entry = Cache(built / "cache").lookup(hit["key"])
+    machine_code = debug.machine_code(entry)
+    assert debug.machine_code(Pack(here / "llama.attnpack").lookup(hit["key"], "pack:llama")).splitlines()[2:] == machine_code.splitlines()[2:]
     monkeypatch.setenv("ATTNGEN_DEBUG", "1")
     debug.show(entry, True, 0.0)
     quiet = capsys.readouterr().err
@@ -974,7 +1203,7 @@ def test_cubins_are_shipped_checked_and_launched(here, monkeypatch, attngen):  #
     roles = next(u for u in wrong["units"] if u["variant"] == "Causal")["roles"]
     for one, two in ((0, 1), (0, len(roles) - 1)):  # tiles in another order; the planner as a class
         roles[one], roles[two] = roles[two], roles[one]
-        (here / "wrong.lock").write_text(json.dumps(wrong))
+        (here / "wrong.lock").write_text(json.dumps(sets.sealed(wrong)))
         with pytest.raises(CacheError, match="serve something else|do not say what they serve"):
             ag.load_set(here / "wrong.lock", jit=False, device="cuda:0")
         roles[one], roles[two] = roles[two], roles[one]
@@ -998,6 +1227,10 @@ def test_cubins_are_shipped_checked_and_launched(here, monkeypatch, attngen):  #
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
     with pytest.raises(LoadError, match="(?s)required: a cubin for compute capability 8.0.*found: one for sm_90a"):
         ag.load_set(here / "gpu.toml", jit=False, device="cuda:0")
+    in_cache = cache.default().lookup(attention["roles"][0]["key"])
+    write_pack(here / "gpu.attnpack", "gpu", [in_cache])
+    machine_code = debug.machine_code(Pack(here / "gpu.attnpack").lookup(in_cache.key, "pack:gpu"))
+    assert "not shown" in machine_code or ("sm_90" in machine_code and in_cache.manifest["symbol"] in machine_code), machine_code
     # A cubin that was damaged after it was found is not handed over: what was checked is, or it is checked again.
     entry = cache.default().lookup(attention["roles"][0]["key"])
     flip(entry.artifact)
