@@ -253,10 +253,10 @@ def compile(  # noqa: A001
     arch: str | None = None,
     device: torch.device | str | int | None = None,
 ) -> Entry:
-    """Build append_kv's kernel ahead: for a named architecture ("90a"), without a GPU, or for a CUDA device (by default
+    """Build append_kv's kernel ahead: for a named architecture ("9.0a"), without a GPU, or for a CUDA device (by default
     the current one), where it is loaded too, so that the first call may be captured. Returns its cache entry."""
     if arch is None:
-        return cuda.build(_load(cuda_index(device, 'give arch=, such as "90a"'), dtype, head_dim, head_dim_v or head_dim, rope).special)[0]
+        return cuda.build(_load(cuda_index(device, 'give arch=, such as "9.0a"'), dtype, head_dim, head_dim_v or head_dim, rope).special)[0]
     return cuda.build(specialise(config_of(arch, dtype, head_dim, head_dim_v or head_dim, rope)))[0]
 
 

@@ -141,7 +141,7 @@ def show(
     head_dim: Annotated[int, typer.Option(help="A multiple of 8 up to 256.")] = 64,
     head_dim_v: Annotated[int | None, typer.Option(help="Defaults to head_dim.")] = None,
     isa: Annotated[str | None, typer.Option(help="CPU features; defaults to this host's best.")] = None,
-    arch: Annotated[str | None, typer.Option(help="A GPU, such as sm_90a: its kernels instead of the CPU's.")] = None,
+    arch: Annotated[str | None, typer.Option(help="A GPU, such as 9.0a or sm_90a: its kernels instead of the CPU's.")] = None,
     page_size: Annotated[int, typer.Option(help="With --arch: slots of a page, 0 without pages.")] = 16,
     kernel: Annotated[str | None, typer.Option(help="With --arch: decode, attention_sm80, attention_sm90 or plan alone.")] = None,
     q_len: Annotated[int, typer.Option(help="With --stage bounds: queries, the last at the last key.")] = 1024,

@@ -372,13 +372,13 @@ def workspace_bytes(
     """Bytes of workspace that a BatchAttention of these arguments uses, without a GPU and without building anything.
 
     Args:
-        arch, multiprocessors: of the GPU, such as "sm_90a" and 132; default those of the current CUDA device.
+        arch, multiprocessors: of the GPU, such as "9.0a" and 132; default those of the current CUDA device.
         others: as BatchAttention's.
     """
     variant = as_variant(variant)
     if arch is None or multiprocessors is None:
         if not torch.cuda.is_available():
-            raise ParameterError("workspace_bytes without a CUDA device: required arch= and multiprocessors=, such as 'sm_90a' and 132")
+            raise ParameterError("workspace_bytes without a CUDA device: required arch= and multiprocessors=, such as '9.0a' and 132")
         device = torch.cuda.current_device()
         arch = arch or cuda.device_arch(device).name
         multiprocessors = multiprocessors or torch.cuda.get_device_properties(device).multi_processor_count

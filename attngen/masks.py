@@ -173,7 +173,7 @@ def check_masks(device: torch.device | str | int | None = None) -> None:
 
 
 def compile(*, arch: str | None = None, device: torch.device | str | int | None = None) -> Entry:  # noqa: A001
-    """Build custom_mask's kernel ahead: for a named architecture ("90a"), without a GPU, or for a CUDA device (by default the current
+    """Build custom_mask's kernel ahead: for a named architecture ("9.0a"), without a GPU, or for a CUDA device (by default the current
     one), where it is loaded too, so that the first call may be captured. Returns its cache entry."""
     if arch is None:
         found = torch.device("cuda" if device is None else device)

@@ -137,12 +137,12 @@ def compile(  # noqa: A001
     arch: str | None = None,
     device: torch.device | str | int | None = None,
 ) -> Entry:
-    """Build merge_states' kernel ahead: for a named architecture ("90a"), without a GPU, or for a CUDA device (by default
+    """Build merge_states' kernel ahead: for a named architecture ("9.0a"), without a GPU, or for a CUDA device (by default
     the current one), where it is loaded too, so that the first call may be captured. Returns its cache entry.
 
     With a variant that has a sink or an output hook the kernel's own out_dtype is float32."""
     if arch is None:
-        index = cuda_index(device, 'give arch=, such as "90a"')
+        index = cuda_index(device, 'give arch=, such as "9.0a"')
         _load(index, dtype, out_dtype or dtype, head_dim_v)
         arch = cuda.device_arch(index).name
     return cuda.build(specialise(config_of(arch, dtype, out_dtype or dtype, head_dim_v)))[0]

@@ -133,7 +133,7 @@ def test_show_for_a_gpu(attngen):
     shown = read_json(attngen("show", "Causal", "--stage", "config", "--arch", "sm_90a", "--head-dim", "128", "--json"))
     assert [k["kernel"] for k in shown["kernels"]] == ["decode", "decode", "attention_sm80", "attention_sm90", "plan"]
     assert shown["not_hopper"] == "" and all(sum(not c["lost"] for c in k["candidates"]) == 1 for k in shown["kernels"][:-1])
-    status, out, _ = attngen("show", "StreamingLLM", "--stage", "config", "--arch", "sm_90", "--kernel", "attention_sm80")
+    status, out, _ = attngen("show", "StreamingLLM", "--stage", "config", "--arch", "9.0a", "--kernel", "attention_sm80")
     assert status == 0 and "no attention_sm90: keys are rotated" in out and "decode" not in out
     status, out, _ = attngen("show", "Causal", "--stage", "source", "--arch", "sm_80", "--page-size", "0", "--kernel", "decode")
     assert status == 0 and "__global__" in out and "page_table[" not in out
@@ -288,6 +288,7 @@ ERRORS = {
     "stage": (["show", "Causal", "--stage", "ptx"], "ParameterError", ["--stage ptx", "trace, config, source or bounds"]),
     "kernel": (["show", "Causal", "--stage", "config", "--arch", "sm_90", "--kernel", "x"], "ParameterError", ["--kernel x", "attention_sm90, plan"]),
     "arch": (["show", "Causal", "--stage", "config", "--arch", "sm_70"], "UnsupportedError", ["sm_70"]),
+    "no arch": (["show", "Causal", "--stage", "config", "--arch", "9.0.1"], "UnsupportedError", ["arch '9.0.1'", "sm_90a", '"9.0"']),
     "dtype": (["check", "Causal", "--dtype", "fp8"], "ParameterError", ["--dtype fp8", "float32, bfloat16, float16"]),
     "head_dim": (["show", "Causal", "--stage", "config", "--head-dim", "12"], "UnsupportedError", ["head_dim 12"]),
     "isa": (["show", "Causal", "--stage", "config", "--isa", "mmx"], "UnsupportedError", ["'mmx'"]),
