@@ -20,7 +20,7 @@ from .choose_cuda import AppendConfig, arch_named
 from .devices import as_device, cuda_index
 from .errors import ParameterError, UnsupportedError
 from .library import NO_GRAD, define
-from .params import DTYPE_NAMES, MAX_LENGTH
+from .params import DTYPE_NAMES, MAX_LENGTH, check_dtype
 from .rope import RoPE, alive, rotate
 from .status import STATUS_WORDS, Status, Wrong
 
@@ -270,6 +270,7 @@ def _narrow(index: torch.Tensor | None) -> torch.Tensor | None:
 
 def config_of(arch_name: str, dtype: torch.dtype, d: int, dv: int, rope: RoPE | None) -> AppendConfig:
     """What a kernel of ``append_kv`` is specialised to, or UnsupportedError."""
+    check_dtype(dtype)
     if dtype not in _CUDA_DTYPES:
         raise UnsupportedError(f"append_kv of {dtype} on CUDA: the kernel takes torch.bfloat16 or torch.float16")
     rotary, interleaved = 0, False

@@ -65,7 +65,7 @@ def main() -> None:
     try:
         app()
     except AttngenError as error:
-        if os.environ.get("ATTNGEN_DEBUG", "0") not in ("", "0"):
+        if os.environ.get("ATTNGEN_DEBUG", "").strip() in tuple("123456"):
             traceback.print_exc()
         elif "--json" in sys.argv:
             print_json({"error": {"type": type(error).__name__, "message": str(error)}})

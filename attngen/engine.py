@@ -26,7 +26,7 @@ from .cache import Entry
 from .choose_cuda import PlanConfig, ZoneMap, arch, arch_named, choose_attention, choose_decode, most_blocks, tile_class
 from .errors import ParameterError, UnsupportedError
 from .ops import I32_MAX
-from .params import DTYPE_NAMES
+from .params import DTYPE_NAMES, check_dtype
 from .records import record
 from .run import stored_dtypes
 from .space import Workspace
@@ -341,6 +341,7 @@ def cuda_problem(
     arch_name: str, dtype: torch.dtype, head_dim: int, head_dim_v: int, storage: tuple[tuple[str, str], ...]
 ) -> Problem:
     """The Problem of a call or batch on CUDA, or UnsupportedError."""
+    check_dtype(dtype)
     if dtype not in (torch.bfloat16, torch.float16):
         raise UnsupportedError(
             f"dtype {dtype} on CUDA: the kernels take torch.bfloat16 and torch.float16; cast q, k and v, or use the CPU"

@@ -24,7 +24,7 @@ from .fields import STORAGE
 from .interp import evaluate
 from .library import NO_GRAD, define
 from .ops import F32, TORCH_DTYPE
-from .params import DTYPE_NAMES, check_scalar
+from .params import DTYPE_NAMES, check_dtype, check_scalar
 from .spec import Variant, as_variant
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -295,6 +295,8 @@ def _values(states: _States, log2_base: float) -> tuple[dict[str, Any], list[tor
 
 def config_of(arch_name: str, dtype: torch.dtype, out_dtype: torch.dtype, dv: int) -> MergeConfig:
     """What a kernel of ``merge_states`` is specialised to, or UnsupportedError."""
+    check_dtype(dtype)
+    check_dtype(out_dtype)
     if dtype not in _DTYPES or out_dtype not in _DTYPES or dv % 8 or dv < 8:
         raise UnsupportedError(
             f"merge_states of {dtype} to {out_dtype}, head_dim_v {dv}: required {', '.join(map(str, _DTYPES))} and a multiple of 8"

@@ -28,6 +28,7 @@ from .load import LoadedKernel, host, load_kept
 from .ops import F32
 from .params import (
     DTYPE_NAMES,
+    check_dtype,
     check_free_axes,
     check_scalar,
     check_unknown,
@@ -188,6 +189,7 @@ def problem_for(
     dtype: torch.dtype, head_dim: int, head_dim_v: int, storage: Mapping[str, str], isa: str | None = None
 ) -> Problem:
     """The Problem of a call, or UnsupportedError."""
+    check_dtype(dtype)
     if dtype not in _FLOATS:
         raise UnsupportedError(f"dtype {dtype}: q, k and v are torch.float32, torch.bfloat16 or torch.float16; cast them")
     for name, size in (("head_dim", head_dim), ("head_dim_v", head_dim_v)):

@@ -292,6 +292,7 @@ ERRORS = {
     "dtype": (["check", "Causal", "--dtype", "fp8"], "ParameterError", ["--dtype fp8", "float32, bfloat16, float16"]),
     "head_dim": (["show", "Causal", "--stage", "config", "--head-dim", "12"], "UnsupportedError", ["head_dim 12"]),
     "isa": (["show", "Causal", "--stage", "config", "--isa", "mmx"], "UnsupportedError", ["'mmx'"]),
+    "a Const without --set": (["show", "{const}"], "ParameterError", ["its Const gain: --set gain=..."]),
     "--set of no field": (["show", "SoftCap", "--set", "cup=1"], "ParameterError", ["--set cup=1", "(cap)"]),
     "--set of no number": (["show", "SoftCap", "--set", "cap=big"], "ParameterError", ["--set cap=big", "f32"]),
 }
@@ -304,6 +305,7 @@ def test_an_error_is_one_message_and_status_2(attngen, tmp_path, name, monkeypat
         "two": TWO,
         "broken": "import attngen as ag\n1 / 0\n",
         "syntax": "import attngen as ag\nclass (:\n",
+        "const": "import attngen as ag\nclass V(ag.Variant):\n    gain: ag.Const\n",
         "hook": "import attngen as ag\nclass V(ag.Variant):\n    def logits(self, s, at):\n"
         "        return s if s > 0 else -s\n",
     }
