@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import torch
 import attngen as ag
 from attngen import check as checking
 from attngen import cli, doctor
+from attngen.isa import CPU_ISAS
 from attngen.paths import PACKAGE
 from attngen.variants import library
 
@@ -292,6 +294,10 @@ ERRORS = {
     "dtype": (["check", "Causal", "--dtype", "fp8"], "ParameterError", ["--dtype fp8", "float32, bfloat16, float16"]),
     "head_dim": (["show", "Causal", "--stage", "config", "--head-dim", "12"], "UnsupportedError", ["head_dim 12"]),
     "isa": (["show", "Causal", "--stage", "config", "--isa", "mmx"], "UnsupportedError", ["'mmx'"]),
+    "--plot alone": (["show", "Causal", "--plot", "x.png"], "ParameterError", ["--plot says something only with --stage bounds"]),
+    "--q-len alone": (["show", "Causal", "--q-len", "7"], "ParameterError", ["--q-len says something only with --stage bounds"]),
+    "--page-size alone": (["show", "Causal", "--page-size", "8"], "ParameterError", ["--page-size says something only with --arch"]),
+    "--isa of a GPU": (["show", "Causal", "--arch", "9.0", "--isa", "avx2"], "ParameterError", ["--isa says something only without --arch"]),
     "a Const without --set": (["show", "{const}"], "ParameterError", ["its Const gain: --set gain=..."]),
     "--set of no field": (["show", "SoftCap", "--set", "cup=1"], "ParameterError", ["--set cup=1", "(cap)"]),
     "--set of no number": (["show", "SoftCap", "--set", "cap=big"], "ParameterError", ["--set cap=big", "f32"]),
@@ -328,7 +334,14 @@ def test_debug_shows_the_traceback(attngen, monkeypatch):
 
 
 def test_usage_errors_and_help(attngen):
-    assert attngen("--help")[0] == 0
+    status, out, _ = attngen("-h")
+    assert status == 0 and out == attngen("--help")[1]
+    table = (PACKAGE.parent / "docs" / "build.md").read_text().partition("## Environment variables")[2]
+    assert [name for name in re.findall(r"ATTNGEN_\w+|\bC[A-Z_]+\b", table) if name not in out] == []
+    assert "Exit status: 0 well, 1 a check failed, 2 an error" in out
+    assert out.index(" list ") < out.index(" check ") < out.index(" precompile ")
+    assert "on the CPU 'attention'" in " ".join(attngen("tune", "-h")[1].replace("│", "").split())
+    assert all(isa in attngen("show", "-h")[1] for isa in CPU_ISAS)
     assert attngen("frobnicate")[0] == 2
     assert attngen("run", "Causal", "--q-len", "0")[0] == 2
     for command in (
