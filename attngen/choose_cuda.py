@@ -46,8 +46,8 @@ def arch(name: str) -> Arch:
     """The Arch for a name in ARCHS; raises UnsupportedError for others."""
     if name not in ARCHS:
         raise UnsupportedError(
-            f"GPU architecture sm_{name} has no CUDA kernels.\n  supported: {', '.join(f'sm_{a}' for a in ARCHS)}\n"
-            f"  do: use the CPU backend (device='cpu'), or a GPU of a listed architecture"
+            f"GPU architecture sm_{name} has no CUDA kernels, use the CPU backend (device='cpu') instead; required "
+            f"{', '.join(f'sm_{a}' for a in ARCHS)}"  # a line: sets go on with the CPUs' names
         )
     return ARCHS[name]
 

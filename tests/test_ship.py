@@ -245,6 +245,7 @@ def test_an_interrupted_precompile_goes_on_where_it_stopped(here, monkeypatch):
         ("[[kernels]]\nvariants = ['Causal']\nhead_dims = ['12y8']\n", "head_dims has '12y8'"),
         ("[[kernels]]\nvariants = ['Causal']\ndtypes = ['fp8']\n", "dtypes has 'fp8'"),
         ("[[kernels]]\nvariants = ['Causal']\narchs = ['pdp11']\n", "arch 'pdp11'"),
+        ("[[kernels]]\nvariants = ['Causal']\narchs = ['7.5']\n", r"'7.5': .* sm_75 has no CUDA .*; required sm_80, .*, sm_120; or of a CPU: cpu, avx512_bf16"),
         ("[[kernels]]\nvariants = ['Causla']\n", "no variant 'Causla' in the library. Did you mean Causal"),
         ("[[kernels]]\nvariants = ['Causal']\nhead_dims = [12]\n", "head_dim 12"),
         ("[[kernels]]\nvariants = ['mine.py']\n", r"Mine needs a value for its Const gain: {name = \.\.\., bind = {gain = \.\.\.}}"),
