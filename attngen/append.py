@@ -20,7 +20,7 @@ from .choose_cuda import AppendConfig, arch_named
 from .devices import as_device, cuda_index
 from .errors import ParameterError, UnsupportedError
 from .library import NO_GRAD, define
-from .params import DTYPE_NAMES, MAX_LENGTH
+from .params import DTYPE_NAMES, MAX_LENGTH, check_dtype
 from .rope import RoPE, alive, rotate
 from .status import STATUS_WORDS, Status, Wrong
 
@@ -253,10 +253,10 @@ def compile(  # noqa: A001
     arch: str | None = None,
     device: torch.device | str | int | None = None,
 ) -> Entry:
-    """Build append_kv's kernel ahead: for a named architecture ("90a"), without a GPU, or for a CUDA device (by default
+    """Build append_kv's kernel ahead: for a named architecture ("9.0a"), without a GPU, or for a CUDA device (by default
     the current one), where it is loaded too, so that the first call may be captured. Returns its cache entry."""
     if arch is None:
-        return cuda.build(_load(cuda_index(device, 'give arch=, such as "90a"'), dtype, head_dim, head_dim_v or head_dim, rope).special)[0]
+        return cuda.build(_load(cuda_index(device, 'give arch=, such as "9.0a"'), dtype, head_dim, head_dim_v or head_dim, rope).special)[0]
     return cuda.build(specialise(config_of(arch, dtype, head_dim, head_dim_v or head_dim, rope)))[0]
 
 
@@ -270,6 +270,7 @@ def _narrow(index: torch.Tensor | None) -> torch.Tensor | None:
 
 def config_of(arch_name: str, dtype: torch.dtype, d: int, dv: int, rope: RoPE | None) -> AppendConfig:
     """What a kernel of ``append_kv`` is specialised to, or UnsupportedError."""
+    check_dtype(dtype)
     if dtype not in _CUDA_DTYPES:
         raise UnsupportedError(f"append_kv of {dtype} on CUDA: the kernel takes torch.bfloat16 or torch.float16")
     rotary, interleaved = 0, False

@@ -24,7 +24,7 @@ from .errors import ParameterError, UnsupportedError
 from .lengths import Lengths, all_good, read_requests
 from .library import NO_GRAD, NOT_IN_GRAPHS, PARAMETERS, define, operands, parameters
 from .ops import F32
-from .params import DTYPE_NAMES, check_free_axes, check_scalar, free_axes, scale_of
+from .params import DTYPE_NAMES, check_dtype, check_free_axes, check_scalar, free_axes, scale_of
 from .run import stored_dtypes
 from .spec import Variant, as_variant
 
@@ -105,6 +105,7 @@ class BatchAttention:
                 f"{self.variant.name} has a block mask, which is of one q_len and kv_len, and a batch has many: give from_flex its "
                 "mask_mod alone"
             )
+        check_dtype(dtype)
         if on_cuda and dtype not in _DTYPES:
             raise UnsupportedError(f"dtype {dtype}: the CUDA kernels take torch.bfloat16 or torch.float16")
         if kv_layout not in ("NHD", "HND"):

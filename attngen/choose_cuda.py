@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -45,20 +46,21 @@ def arch(name: str) -> Arch:
     """The Arch for a name in ARCHS; raises UnsupportedError for others."""
     if name not in ARCHS:
         raise UnsupportedError(
-            f"GPU architecture sm_{name} has no CUDA kernels.\n  supported: {', '.join(f'sm_{a}' for a in ARCHS)}\n"
-            f"  do: use the CPU backend (device='cpu'), or a GPU of a listed architecture"
+            f"GPU architecture sm_{name} has no CUDA kernels, use the CPU backend (device='cpu') instead; required "
+            f"{', '.join(f'sm_{a}' for a in ARCHS)}"  # a line: sets go on with the CPUs' names
         )
     return ARCHS[name]
 
 
 def arch_named(name: str) -> Arch:
-    """The Arch for a user's "sm_90a", "sm_90" or "90a": of compute capability 9.0."""
-    digits = name.removeprefix("sm_").rstrip("af")
-    if not digits.isdigit() or len(digits) < 2:
+    """The Arch for a user's "sm_90a", "sm_90", "90a" or, as sets spell it, "9.0a": of compute capability 9.0."""
+    found = re.fullmatch(r"(?:sm_)?(\d+)\.?(\d)[af]?", name)
+    if found is None:
         raise UnsupportedError(
-            f"arch {name!r}: required the name of a GPU architecture, {', '.join(f'sm_{a}' for a in ARCHS)}"
+            f"arch {name!r}: required the name of a GPU architecture, {', '.join(f'sm_{a}' for a in ARCHS)}, or its compute "
+            'capability such as "9.0"'
         )
-    return arch_of(int(digits[:-1]), int(digits[-1]))
+    return arch_of(int(found[1]), int(found[2]))
 
 
 def arch_of(major: int, minor: int) -> Arch:

@@ -1,7 +1,7 @@
 """The command line: ``attngen list | show | check | run | tune | precompile | cache | explain-miss | doctor``, each with ``--json``.
 
 A VARIANT is a name of the library or a file, ``FILE.py`` or ``FILE.py:Class``. Results go to stdout, progress and
-errors to stderr. Exit status: 0 well, 1 a check failed, 2 an error; ``ATTNGEN_DEBUG=1`` shows an error's traceback.
+errors to stderr. Exit status: 0 well, 1 a check failed, 2 an error, 130 interrupted; ``ATTNGEN_DEBUG=1`` shows an error's traceback.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from rich.markup import escape
 
 from .errors import AttngenError, ParameterError
 from .find import load_variant
+from .isa import CPU_ISAS
 from .printing import print_json, record, stderr, stdout, table
 from .ship import JsonFlag, cache_app, doctor, explain_miss, precompile
 
@@ -29,12 +30,13 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     help="attngen: a JIT compiler for attention variants.", no_args_is_help=True, add_completion=False,
-    pretty_exceptions_enable=False, rich_markup_mode="rich",
+    pretty_exceptions_enable=False, rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit status: 0 well, 1 a check failed, 2 an error, 130 interrupted.\n\n"
+    "Environment (docs/build.md says more): ATTNGEN_CACHE_DIR, where kernels are kept; ATTNGEN_JIT=on, off or warn, whether they may be "
+    "compiled; ATTNGEN_TUNED=off, choices by rule alone; ATTNGEN_SYSTEM_CACHE and ATTNGEN_REMOTE_CACHE, where else kernels are; "
+    "ATTNGEN_TRUSTED_KEYS, who must have signed those; ATTNGEN_ALLOW_SHARED_CACHE=1, a cache that others can write; ATTNGEN_LOG=debug, "
+    "info, warning or error; ATTNGEN_DEBUG=1 to 6, what each kernel is, and errors with tracebacks; CXX, CUDA_HOME and CUDA_PATH, the compilers.",
 )  # fmt: skip
-app.add_typer(cache_app, name="cache")
-app.command()(precompile)
-app.command()(doctor)
-app.command("explain-miss")(explain_miss)
 
 VariantArg = Annotated[str, typer.Argument(metavar="VARIANT", help="A name of the library, FILE.py or FILE.py:Class.")]
 SetOption = Annotated[list[str], typer.Option("--set", metavar="NAME=VALUE", help="Bind a field; may be repeated.")]
@@ -65,7 +67,7 @@ def main() -> None:
     try:
         app()
     except AttngenError as error:
-        if os.environ.get("ATTNGEN_DEBUG", "0") not in ("", "0"):
+        if os.environ.get("ATTNGEN_DEBUG", "").strip() in tuple("123456"):
             traceback.print_exc()
         elif "--json" in sys.argv:
             print_json({"error": {"type": type(error).__name__, "message": str(error)}})
@@ -135,13 +137,14 @@ def _field_text(field: Any, default: Any = None) -> str:
 
 @app.command()
 def show(
+    ctx: typer.Context,
     variant: VariantArg,
     stage: Annotated[str, typer.Option(help="trace, config, source or bounds.")] = "trace",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; float32 unless --arch is given, then bfloat16.")] = None,
     head_dim: Annotated[int, typer.Option(help="A multiple of 8 up to 256.")] = 64,
     head_dim_v: Annotated[int | None, typer.Option(help="Defaults to head_dim.")] = None,
-    isa: Annotated[str | None, typer.Option(help="CPU features; defaults to this host's best.")] = None,
-    arch: Annotated[str | None, typer.Option(help="A GPU, such as sm_90a: its kernels instead of the CPU's.")] = None,
+    isa: Annotated[str | None, typer.Option(help=f"CPU features: {', '.join(CPU_ISAS)}; this host's best, unless given.")] = None,
+    arch: Annotated[str | None, typer.Option(help="A GPU, such as 9.0a or sm_90a: its kernels instead of the CPU's.")] = None,
     page_size: Annotated[int, typer.Option(help="With --arch: slots of a page, 0 without pages.")] = 16,
     kernel: Annotated[str | None, typer.Option(help="With --arch: decode, attention_sm80, attention_sm90 or plan alone.")] = None,
     q_len: Annotated[int, typer.Option(help="With --stage bounds: queries, the last at the last key.")] = 1024,
@@ -156,6 +159,7 @@ def show(
     """What attngen makes of a variant: traced hooks, bounds of its mask, chosen config, or rendered source. Compiles nothing."""
     dtype = dtype or ("bfloat16" if arch else "float32")
     _check_dtypes([dtype])
+    _check_used(ctx, stage, arch)
     found = load_variant(variant, bound)
     if arch and stage in ("config", "source"):
         from .show import show_cuda
@@ -174,6 +178,16 @@ def show(
         show_cpu(plan, stage, as_json)
     else:
         raise ParameterError(f"--stage {stage}: required trace, config, source or bounds")
+
+
+def _check_used(ctx: typer.Context, stage: str, arch: str | None) -> None:
+    """Raises ParameterError for an option that what is shown does not look at."""
+    unused = {"isa": "without --arch"} if arch else {name: "with --arch" for name in ("page_size", "kernel")}
+    if stage != "bounds":
+        unused |= {name: "with --stage bounds" for name in ("q_len", "kv_len", "block_q", "block_kv", "plot")}
+    for name, when in unused.items():
+        if (source := ctx.get_parameter_source(name)) is not None and source.name == "COMMANDLINE":
+            raise ParameterError(f"--{name.replace('_', '-')} says something only {when}: show it so, or leave the option out")
 
 
 def _show_trace(variant: Variant, as_json: bool) -> None:
@@ -274,12 +288,12 @@ def _print_check(variant: Variant, results: Sequence[Any], notes: Sequence[str],
 @app.command()
 def run(
     variant: VariantArg,
-    batch: Annotated[int, typer.Option(min=1)] = 1,
-    q_len: Annotated[int, typer.Option(min=1)] = 1024,
-    kv_len: Annotated[int | None, typer.Option(min=1, help="Defaults to q_len.")] = None,
-    heads: Annotated[int, typer.Option(min=1)] = 8,
-    kv_heads: Annotated[int | None, typer.Option(min=1, help="Defaults to heads.")] = None,
-    head_dim: Annotated[int, typer.Option()] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
+    q_len: Annotated[int, typer.Option(min=1, help="Queries of each.")] = 1024,
+    kv_len: Annotated[int | None, typer.Option(min=1, help="Keys of each; defaults to q_len.")] = None,
+    heads: Annotated[int, typer.Option(min=1, help="Query heads.")] = 8,
+    kv_heads: Annotated[int | None, typer.Option(min=1, help="Heads of keys and values; defaults to heads.")] = None,
+    head_dim: Annotated[int, typer.Option(help="A multiple of 8 up to 256; on a GPU of 16, from 32.")] = 64,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; float32, on a GPU bfloat16, unless given.")] = None,
     device: DeviceOption = "cpu",
     repeat: Annotated[int, typer.Option(min=1, help="Timed calls; the median is printed.")] = 10,
@@ -343,7 +357,7 @@ def tune(
     head_dim_v: Annotated[int | None, typer.Option(help="Defaults to head_dim.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; a GPU where there is one, unless given.")] = None,
     page_size: Annotated[int, typer.Option(help="On a GPU: slots of a page, 0 without pages.")] = 16,
-    phase: Annotated[list[str], typer.Option(help="'16 rows', '32 rows', '64 rows' or 'prefill'; all unless given.")] = [],  # noqa: B006
+    phase: Annotated[list[str], typer.Option(help="On a GPU '16 rows', '32 rows', '64 rows' or 'prefill', on the CPU 'attention'; all unless given.")] = [],  # noqa: B006
     batch: Annotated[int | None, typer.Option(min=1, help="Requests; 32, of a prefill 4, on the CPU 1, unless given.")] = None,
     kv_len: Annotated[int | None, typer.Option(min=1, help="Keys of each; 4096, on the CPU 1024, unless given.")] = None,
     heads: Annotated[int | None, typer.Option(min=1, help="32, on the CPU 8, unless given.")] = None,
@@ -353,8 +367,11 @@ def tune(
 ) -> None:
     """Time the candidates of each kernel's configuration on this machine, and keep the fastest for it.
 
-    Results stay what they are but for rounding. A record serves a structure, dtypes, head sizes, layout and row-tile class on one model
-    of GPU or CPU, until attngen is upgraded. ATTNGEN_TUNED=off ignores all records, `attngen cache clear` removes them."""
+    Results stay what they are but for rounding.
+
+    A record serves a structure, dtypes, head sizes, layout and row-tile class on one model of GPU or CPU, until attngen is upgraded.
+
+    ATTNGEN_TUNED=off ignores all records, `attngen cache clear` removes them."""
     from . import tune as tuning
     from .check import DTYPES
     from .devices import as_device
@@ -396,3 +413,10 @@ def _print_tuned(result: Any) -> None:
         out.print(f"{result.phase}: the rule's choice stays, no other is faster by 2%")
     else:
         out.print(f"{result.phase}: {result.ratio:.2f}x the time of the rule's choice")
+
+
+# Commands are listed in the order in which they are added: these come last.
+app.command()(precompile)
+app.command("explain-miss")(explain_miss)
+app.command()(doctor)
+app.add_typer(cache_app, name="cache")

@@ -17,13 +17,15 @@ import sys
 from typing import Any
 
 from .entry import Entry
-from .errors import CacheError
+from .errors import CacheError, ParameterError
 
 
 def level() -> int:
-    """$ATTNGEN_DEBUG as a number; what is no number counts as 1."""
-    text = os.environ.get("ATTNGEN_DEBUG", "0").strip() or "0"
-    return int(text) if text.isdigit() else 1
+    """$ATTNGEN_DEBUG as a number. Raises ParameterError for what is no rung."""
+    text = os.environ.get("ATTNGEN_DEBUG", "").strip() or "0"
+    if text not in "0123456" or len(text) > 1:
+        raise ParameterError(f"ATTNGEN_DEBUG={text}: required a number from 0 to 6; unset it or mend it")
+    return int(text)
 
 
 def show(entry: Entry, hit: bool, seconds: float, kernel: Any = None, choice: Any = None) -> None:

@@ -26,7 +26,7 @@ from .cache import Entry
 from .choose_cuda import PlanConfig, ZoneMap, arch, arch_named, choose_attention, choose_decode, most_blocks, tile_class
 from .errors import ParameterError, UnsupportedError
 from .ops import I32_MAX
-from .params import DTYPE_NAMES
+from .params import DTYPE_NAMES, check_dtype
 from .records import record
 from .run import stored_dtypes
 from .space import Workspace
@@ -344,6 +344,7 @@ def cuda_problem(
     arch_name: str, dtype: torch.dtype, head_dim: int, head_dim_v: int, storage: tuple[tuple[str, str], ...]
 ) -> Problem:
     """The Problem of a call or batch on CUDA, or UnsupportedError."""
+    check_dtype(dtype)
     if dtype not in (torch.bfloat16, torch.float16):
         raise UnsupportedError(
             f"dtype {dtype} on CUDA: the kernels take torch.bfloat16 and torch.float16; cast q, k and v, or use the CPU"
@@ -375,13 +376,13 @@ def workspace_bytes(
     """Bytes of workspace that a BatchAttention of these arguments uses, without a GPU and without building anything.
 
     Args:
-        arch, multiprocessors: of the GPU, such as "sm_90a" and 132; default those of the current CUDA device.
+        arch, multiprocessors: of the GPU, such as "9.0a" and 132; default those of the current CUDA device.
         others: as BatchAttention's.
     """
     variant = as_variant(variant)
     if arch is None or multiprocessors is None:
         if not torch.cuda.is_available():
-            raise ParameterError("workspace_bytes without a CUDA device: required arch= and multiprocessors=, such as 'sm_90a' and 132")
+            raise ParameterError("workspace_bytes without a CUDA device: required arch= and multiprocessors=, such as '9.0a' and 132")
         device = torch.cuda.current_device()
         arch = arch or cuda.device_arch(device).name
         multiprocessors = multiprocessors or torch.cuda.get_device_properties(device).multi_processor_count

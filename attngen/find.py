@@ -19,22 +19,26 @@ if TYPE_CHECKING:
     from .spec import Variant
 
 
-def load_variant(spec: str, bound: Sequence[str] = ()) -> Variant:
-    """The variant that ``spec`` names, made with the ``NAME=VALUE`` bindings.
+def load_variant(spec: str, bound: Sequence[str] = (), *, in_set: bool = False) -> Variant:
+    """The variant that ``spec`` names, made with the ``NAME=VALUE`` bindings: those of ``--set``, or ``in_set`` of a set's ``bind``.
 
     Raises:
-        VariantError: no such file, class or library name; a file that does not import; a field that does not fit.
+        VariantError: no such file, class or library name; a file that does not import; bindings of an instance.
+        ParameterError: a binding that fits no field; a Const without a value.
     """
     file, _, name = spec.partition(":")
     found = _from_file(Path(file), name) if is_file(file) else _from_library(spec)
     if not isinstance(found, type):
         if bound:
-            raise VariantError(f"--set with {spec}, an instance: give its class, or bind the values in the file")
+            given = "bind" if in_set else "--set"
+            raise VariantError(f"{given} with {spec}, an instance: give its class, or bind the values in the file")
         return found
-    values = _bindings(found, bound)
+    values = _bindings(found, bound, in_set)
     missing = [n for n, f in found.fields.items() if f.kind == "const" and n not in values and getattr(found, n, None) is None]
     if missing:
-        raise ParameterError(f"{found.__name__} needs a value for its Const {', '.join(missing)}: --set {missing[0]}=...")
+        how = _as_given(missing[0], "...", in_set)
+        how = f"{{name = ..., {how}}}" if in_set else how
+        raise ParameterError(f"{found.__name__} needs a value for its Const {', '.join(missing)}: {how}")
     return found(**values)
 
 
@@ -106,19 +110,25 @@ def _import_file(path: Path) -> Any:
     return module
 
 
-def _bindings(cls: type[Variant], given: Sequence[str]) -> dict[str, Any]:
+def _as_given(name: str, text: str, in_set: bool) -> str:
+    """A binding as people write it."""
+    return f"bind = {{{name} = {text}}}" if in_set else f"--set {name}={text}"
+
+
+def _bindings(cls: type[Variant], given: Sequence[str], in_set: bool) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for item in given:
         name, equals, text = item.partition("=")
         field = cls.fields.get(name)
         if not equals or field is None:
-            known = ", ".join(cls.fields) or "no fields"
-            raise ParameterError(f"--set {item}: required NAME=VALUE with a field of {cls.__name__} ({known})")
+            known, what = ", ".join(cls.fields) or "no fields", _as_given(name, text, in_set) if equals else f"--set {item}"
+            form = "a name" if in_set else "NAME=VALUE"
+            raise ParameterError(f"{what}: required {form} with a field of {cls.__name__} ({known})")
         readers = {F32: float, I32: int, BOOL: {"true": True, "false": False}.__getitem__, None: json.loads}
         try:
             if field.kind == "tensor":
-                raise ValueError("a tensor cannot be given on the command line")
+                raise ValueError("a tensor cannot be given here")
             values[name] = readers[field.dtype](text.lower() if field.dtype == BOOL else text)
         except (ValueError, KeyError) as error:
-            raise ParameterError(f"--set {item}: {name} is {field.kind} {field.dtype or 'number'} ({error})") from None
+            raise ParameterError(f"{_as_given(name, text, in_set)}: {name} is {field.kind} {field.dtype or 'number'} ({error})") from None
     return values

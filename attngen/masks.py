@@ -7,9 +7,9 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
-import numpy as np
 import torch
 
 from . import cuda
@@ -173,7 +173,7 @@ def check_masks(device: torch.device | str | int | None = None) -> None:
 
 
 def compile(*, arch: str | None = None, device: torch.device | str | int | None = None) -> Entry:  # noqa: A001
-    """Build custom_mask's kernel ahead: for a named architecture ("90a"), without a GPU, or for a CUDA device (by default the current
+    """Build custom_mask's kernel ahead: for a named architecture ("9.0a"), without a GPU, or for a CUDA device (by default the current
     one), where it is loaded too, so that the first call may be captured. Returns its cache entry."""
     if arch is None:
         found = torch.device("cuda" if device is None else device)
@@ -233,19 +233,26 @@ def _short(request: int) -> str:
 
 
 def _rows_cpu(mask: torch.Tensor, mask_indptr: torch.Tensor, q_indptr: torch.Tensor | None, kv_lens: torch.Tensor, found: torch.Tensor) -> None:
-    found.zero_()
+    # A row is one Python int: without numpy, and for long rows faster than its passes over bytes.
     starts = list(range(len(kv_lens) + 1)) if q_indptr is None else q_indptr.tolist()
-    packed, to = mask.numpy(), found.numpy()
+    found.zero_()
     for first, n, q0, q1 in zip(mask_indptr.tolist(), kv_lens.tolist(), starts, starts[1:]):
         q1 = min(q1, found.shape[1])
-        bits = (q1 - q0) * n
-        if bits <= 0:
+        if n <= 0 or q1 <= q0:
             continue
-        kept = np.unpackbits(packed[first : first + -(-bits // 8)], count=bits, bitorder="little").view(bool).reshape(q1 - q0, n)
-        begin, end = kept.argmax(1), n - kept[:, ::-1].argmax(1)  # of equal ones the first
-        gap = ~kept & (np.arange(n, dtype=np.int32) > begin[:, None])
-        run = np.where(gap.any(1), gap.argmax(1), n)
-        to[:, q0:q1] = np.where(kept.any(1), [begin, run, end], 0)
+        bits = (q1 - q0) * n
+        packed, every = ctypes.string_at(mask.data_ptr() + first, -(-bits // 8)), (1 << n) - 1
+        rows = [int.from_bytes(packed[at >> 3 : (at + n + 7) >> 3], "little") >> (at & 7) & every for at in range(0, bits, n)]
+        found[:, q0:q1] = torch.tensor([_ends(row) for row in rows], dtype=torch.int32).T
+
+
+def _ends(row: int) -> tuple[int, int, int]:
+    """Of a row's bits: the first one, the first zero after it, and past the last one; zeros without ones."""
+    if not row:
+        return 0, 0, 0
+    begin = (row & -row).bit_length() - 1
+    row >>= begin
+    return begin, begin + (~row & (row + 1)).bit_length() - 1, begin + row.bit_length()
 
 
 def _rows_cuda(mask: torch.Tensor, mask_indptr: torch.Tensor, q_indptr: torch.Tensor | None, kv_lens: torch.Tensor, found: torch.Tensor) -> None:

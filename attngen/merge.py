@@ -24,7 +24,7 @@ from .fields import STORAGE
 from .interp import evaluate
 from .library import NO_GRAD, define
 from .ops import F32, TORCH_DTYPE
-from .params import DTYPE_NAMES, check_scalar
+from .params import DTYPE_NAMES, check_dtype, check_scalar
 from .spec import Variant, as_variant
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -137,12 +137,12 @@ def compile(  # noqa: A001
     arch: str | None = None,
     device: torch.device | str | int | None = None,
 ) -> Entry:
-    """Build merge_states' kernel ahead: for a named architecture ("90a"), without a GPU, or for a CUDA device (by default
+    """Build merge_states' kernel ahead: for a named architecture ("9.0a"), without a GPU, or for a CUDA device (by default
     the current one), where it is loaded too, so that the first call may be captured. Returns its cache entry.
 
     With a variant that has a sink or an output hook the kernel's own out_dtype is float32."""
     if arch is None:
-        index = cuda_index(device, 'give arch=, such as "90a"')
+        index = cuda_index(device, 'give arch=, such as "9.0a"')
         _load(index, dtype, out_dtype or dtype, head_dim_v)
         arch = cuda.device_arch(index).name
     return cuda.build(specialise(config_of(arch, dtype, out_dtype or dtype, head_dim_v)))[0]
@@ -295,6 +295,8 @@ def _values(states: _States, log2_base: float) -> tuple[dict[str, Any], list[tor
 
 def config_of(arch_name: str, dtype: torch.dtype, out_dtype: torch.dtype, dv: int) -> MergeConfig:
     """What a kernel of ``merge_states`` is specialised to, or UnsupportedError."""
+    check_dtype(dtype)
+    check_dtype(out_dtype)
     if dtype not in _DTYPES or out_dtype not in _DTYPES or dv % 8 or dv < 8:
         raise UnsupportedError(
             f"merge_states of {dtype} to {out_dtype}, head_dim_v {dv}: required {', '.join(map(str, _DTYPES))} and a multiple of 8"

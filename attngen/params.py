@@ -19,6 +19,14 @@ DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float
 F32_MAX = torch.finfo(torch.float32).max
 
 
+def check_dtype(dtype: Any) -> None:
+    """Raises ParameterError for what is no torch.dtype, such as its name."""
+    if not isinstance(dtype, torch.dtype):
+        known = getattr(torch, dtype, None) if isinstance(dtype, str) else None
+        hint = known if isinstance(known, torch.dtype) else "such as torch.bfloat16"
+        raise ParameterError(f"dtype is {dtype!r}: required a torch.dtype, {hint}")
+
+
 def stored_in(variant: Variant, params: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     """Stored dtypes of the tensor parameters in use; also refuses unknown and missing parameters."""
     if params:

@@ -28,6 +28,7 @@ from .load import LoadedKernel, host, load_kept
 from .ops import F32
 from .params import (
     DTYPE_NAMES,
+    check_dtype,
     check_free_axes,
     check_scalar,
     check_unknown,
@@ -140,7 +141,7 @@ def compile(  # noqa: A001
         dtype: of q, k, v and the output: float32 (the default on the CPU), bfloat16 (the default on CUDA) or float16.
         head_dim, head_dim_v: multiples of 8 up to 256, on CUDA of 16 from 32; head_dim_v defaults to head_dim.
         device: "cpu", the default, or a CUDA device.
-        arch: a GPU architecture such as "sm_90a" or "sm_86"; default that of ``device``, or of the current CUDA device.
+        arch: a GPU architecture such as "sm_90a" or "9.0a"; default that of ``device``, or of the current CUDA device.
         paged: CUDA: caches of pages alone, or contiguous keys alone; default both.
         batch_invariant: CUDA: the kernels of ``BatchAttention(batch_invariant=True)`` instead.
         storage: stored dtype of tensor parameters, by name; defaults to that of a bound tensor, else float32, int32 or
@@ -160,7 +161,7 @@ def compile(  # noqa: A001
         raise ParameterError(
             f"compile for {on!r}: isa belongs to the CPU; arch, paged and batch_invariant belong to CUDA (device=\"cuda\" or arch=)"
         )
-    with nullcontext() if arch else torch.cuda.device(cuda_index(named, "give arch=, such as 'sm_90a'")):
+    with nullcontext() if arch else torch.cuda.device(cuda_index(named, "give arch=, such as '9.0a'")):
         return device_compilers[on](
             variant, arch=arch, dtype=dtype or torch.bfloat16, head_dim=head_dim, head_dim_v=head_dim_v or head_dim, storage=stored,
             paged=paged, batch_invariant=batch_invariant,
@@ -188,6 +189,7 @@ def problem_for(
     dtype: torch.dtype, head_dim: int, head_dim_v: int, storage: Mapping[str, str], isa: str | None = None
 ) -> Problem:
     """The Problem of a call, or UnsupportedError."""
+    check_dtype(dtype)
     if dtype not in _FLOATS:
         raise UnsupportedError(f"dtype {dtype}: q, k and v are torch.float32, torch.bfloat16 or torch.float16; cast them")
     for name, size in (("head_dim", head_dim), ("head_dim_v", head_dim_v)):

@@ -106,7 +106,7 @@ def _rope(given: Any, folder: Path) -> Any:
 def _named_variant(name: str, bind: Mapping[str, Any], folder: Path) -> Variant:
     if name.partition(":")[0].endswith(".py"):
         name = str(folder / name)
-    return as_variant(load_variant(name, [f"{n}={json.dumps(v)}" for n, v in bind.items()]))
+    return as_variant(load_variant(name, [f"{n}={json.dumps(v)}" for n, v in bind.items()], in_set=True))
 
 
 def variant_of_unit(unit: Mapping[str, Any], folder: Path) -> Variant:

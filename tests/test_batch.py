@@ -318,6 +318,8 @@ def test_errors_on_the_host():
         tokens.run(batch.q, cache, by_q=torch.zeros(3), by_kv=torch.zeros(5765))
     with pytest.raises(ag.UnsupportedError, match="head_dim 60: the CPU kernels take multiples of 8"):
         make(variants.Causal(), batch, head_dim=60)
+    with pytest.raises(ag.ParameterError, match="dtype is 'float32': required a torch.dtype, torch.float32"):
+        make(variants.Causal(), batch, dtype="float32")
     with pytest.raises(ag.UnsupportedError, match="device meta"):
         make(variants.Causal(), batch, device="meta")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import torch
 import attngen as ag
 from attngen import check as checking
 from attngen import cli, doctor
+from attngen.isa import CPU_ISAS
 from attngen.paths import PACKAGE
 from attngen.variants import library
 
@@ -133,7 +135,7 @@ def test_show_for_a_gpu(attngen):
     shown = read_json(attngen("show", "Causal", "--stage", "config", "--arch", "sm_90a", "--head-dim", "128", "--json"))
     assert [k["kernel"] for k in shown["kernels"]] == ["decode", "decode", "attention_sm80", "attention_sm90", "plan"]
     assert shown["not_hopper"] == "" and all(sum(not c["lost"] for c in k["candidates"]) == 1 for k in shown["kernels"][:-1])
-    status, out, _ = attngen("show", "StreamingLLM", "--stage", "config", "--arch", "sm_90", "--kernel", "attention_sm80")
+    status, out, _ = attngen("show", "StreamingLLM", "--stage", "config", "--arch", "9.0a", "--kernel", "attention_sm80")
     assert status == 0 and "no attention_sm90: keys are rotated" in out and "decode" not in out
     status, out, _ = attngen("show", "Causal", "--stage", "source", "--arch", "sm_80", "--page-size", "0", "--kernel", "decode")
     assert status == 0 and "__global__" in out and "page_table[" not in out
@@ -288,9 +290,15 @@ ERRORS = {
     "stage": (["show", "Causal", "--stage", "ptx"], "ParameterError", ["--stage ptx", "trace, config, source or bounds"]),
     "kernel": (["show", "Causal", "--stage", "config", "--arch", "sm_90", "--kernel", "x"], "ParameterError", ["--kernel x", "attention_sm90, plan"]),
     "arch": (["show", "Causal", "--stage", "config", "--arch", "sm_70"], "UnsupportedError", ["sm_70"]),
+    "no arch": (["show", "Causal", "--stage", "config", "--arch", "9.0.1"], "UnsupportedError", ["arch '9.0.1'", "sm_90a", '"9.0"']),
     "dtype": (["check", "Causal", "--dtype", "fp8"], "ParameterError", ["--dtype fp8", "float32, bfloat16, float16"]),
     "head_dim": (["show", "Causal", "--stage", "config", "--head-dim", "12"], "UnsupportedError", ["head_dim 12"]),
     "isa": (["show", "Causal", "--stage", "config", "--isa", "mmx"], "UnsupportedError", ["'mmx'"]),
+    "--plot alone": (["show", "Causal", "--plot", "x.png"], "ParameterError", ["--plot says something only with --stage bounds"]),
+    "--q-len alone": (["show", "Causal", "--q-len", "7"], "ParameterError", ["--q-len says something only with --stage bounds"]),
+    "--page-size alone": (["show", "Causal", "--page-size", "8"], "ParameterError", ["--page-size says something only with --arch"]),
+    "--isa of a GPU": (["show", "Causal", "--arch", "9.0", "--isa", "avx2"], "ParameterError", ["--isa says something only without --arch"]),
+    "a Const without --set": (["show", "{const}"], "ParameterError", ["its Const gain: --set gain=..."]),
     "--set of no field": (["show", "SoftCap", "--set", "cup=1"], "ParameterError", ["--set cup=1", "(cap)"]),
     "--set of no number": (["show", "SoftCap", "--set", "cap=big"], "ParameterError", ["--set cap=big", "f32"]),
 }
@@ -303,6 +311,7 @@ def test_an_error_is_one_message_and_status_2(attngen, tmp_path, name, monkeypat
         "two": TWO,
         "broken": "import attngen as ag\n1 / 0\n",
         "syntax": "import attngen as ag\nclass (:\n",
+        "const": "import attngen as ag\nclass V(ag.Variant):\n    gain: ag.Const\n",
         "hook": "import attngen as ag\nclass V(ag.Variant):\n    def logits(self, s, at):\n"
         "        return s if s > 0 else -s\n",
     }
@@ -325,7 +334,14 @@ def test_debug_shows_the_traceback(attngen, monkeypatch):
 
 
 def test_usage_errors_and_help(attngen):
-    assert attngen("--help")[0] == 0
+    status, out, _ = attngen("-h")
+    assert status == 0 and out == attngen("--help")[1]
+    table = (PACKAGE.parent / "docs" / "build.md").read_text().partition("## Environment variables")[2]
+    assert [name for name in re.findall(r"ATTNGEN_\w+|\bC[A-Z_]+\b", table) if name not in out] == []
+    assert "Exit status: 0 well, 1 a check failed, 2 an error" in out
+    assert out.index(" list ") < out.index(" check ") < out.index(" precompile ")
+    assert "on the CPU 'attention'" in " ".join(attngen("tune", "-h")[1].replace("│", "").split())
+    assert all(isa in attngen("show", "-h")[1] for isa in CPU_ISAS)
     assert attngen("frobnicate")[0] == 2
     assert attngen("run", "Causal", "--q-len", "0")[0] == 2
     for command in (

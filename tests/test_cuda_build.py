@@ -20,6 +20,7 @@ from attngen.choose_cuda import (
     MergeConfig,
     PlanConfig,
     TileClass,
+    arch_named,
     arch_of,
     choose_attention,
     choose_decode,
@@ -176,3 +177,9 @@ def test_architectures():
     for old in ((7, 5), (6, 1), (11, 0)):
         with pytest.raises(UnsupportedError, match="no CUDA kernels"):
             arch_of(*old)
+    for name in ("9.0a", "9.0", "90", "90a", "sm_90", "sm_90a", "sm_9.0a"):  # tables, sets, nvcc and people
+        assert arch_named(name).name == "90a"
+    assert arch_named("12.0").name == arch_named("120").name == "120" and arch_named("10.3f").name == "100"
+    for name in ("9", "9.0.1", ".90", "90b", "hopper", ""):
+        with pytest.raises(UnsupportedError, match='required the name of a GPU architecture, .*or its compute capability such as "9.0"'):
+            arch_named(name)

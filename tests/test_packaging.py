@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -133,6 +134,47 @@ def test_bare_checkout(source, cache, tmp_path):
     assert package == source / "attngen" / "__init__.py"
     assert templates == source / "templates"
     assert host.is_relative_to(cache)
+
+
+# Blocks what the extras bring (argv[1]), then does what README's "Install" promises.
+WITHOUT_EXTRAS = """
+import importlib, pkgutil, sys
+from pathlib import Path
+
+for name in sys.argv[1].split(","):
+    sys.modules[name] = None
+import torch
+import attngen as ag
+from attngen.cli import app
+
+for module in pkgutil.walk_packages(ag.__path__, "attngen."):
+    if module.name != "attngen.__main__" and not module.name.startswith("attngen.integrations."):
+        importlib.import_module(module.name)
+
+Path("llama.toml").write_text('[[kernels]]\\nvariants = ["Causal"]\\nhead_dims = [32]')
+Path("gpu.toml").write_text('[[kernels]]\\nvariants = ["Causal"]\\nphases = ["decode", "append", "merge", "mask"]\\narchs = ["9.0a"]')
+for command in ("precompile gpu.toml --dry-run", "precompile llama.toml", "cache export llama.toml -o llama.attnpack",
+                "check Causal --head-dim 32 --dtype float32", "run Causal --head-dim 32 --q-len 8", "show Causal --stage bounds"):
+    app(command.split(), standalone_mode=False)
+ag.warmup(ag.load_set("llama.attnpack", jit=False))
+
+q, k, v = torch.randn(3, 1, 64, 2, 32)
+keep = torch.rand(1, 64, 64) < 0.5
+ag.attention(q, k, v, ag.variants.CustomMask(), **ag.custom_mask(keep))
+sparse = ag.BlockSparseAttention(ag.variants.Causal(), num_heads=2, num_kv_heads=2, head_dim=32, R=16, C=16, max_q_tokens=64,
+                                 max_kv_tokens=64, masked=True, dtype=torch.float32, device="cpu")
+sparse.plan([0, 1, 3, 5, 7], [0, 0, 1, 1, 2, 2, 3], mask=torch.ones(7, 16, 16, dtype=torch.bool))
+sparse.run(q[0], k[0], v[0])
+exec(compile(sys.argv[2], "README.md", "exec"), {"__name__": "readme"})
+"""
+
+
+def test_nothing_of_the_extras_is_needed(tmp_path):
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    names = {re.split(r"\W", word)[0] for words in extras.values() for word in words} - {"setuptools"}  # torch imports it
+    assert {"numpy", "matplotlib", "cryptography"} <= names
+    examples = "".join(re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S))
+    run(sys.executable, "-c", WITHOUT_EXTRAS, ",".join(sorted(names)), examples, cwd=tmp_path, PYTHONPATH=str(ROOT))
 
 
 def test_constraints_pin_every_dependency():

@@ -296,14 +296,19 @@ def test_an_ended_precompile_takes_its_compilers_along(here, number):
         ("[[kernels]]\nvariants = ['Causal']\nhead_dims = ['12y8']\n", "head_dims has '12y8'"),
         ("[[kernels]]\nvariants = ['Causal']\ndtypes = ['fp8']\n", "dtypes has 'fp8'"),
         ("[[kernels]]\nvariants = ['Causal']\narchs = ['pdp11']\n", "arch 'pdp11'"),
+        ("[[kernels]]\nvariants = ['Causal']\narchs = ['7.5']\n", r"'7.5': .* sm_75 has no CUDA .*; required sm_80, .*, sm_120; or of a CPU: cpu, avx512_bf16"),
         ("[[kernels]]\nvariants = ['Causla']\n", "no variant 'Causla' in the library. Did you mean Causal"),
         ("[[kernels]]\nvariants = ['Causal']\nhead_dims = [12]\n", "head_dim 12"),
+        ("[[kernels]]\nvariants = ['mine.py']\n", r"Mine needs a value for its Const gain: {name = \.\.\., bind = {gain = \.\.\.}}"),
+        ("[[kernels]]\nvariants = [{name = 'SoftCap', bind = {cup = 3}}]\n", r"bind = {cup = 3}: required a name with a field of SoftCap \(cap\)"),
+        ("[[kernels]]\nvariants = [{name = 'SoftCap', bind = {cap = 'big'}}]\n", "bind = {cap = \"big\"}: cap is scalar f32"),
         ("[kernels]\n", r"one \[\[kernels\]\] table or more"),
         ("kernels = [", "is not TOML"),
     ],
 )
 def test_a_set_that_is_wrong_says_where(tmp_path, text, message):
     (tmp_path / "bad.toml").write_text(text)
+    (tmp_path / "mine.py").write_text(MINE)
     with pytest.raises((ParameterError, ag.VariantError, ag.UnsupportedError), match=message) as caught:
         Plan.of(sets.VariantSet(tmp_path / "bad.toml"))
     assert "bad.toml" in str(caught.value)
@@ -1136,6 +1141,10 @@ def test_logs_and_the_debug_ladder_speak_on_hits(here, built, monkeypatch, capsy
     debug.show(entry, True, 0.0)
     quiet = capsys.readouterr().err
     assert "hit in cache" in quiet and "attngen: config" not in quiet
+    for wrong in ("x", "9", "12", "-1"):
+        monkeypatch.setenv("ATTNGEN_DEBUG", wrong)
+        with pytest.raises(ParameterError, match=f"ATTNGEN_DEBUG={wrong}: required a number from 0 to 6"):
+            debug.level()
     with pytest.raises(ParameterError, match="ATTNGEN_LOG=loud: required"):
         logs.configure("loud")
 
