@@ -34,7 +34,9 @@ cache_app = typer.Typer(help="The kernel cache: what is in it, and how it travel
 
 def precompile(
     source: Annotated[Path, typer.Argument(metavar="SET.toml", help="The set: what is served (docs/deploy.md).")],
-    arch: Annotated[str, typer.Option(help="Instead of the set's GPUs and CPUs: 8.0,9.0a,avx2 ...")] = "",
+    arch: Annotated[
+        str, typer.Option(help="For these alone: 8.0,9.0a,avx2 ... GPUs take the place of the set's GPUs, CPUs of its CPUs.")
+    ] = "",
     jobs: Annotated[int | None, typer.Option("-j", "--jobs", min=1, help="Compilers at once; default by cores and memory.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be built and what it costs.")] = False,
     as_json: JsonFlag = False,
@@ -43,8 +45,11 @@ def precompile(
     from .precompile import Plan, build, workers_for
     from .sets import VariantSet
 
+    archs = [name for part in arch.split(",") if (name := part.strip())]
+    if arch and not archs:
+        raise ParameterError(f"--arch {arch!r}: required names such as 9.0a or avx2, joined by commas")
     with stderr().status("tracing the set"):
-        plan = Plan.of(VariantSet(source, [a for a in arch.split(",") if a]))
+        plan = Plan.of(VariantSet(source, archs))
     workers = workers_for(jobs)
     facts = {
         "set": plan.variant_set.name, "kernels": len(plan.jobs), "there": len(plan.there), "missing": len(plan.missing),

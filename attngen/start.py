@@ -244,7 +244,12 @@ def _missing(path: Path, lock: Mapping[str, Any], missing: Mapping[str, str]) ->
 def _remedy(path: Path, lock: Mapping[str, Any], archs: Sequence[str]) -> str:
     """How to get what a set lacks: from its TOML file, where that is here, else from where it was made."""
     toml = sets_path(path, lock)
-    command = sets.missing_command(toml if toml.exists() else Path(toml.name), archs)
+    shown = toml if toml.exists() else Path(toml.name)
+    kinds = {unit["backend"] == "cpu" for unit in lock["units"]}  # --arch takes the place of its own kind
+    lacking = next((arch for arch in archs if sets.is_cpu(arch) not in kinds), "")
+    command = sets.missing_command(shown, () if lacking else archs)
+    if lacking:
+        command = f"{sets.name_arch(lacking, shown)}, then {command}"
     if toml.exists():
         return f"{command}, or import its pack"
     return f"{command}, where {toml.name} is, and export it anew; or import a pack that has them"
@@ -253,7 +258,8 @@ def _remedy(path: Path, lock: Mapping[str, Any], archs: Sequence[str]) -> str:
 def _build(path: Path, archs: Sequence[str]) -> tuple[dict[str, Any], int]:
     from .precompile import Plan, build, workers_for  # a start that finds everything needs none of it
 
-    plan = Plan.of(sets.VariantSet(path, archs))
+    kinds = sets.VariantSet(path).kinds  # it need not serve all that this machine has
+    plan = Plan.of(sets.VariantSet(path, [arch for arch in archs if sets.is_cpu(arch) in kinds] or archs))
     if plan.missing and counters.jit_mode() == "warn":
         what = f"ATTNGEN_JIT=warn: compiling {len(plan.missing)} kernels of the set {path} while the process runs"
         log.warning("%s", what, extra={"facts": {"event": "jit", "set": str(path), "keys": [job.key for job in plan.missing]}})

@@ -35,6 +35,7 @@ from attngen import cache, counters, debug, find, layers, load, logs, pins, run,
 from attngen.cache import Cache
 from attngen.entry import sealed_text
 from attngen.errors import CacheError, LoadError, MissingKernelError, ParameterError
+from attngen.isa import CPU_ISAS
 from attngen.pack import Pack, write_pack
 from attngen.paths import PACKAGE, templates_dir
 from attngen.precompile import Plan, build
@@ -140,8 +141,15 @@ def test_archs_on_the_command_line_take_the_place_of_their_kind(tmp_path, attnge
 
     assert archs() == {"90a", run.host_isa()}
     assert archs("--arch", "8.0,8.6") == {"80", "86"} and archs("--arch", "avx2,generic") == {"avx2", "generic"}
-    status, _, err = attngen("precompile", tmp_path / "two.toml", "--arch", "3.0")
-    assert status == 2 and "archs has '3.0'" in err
+    assert archs("--arch", "generic, 8.0 ,") == {"generic", "80"}
+    (tmp_path / "gpu.toml").write_text(f'{table}archs = ["9.0a"]\n')
+    for name, given, said in (
+        ("two", "3.0", "archs has '3.0'"), ("two", "foo", "arch 'foo'"), ("gpu", "8.9,foo", "arch 'foo'"), ("two", " ,", "required names"),
+        ("gpu", "8.9,cpu", 'serves nothing on cpu. required: a table whose archs have a CPU, which --arch cpu takes the place of found: '
+         f'GPUs alone do: add "cpu" to the archs of {tmp_path}/gpu.toml, or leave cpu out'),
+    ):  # fmt: skip
+        status, _, err = attngen("precompile", tmp_path / f"{name}.toml", "--dry-run", "--arch", given)
+        assert status == 2 and said in " ".join(err.split()), (given, err)
 
 
 def test_archs_on_the_command_line_leave_the_locks_others(here, built, attngen):  # noqa: F811
@@ -415,9 +423,42 @@ def test_a_lock_file_that_no_longer_fits_is_refused(here):
 
 
 def test_a_set_for_another_machine_is_refused(here, monkeypatch):
-    monkeypatch.setattr("attngen.start.host_isa", lambda: "avx9")
-    with pytest.raises(MissingKernelError, match="(?s)no kernels for avx9.*precompile .*--arch"):
+    other = next(isa for isa in CPU_ISAS if isa != run.host_isa())
+    monkeypatch.setattr("attngen.start.host_isa", lambda: other)
+    with pytest.raises(MissingKernelError, match=f"(?s)no kernels for {other},.*do: attngen precompile .*--arch {other}"):
         ag.load_set(here / "llama.attnpack", jit=False)
+
+
+def for_gpus(here: Path) -> Path:
+    """A set for GPUs alone, and its lock file. Its kernels are none."""
+    (here / "gpu.toml").write_text(SET.replace('["cpu"]', '["9.0a"]').replace("float32", "bfloat16"))
+    lock = json.loads((here / "llama.lock").read_text())
+    units = [unit | {"backend": "cuda", "arch": "90a", "layout": "paged", "batch_invariant": False} for unit in lock["units"]]
+    kernels = {key: kernel | {"arch": "90a"} for key, kernel in lock["kernels"].items()}
+    digest = sets.VariantSet(here / "gpu.toml").digest
+    (here / "gpu.lock").write_text(json.dumps(sets.sealed(lock | {"name": "gpu", "units": units, "kernels": kernels, "set_sha256": digest})))
+    return here / "gpu.toml"
+
+
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_the_remedy_of_a_set_without_a_kind_of_archs_works(here, attngen, monkeypatch, device):  # noqa: F811
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    path = for_gpus(here)
+    with pytest.raises(MissingKernelError) as caught:
+        ag.load_set(path, jit=False, device=device)
+    remedy = re.search(r'do: add "(\S+)" to the archs of (\S+), then attngen (.*), or import its pack', str(caught.value))
+    assert remedy and remedy[2] == str(path), caught.value
+    path.write_text(path.read_text().replace('"9.0a"', f'"9.0a", "{remedy[1]}"'))
+    rows = read_json(attngen(*shlex.split(remedy[3]), "--dry-run", "--json"))["rows"]
+    assert {row["arch"] for row in rows} == {"90a", run.host_isa()}
+
+
+def test_a_start_that_may_compile_builds_what_the_set_has_of_this_machine(here, built):
+    shutil.copytree(built / "cache", here / "cache")
+    lock, _ = start._build(here / "llama.toml", [run.host_isa(), "90a"])
+    assert {unit["arch"] for unit in lock["units"]} == {run.host_isa()}
+    with pytest.raises(ParameterError, match="serves nothing on generic"):
+        start._build(for_gpus(here), ["generic"])
 
 
 @pytest.mark.parametrize("source", ["nowhere.toml", "nobody", "some/folder"])
