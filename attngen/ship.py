@@ -318,7 +318,7 @@ def cache_verify(as_json: JsonFlag = False) -> None:
 @cache_app.command("prune")
 def cache_prune(
     max_size: Annotated[str, typer.Option(help="Keep at most this much: 500M, 2G.")] = "",
-    max_age: Annotated[str, typer.Option(help="Remove what was not used for this long: 12h, 30d.")] = "",
+    max_age: Annotated[str, typer.Option(help="Remove what was not used for this long: 90s, 30m, 12h, 30d.")] = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
@@ -339,9 +339,9 @@ def cache_prune(
 
 
 def _amount(option: str, text: str, units: dict[str, int]) -> int:
-    digits, unit = (text[:-1], text[-1]) if text and not text[-1].isdigit() else (text, next(iter(units)))
-    if unit not in units or not digits.replace(".", "", 1).isdigit():
-        raise ParameterError(f"{option} {text}: required a number and one of {', '.join(filter(None, units))}")
+    digits, unit = (text[:-1], text[-1]) if text and not text[-1].isdigit() else (text, "")
+    if unit not in units or not digits.replace(".", "", 1).isdecimal():
+        raise ParameterError(f"{option} {text}: required a number and one of {', '.join(filter(None, units))}, such as 30{list(units)[-1]}")
     return int(float(digits) * units[unit])
 
 

@@ -1181,6 +1181,21 @@ def test_logs_and_the_debug_ladder_speak_on_hits(here, built, monkeypatch, capsy
         logs.configure("loud")
 
 
+def test_an_age_needs_its_unit(here, built, attngen):  # noqa: F811
+    """30 was 30 seconds, and emptied the cache."""
+    shutil.copytree(built / "cache", here / "cache")
+    for wrong in ("30", "1.5", "d", "30x", ""):
+        status, _, err = attngen("cache", "prune", "--max-age", wrong)
+        assert status == 2 and "required" in err, wrong
+    assert "30: required a number and one of s, m, h, d, such as 30d" in attngen("cache", "prune", "--max-age", "30")[2]
+    for entry in Cache(here / "cache").entries():  # in use two hours ago
+        path = entry.folder / "manifest.json"
+        path.write_text(sealed_text({**json.loads(path.read_text()), "created": time.time() - 7200}))
+    shutil.rmtree(here / "cache" / "v1" / "hits")
+    assert read_json(attngen("cache", "prune", "--max-age", "3h", "--json"))["removed"] == []
+    assert len(read_json(attngen("cache", "prune", "--max-age", "90m", "--json"))["removed"]) == 2
+
+
 def test_doctor_has_a_verdict_and_a_remedy(here, attngen, monkeypatch):  # noqa: F811
     monkeypatch.setenv("ATTNGEN_SYSTEM_CACHE", str(here / "llama.attnpack"))
     (here / "cache").mkdir(mode=0o700)
