@@ -466,21 +466,23 @@ def cache_push(
 
 
 def doctor(as_json: JsonFlag = False) -> None:
-    """What this machine has, what is missing and how to get it. Exit status 1 if the CPU backend cannot work."""
-    from .doctor import examine
+    """What this machine has, what is missing and how to get it. Exit status 1 if the CPU backend cannot work: with ATTNGEN_JIT=off,
+    as on a server, that needs nothing that builds."""
+    from .doctor import compiles, examine
 
     with stderr().status("examining"):
         findings = examine()
     works = all(f.ok or not f.required for f in findings)
     if as_json:
-        print_json({"cpu_backend": works, "findings": [record(f) for f in findings]})
+        print_json({"cpu_backend": works, "findings": [{**record(f), "verdict": f.verdict} for f in findings]})
     else:
         shown = table("", "", "found", "to do")
         for f in findings:
-            verdict = "[green]ok[/]" if f.ok else "[red]missing[/]" if f.required else "[yellow]absent[/]"
-            shown.add_row(f.name, verdict, escape(f.found), escape(f.remedy))
+            colour = "green" if f.ok else "red" if f.required else "yellow"
+            shown.add_row(f.name, f"[{colour}]{f.verdict}[/]", escape(f.found), escape(f.remedy))
         stdout().print(shown)
-        stdout().print("[green]the CPU backend works here[/]" if works else "[red]the CPU backend cannot work here[/]")
+        served = "" if compiles() else ", with kernels that are there already (ATTNGEN_JIT=off)"
+        stdout().print(f"[green]the CPU backend works here{served}[/]" if works else "[red]the CPU backend cannot work here[/]")
     if not works:
         raise typer.Exit(1)
 

@@ -17,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -1203,7 +1204,42 @@ def test_doctor_has_a_verdict_and_a_remedy(here, attngen, monkeypatch):  # noqa:
     assert findings["layer system"]["found"].startswith("2 kernels") and findings["cache locks"]["ok"]
     (here / "cache").chmod(0o777)
     findings = {f["name"]: f for f in read_json(attngen("doctor", "--json"), status=1)["findings"]}
-    assert not findings["cache folder"]["ok"] and "chmod go-w" in findings["cache folder"]["remedy"]
+    assert findings["cache folder"]["verdict"] == "wrong" and "chmod go-w" in findings["cache folder"]["remedy"]
+
+
+def test_doctor_asks_a_server_for_nothing_that_builds(here, attngen, monkeypatch):  # noqa: F811
+    """On a root that is read-only, without a compiler."""
+    monkeypatch.setenv("ATTNGEN_CACHE_DIR", "/proc/nowhere")
+    monkeypatch.setenv("ATTNGEN_SYSTEM_CACHE", str(here / "llama.attnpack"))
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr(tempfile, "tempdir", str(here / "nowhere"))
+    monkeypatch.delenv("CXX", raising=False)
+    report = read_json(attngen("doctor", "--json"), status=1)
+    lacking = {f["name"] for f in report["findings"] if f["verdict"] == "missing"}
+    assert not report["cpu_backend"] and lacking == {"C++ compiler", "OpenMP", "cache folder"}
+    monkeypatch.setenv("ATTNGEN_JIT", "off")
+    report = read_json(attngen("doctor", "--json"))
+    found = {f["name"]: f for f in report["findings"]}
+    assert report["cpu_backend"] and found["layer system"]["found"].startswith("2 kernels")
+    assert all(found[name]["verdict"] == "absent" and found[name]["remedy"].startswith("none needed") for name in lacking)
+    assert "the CPU backend works here, with kernels that are there already" in attngen("doctor")[1]
+
+
+def test_doctor_says_which_kernels_of_a_layer_are_refused(here, built, signers, attngen, monkeypatch):  # noqa: F811
+    system = here / "system"
+    assert attngen("cache", "import", here / "llama.attnpack", "--into", system)[0] == 0
+    monkeypatch.setenv("ATTNGEN_SYSTEM_CACHE", str(system))
+
+    def layer() -> dict[str, object]:
+        return next(f for f in read_json(attngen("doctor", "--json"))["findings"] if f["name"] == "layer system")
+
+    assert layer()["verdict"] == "ok"
+    monkeypatch.setenv("ATTNGEN_TRUSTED_KEYS", str(signers[0].with_name("one.pub.pem")))
+    assert layer()["verdict"] == "wrong" and "all refused" in layer()["found"] and "--sign" in layer()["remedy"]
+    monkeypatch.delenv("ATTNGEN_TRUSTED_KEYS")
+    key = keys_of(here)[0]
+    flip(Cache(system).folder(key) / "kernel.so")
+    assert layer()["verdict"] == "wrong" and "2 kernels" in layer()["found"] and "1 refused: a damaged cache entry" in layer()["found"]
 
 
 # ---- CUDA ------------------------------------------------------------------------------------------------------------
