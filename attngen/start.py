@@ -221,7 +221,7 @@ def sets_path(path: Path, lock: Mapping[str, Any] | None) -> Path:
     return path.with_name(f"{lock['name'] if lock else path.stem}.toml")
 
 
-def _missing(path: Path, lock: Mapping[str, Any], missing: Mapping[str, str]) -> MissingKernelError:
+def _missing(path: Path, lock: Mapping[str, Any], missing: Mapping[str, str], needed: int) -> MissingKernelError:
     rows = [
         f"    {k['variant']} {k['name']} {k['arch']} {key[:12]}: {why}"
         for key, why in missing.items() for k in [lock["kernels"][key]]
@@ -230,11 +230,13 @@ def _missing(path: Path, lock: Mapping[str, Any], missing: Mapping[str, str]) ->
     archs = sorted({str(lock["kernels"][key]["arch"]) for key in missing})
     text = "\n".join([*rows[:_SHOWN], *more])
     count = "1 kernel" if len(missing) == 1 else f"{len(missing)} kernels"
+    listed = len(lock["kernels"])
+    required = f"all {listed}, as its lock file says" if needed == listed else f"the {needed} for this machine of {listed} in its lock file"
     where = sets.lock_path(path) if path.suffix == ".toml" else path  # of an imported set it is found by itself
     given = f" --lock {shlex.quote(str(where))}" if where.suffix in (".lock", ".attnpack") else ""
     error = MissingKernelError(
-        f"{count} of the set {lock['name']} {'is' if len(missing) == 1 else 'are'} not there.\n  required: all {len(lock['kernels'])}, as "
-        f"its lock file says\n  found missing:\n{text}\n  do: {_remedy(path, lock, archs)}; to see why: "
+        f"{count} of the set {lock['name']} {'is' if len(missing) == 1 else 'are'} not there.\n  required: {required}\n"
+        f"  found missing:\n{text}\n  do: {_remedy(path, lock, archs)}; to see why: "
         f"attngen explain-miss {next(iter(missing))[:16]}{given}"
     )
     error.missing = dict(missing)
@@ -289,7 +291,8 @@ def _load(path: Path, lock: Mapping[str, Any] | None, here: Mapping[str, str], d
     host()
     loaded.host_ms, load = 1e3 * (time.perf_counter() - begun), _loader(loaded.device)
     store, missing, found = cache.default(), {}, {}
-    for key in dict.fromkeys(role["key"] for unit in loaded.units for role in unit["roles"] if "key" in role):
+    needed = dict.fromkeys(role["key"] for unit in loaded.units for role in unit["roles"] if "key" in role)
+    for key in needed:
         begun = time.perf_counter()
         try:
             entry = store.find(key)
@@ -317,7 +320,7 @@ def _load(path: Path, lock: Mapping[str, Any] | None, here: Mapping[str, str], d
             key, str(m.get("variant")), str(m.get("name")), str(m.get("isa")), entry.layer, entry.size, find_ms, load_ms
         ))  # fmt: skip
     if missing:
-        raise _missing(path, lock, missing)
+        raise _missing(path, lock, missing, len(needed))
     served = [(unit, [found[role["key"]] if "key" in role else role for role in unit["roles"]]) for unit in loaded.units]
     for unit, roles in served:
         _check_serves(unit, roles, path)

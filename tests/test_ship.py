@@ -350,6 +350,12 @@ def test_what_is_missing_is_said_at_once(here, built):
     with pytest.raises(MissingKernelError, match=f"(?s)^2 kernels of the set llama are not there.*{kept[:12]}: a damaged cache entry") as caught:
         ag.load_set(here / "llama.toml", jit=False)
     assert set(caught.value.missing) == {gone, kept} and caught.value.missing[gone] == "in no layer"
+    assert "  required: all 2, as its lock file says\n" in str(caught.value)
+    lock = json.loads((here / "llama.lock").read_text())
+    lock["units"][0]["arch"] = "avx2" if run.host_isa() != "avx2" else "generic"  # of another machine
+    (here / "other.lock").write_text(json.dumps(sets.sealed(lock)))
+    with pytest.raises(MissingKernelError, match="required: the 1 for this machine of 2 in its lock file"):
+        ag.load_set(here / "other.lock", jit=False)
 
 
 def test_what_a_server_lacks_can_be_asked_about(here, built, attngen, monkeypatch):  # noqa: F811
