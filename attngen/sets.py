@@ -3,8 +3,8 @@
     # llama.toml                                      every combination of a table's lists is built; tables add up
     [[kernels]]
     variants = ["Causal", "mine.py:Mine"]             library names, files, or {name = "mine.py:Mine", bind = {chunk = 64}}
-    dtypes = ["bfloat16"]                             default bfloat16; on the CPU float32
-    head_dims = [64, 128, "192x128"]                  or head_dim x head_dim_v
+    dtypes = ["bfloat16"]                             of q, k and v; default bfloat16, on CPUs float32
+    head_dims = [64, 128, "192x128"]                  or head_dim x head_dim_v; default 128
     layouts = ["paged", "contiguous"]                 of keys and values, the default; "paged-odd": pages that are no
                                                       multiples of 8. The CPU's kernels serve all
     phases = ["prefill", "decode", "append", "merge", "mask"] default prefill and decode; append needs no variant but its RoPE

@@ -297,6 +297,18 @@ def test_an_ended_precompile_takes_its_compilers_along(here, number):
     assert mine() == [] and list((here / "cache" / "v1" / "building").iterdir()) == []
 
 
+def test_the_readmes_set_serves_a_batch_as_it_comes(here, monkeypatch):
+    """With the dtype that BatchAttention takes where none is given, also on the CPU."""
+    text = (PACKAGE.parent / "README.md").read_text(encoding="utf-8").partition("```toml\n")[2].partition("```")[0]
+    (here / "readme.toml").write_text(text.replace('["Causal", "SlidingWindow"]', '["Causal"]'))
+    assert build(Plan.of(sets.VariantSet(here / "readme.toml")), 2).complete
+    monkeypatch.setenv("ATTNGEN_JIT", "off")
+    attn = ag.BatchAttention(Causal(), num_heads=2, num_kv_heads=2, head_dim=128, page_size=16, max_requests=1, max_q_tokens=8,
+                             max_pages=1, device="cpu")  # fmt: skip
+    attn.plan([0, 8], block_table=[[0]], kv_lens=[8])
+    assert attn.run(torch.zeros(8, 2, 128, dtype=torch.bfloat16), torch.zeros(1, 2, 16, 2, 128, dtype=torch.bfloat16)).isfinite().all()
+
+
 @pytest.mark.parametrize(
     "text,message",
     [
