@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -136,19 +136,36 @@ def _write_lock(path: Path, lock: dict[str, Any], keep_others: bool) -> None:
 
 
 def _print_dry_run(plan: Plan, facts: dict[str, Any], as_json: bool) -> None:
+    from .pins import config_record
+
+    units: dict[str, list[Any]] = {}  # a planner serves several
+    for unit in plan.units:
+        for job in unit.jobs:
+            units.setdefault(job.key, []).append({**unit.facts, "consts": job.consts})
     rows = [
-        {"key": job.key, "variant": job.title, "kernel": job.name, "arch": job.arch, "there": job.key in plan.there,
+        {"key": job.key, "variant": job.title, "kernel": job.name, "arch": job.arch, **_served(units[job.key]),
+         "config": str(job.config), "tiles": _tiles({"choice": config_record(job.config)}), "there": job.key in plan.there,
          "seconds": plan.seconds.get(job.key, 0.0)}
         for job in plan.jobs
     ]  # fmt: skip
     if as_json:
         return print_json({**facts, "rows": rows})
-    shown = table("key", "variant", "kernel", "arch", "", ">about s")
+    shown = table("key", "variant", "kernel", "config", "dtype", ">head_dim", "arch", "", ">about s")
     for row in rows:
         state = "[green]there[/]" if row["there"] else "to build"
         seconds = "" if row["there"] else f"{row['seconds']:.1f}"
-        shown.add_row(row["key"][:12], escape(row["variant"]), row["kernel"], row["arch"], state, seconds)
+        variant = escape(f"{row['variant']} {row['consts']}".rstrip())
+        shown.add_row(row["key"][:12], variant, row["kernel"], escape(row["tiles"]), row["dtype"], row["head_dim"], row["arch"],
+                      state, seconds)  # fmt: skip
     stdout().print(shown)
+
+
+def _served(units: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """dtype and head_dim of what a kernel serves, of a merge what it writes too, and the values of its Consts."""
+    consts = {u["consts"] for u in units}
+    dtypes = [f"{u['dtype']} to {u['out_dtype']}" if "out_dtype" in u else u.get("dtype", "") for u in units]
+    dims = [str(d) if d == dv else f"{d}x{dv}" for u in units for d, dv in [(u.get("head_dim", ""), u.get("head_dim_v", ""))]]
+    return {"consts": consts.pop() if len(consts) == 1 else "", "dtype": ", ".join(dict.fromkeys(dtypes)), "head_dim": ", ".join(dict.fromkeys(dims))}
 
 
 def _build_watched(plan: Plan, workers: int) -> Result:
@@ -269,9 +286,10 @@ def cache_ls(as_json: JsonFlag = False) -> None:
 
 
 def _tiles(manifest: Any) -> str:
-    """The heart of a configuration: its tile, and what else tells kernels of one problem apart."""
+    """The heart of a configuration: its tile, of a planner those it plans for, and what else tells kernels of one problem apart."""
     fields = (manifest.get("choice") or {}).get("fields", {})
     tile = "x".join(str(fields[name]) for name in ("block_m", "block_n") if name in fields)
+    tile = tile or ", ".join(f"{c['fields']['bm']}x{c['fields']['bn']}" for c in fields.get("classes", ()))
     paged = {True: "paged", False: "contiguous"}.get(fields.get("paged"), "")
     split = f"pieces of {fields['split']}" if fields.get("split") else ""
     return " ".join(filter(None, (tile, paged, split)))

@@ -153,6 +153,20 @@ def test_archs_on_the_command_line_take_the_place_of_their_kind(tmp_path, attnge
         assert status == 2 and said in " ".join(err.split()), (given, err)
 
 
+def test_rows_of_a_dry_run_can_be_told_apart(here, attngen):  # noqa: F811
+    (here / "many.toml").write_text(
+        '[[kernels]]\nvariants = [{name = "mine.py:Mine", bind = {gain = 2}}, {name = "mine.py:Mine", bind = {gain = 3}}]\n'
+        'head_dims = [64, "192x128"]\narchs = ["9.0a", "8.0", "cpu"]\nphases = ["prefill", "decode", "append", "merge", "mask"]\n'
+        'layouts = ["paged", "paged-odd", "contiguous"]\ndtypes = ["bfloat16", "float16"]\n'
+    )
+    rows = read_json(attngen("precompile", here / "many.toml", "--dry-run", "--json"))["rows"]
+    table = [line.split()[1:] for line in attngen("precompile", here / "many.toml", "--dry-run")[1].splitlines() if " to build " in line]
+    assert len(rows) == len(table) > 100
+    assert [line for line in table if table.count(line) > 1] == []
+    assert {"64", "192x128"} <= {row["head_dim"] for row in rows} and all(row["config"] for row in rows)
+    assert any(line[:6] == ["Mine", "gain=3", "decode", "16", "paged", "bfloat16"] for line in table), table[:3]
+
+
 def test_archs_on_the_command_line_leave_the_locks_others(here, built, attngen):  # noqa: F811
     shutil.copytree(built / "cache", here / "cache")
     before = json.loads((here / "llama.lock").read_text())
