@@ -29,6 +29,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,7 @@ class Cache:
         """A fetched entry, published here where that is possible."""
         if damage is None and counters.jit_mode() != "off":
             with contextlib.suppress(CacheError):
-                return self.adopt(entry)[0]
+                return replace(self.adopt(entry)[0], layer=entry.layer)  # which had it: it is counted there
         return entry
 
     def _count_hit(self, key: str, shelf: str) -> None:

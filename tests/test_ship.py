@@ -1101,6 +1101,12 @@ def test_a_remote_store_fills_the_users_cache(here, built, attngen, monkeypatch)
     monkeypatch.setenv("ATTNGEN_JIT", "off")
     assert cache.default().get_or_build(one, never)[0].layer == "remote" and not (here / "cache").exists()
     monkeypatch.delenv("ATTNGEN_JIT")
+    for jit, layer, kept in ((False, "remote", 0), (True, "remote", 2), (True, "cache", 2)):  # a lock file, and nothing beside it
+        forget()
+        loaded = ag.load_set(here / "llama.lock", jit=jit)
+        assert loaded.layers() == ag.stats()["layers"] == {layer: 2}
+        assert len([*Cache(here / "cache").entries()]) == kept
+    shutil.rmtree(here / "cache")
     flip(here / "store" / "v1" / "kernels" / two[:2] / two / "kernel.so")
     assert cache.default().find(two) is None and Cache(here / "cache").lookup(two) is None
     monkeypatch.setenv("ATTNGEN_REMOTE_CACHE", f"file://{here}/nowhere")
