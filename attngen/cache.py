@@ -239,7 +239,7 @@ class Cache:
                          extra={"facts": {"event": "build", "key": key, "title": title}})  # fmt: skip
                 if mode == "warn":
                     what = f"ATTNGEN_JIT=warn: compiling {title or shelf} {key[:12]} while the process runs"
-                    log.warning("%s", what, extra={"facts": {"event": "jit", "key": key, "title": title}})
+                    log.info("%s", what, extra={"facts": {"event": "jit", "key": key, "title": title}})  # the warning is Python's
                     warnings.warn(JitWarning(what), stacklevel=2)
                 start = time.perf_counter()
                 entry, built = self._build_locked(key, build, shelf)

@@ -22,7 +22,6 @@ import json
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -181,10 +180,11 @@ def stale(path: Path, lock: Mapping[str, Any]) -> str:
     found = VariantSet(path)
     if found.digest != lock.get("set_sha256"):
         return f"{path} changed since {lock_path(path).name} was written"
-    with suppress(OSError):
+    try:
         changed = [name for name, digest in found.files().items() if lock.get("files", {}).get(name) != digest]
-        return f"{', '.join(changed)} changed since {lock_path(path).name} was written" if changed else ""
-    return f"a file that {path} names is not there"
+    except OSError as error:
+        return f"{error.filename}, which {path} names, cannot be read ({error.strerror})"
+    return f"{', '.join(changed)} changed since {lock_path(path).name} was written" if changed else ""
 
 
 def missing_command(path: Path, archs: Sequence[str]) -> str:
@@ -213,8 +213,9 @@ def _read(path: Path) -> list[dict[str, Any]]:
         raise ParameterError(f"{path} is not TOML: {error}") from None
     tables, extra = content.get("kernels"), [name for name in content if name != "kernels"]
     if extra or not isinstance(tables, list) or not tables or not all(isinstance(t, dict) for t in tables):
-        found = ", ".join(content) or "nothing"
-        raise ParameterError(f"{path}: required one [[kernels]] table or more and nothing else; found {found}")
+        found = ", ".join(f"[{name}]" if isinstance(value, dict) else name for name, value in content.items()) or "nothing"
+        single = ": write [[kernels]], in double brackets" if isinstance(tables, dict) else ""
+        raise ParameterError(f"{path}: required one [[kernels]] table or more and nothing else; found {found}{single}")
     return tables
 
 

@@ -56,7 +56,8 @@ def precompile(
         "workers": workers, "estimate_s": plan.estimate(workers),
     }  # fmt: skip
     cost = f", about {facts['estimate_s']:.0f} s with {_compilers(workers)}" if plan.missing else ""
-    stderr().print(f"{facts['set']}: {facts['kernels']} kernels, {facts['there']} there, {facts['missing']} to build{cost}")
+    said = f"{facts['set']}: {facts['kernels']} kernels, {facts['there']} there, {facts['missing']} to build{cost}"
+    stderr().print(said, markup=False, soft_wrap=True)
     if plan.variant_set.cpu_by_default:
         stderr().print(f'{source} names no archs for some of its kernels, which are built for CPUs alone; for GPUs give archs = '
                        '["9.0a"], or say --arch 9.0a', style="yellow", markup=False, soft_wrap=True)  # fmt: skip
@@ -233,7 +234,7 @@ def _print_summary(result: Result, lock_path: Path) -> None:
     text += f"{built} built in {result.seconds:.1f} s with {_compilers(result.workers)}"
     if built:
         text += f", {result.peak_bytes >> 20} MB at most"
-    out.print(text, markup=False)
+    out.print(text, markup=False, soft_wrap=True)
     if result.complete:
         out.print(f"lock file {lock_path}", markup=False, soft_wrap=True)
     elif result.interrupted:
@@ -375,6 +376,8 @@ def _entries_of(source: Path | None) -> tuple[str, list[Entry], dict[str, Any] |
     if source is None:
         return "all", [entry.light() for e in store.entries() if (entry := store.lookup(e.key)) is not None], None
     path = source if source.suffix == ".lock" else lock_path(source)
+    if not source.exists() and not path.exists():
+        raise ParameterError(f"no set {source}.\n  required: a set's TOML file, or its lock file\n  found: neither it nor {path}")
     if not path.exists():
         raise MissingKernelError(f"the set {source} has no lock file {path}: run `attngen precompile {source}` first")
     lock = read_lock(path)
@@ -527,7 +530,7 @@ def explain_miss(
     out.print(f"{wanted['variant']} {wanted['key']}", markup=False, soft_wrap=True)
     if near is None:
         return out.print("the cache has no other kernel of its kind to compare with")
-    out.print(f"nearest: {near.title} {near.key}, which differs in {len(rows)} inputs", markup=False, soft_wrap=True)
+    out.print(f"nearest: {near.title} {near.key}, which differs in {len(rows)} input{'' if len(rows) == 1 else 's'}", markup=False, soft_wrap=True)
     shown = table("input", "wanted", "found", "means")
     for row in rows:
         shown.add_row(escape(row["name"]), escape(str(row["wanted"])), escape(str(row["found"])), escape(row["meaning"]))
@@ -552,7 +555,8 @@ def _find_inputs(key: str, misses: Path, locks: Sequence[Path], manifests: Seque
     if len(keys) != 1:
         raise ParameterError(
             f"{key}: {'several keys begin so' if keys else 'nothing is known of this key'}.\n  required: a key of the cache, of a "
-            f"request that ATTNGEN_JIT=off refused here, or of an imported set, a lock file or a pack (--lock)\n"
+            f"request that ATTNGEN_JIT=off refused here (kept once the cache has its folders, which a first build or import makes), or of "
+            f"an imported set, a lock file or a pack (--lock)\n"
             f"  found: {', '.join(k[:16] for k in sorted(keys)) or 'none'}"
         )
     return found[0]

@@ -264,7 +264,7 @@ def _build(path: Path, archs: Sequence[str]) -> tuple[dict[str, Any], int]:
     plan = Plan.of(sets.VariantSet(path, [arch for arch in archs if sets.is_cpu(arch) in kinds] or archs))
     if plan.missing and counters.jit_mode() == "warn":
         what = f"ATTNGEN_JIT=warn: compiling {len(plan.missing)} kernels of the set {path} while the process runs"
-        log.warning("%s", what, extra={"facts": {"event": "jit", "set": str(path), "keys": [job.key for job in plan.missing]}})
+        log.info("%s", what, extra={"facts": {"event": "jit", "set": str(path), "keys": [job.key for job in plan.missing]}})
         warnings.warn(JitWarning(what), stacklevel=3)
     result = build(plan, workers_for(None))
     for state in result.failed:

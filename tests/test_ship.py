@@ -131,6 +131,9 @@ def test_precompile_builds_what_is_missing_and_writes_the_lock(here, built, attn
     assert (here / "llama.lock").read_bytes() == (built / "llama.lock").read_bytes()
     status, out, err = attngen("precompile", here / "llama.toml")
     assert status == 0 and "2 of 2 kernels are there, 0 built" in out and "2 there, 0 to build" in err
+    (here / ("long" * 20 + ".toml")).write_text(SET)
+    said = attngen("precompile", here / ("long" * 20 + ".toml"), "--dry-run")[2].splitlines()
+    assert said == ["long" * 20 + ": 2 kernels, 2 there, 0 to build"]  # a line, though no terminal says how wide
 
 
 def test_archs_on_the_command_line_take_the_place_of_their_kind(tmp_path, attngen):  # noqa: F811
@@ -333,7 +336,7 @@ def test_the_readmes_set_serves_a_batch_as_it_comes(here, monkeypatch):
         ("[[kernels]]\nvariants = ['Causal']\narchs = ['pdp11']\n", "arch 'pdp11'"),
         ("[[kernels]]\nvariants = ['Causla']\n", "no variant 'Causla' in the library. Did you mean Causal"),
         ("[[kernels]]\nvariants = ['Causal']\nhead_dims = [12]\n", "head_dim 12"),
-        ("[kernels]\n", r"one \[\[kernels\]\] table or more"),
+        ("[kernels]\n", r"one \[\[kernels\]\] table or more .*found \[kernels\]: write \[\[kernels\]\], in double brackets"),
         ("kernels = [", "is not TOML"),
     ],
 )
@@ -415,10 +418,11 @@ def test_what_a_server_lacks_can_be_asked_about(here, built, attngen, monkeypatc
     assert status == 0 and "passed over" in err
 
 
-def test_warnings_of_compiling_while_the_process_runs(here, monkeypatch):
+def test_warnings_of_compiling_while_the_process_runs(here, monkeypatch, caplog):
     monkeypatch.setenv("ATTNGEN_JIT", "warn")
     with pytest.warns(ag.JitWarning, match="ATTNGEN_JIT=warn: compiling 2 kernels of the set .*llama.toml while the process runs"):
         assert ag.load_set(here / "llama.toml").built == 2
+    assert caplog.text == ""  # a process that says nothing of logs would print it once more
     forget()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -449,6 +453,10 @@ def test_a_lock_file_that_no_longer_fits_is_refused(here):
     shutil.copy(here / "llama.toml", here / "x.toml")
     (here / "llama.toml").write_text(SET + "phases = ['decode']\n")
     with pytest.raises(MissingKernelError, match="llama.toml changed since"):
+        ag.load_set(here / "llama.toml", jit=False)
+    (here / "mine.py").unlink()
+    shutil.copy(here / "x.toml", here / "llama.toml")
+    with pytest.raises(MissingKernelError, match=r"mine.py, which .*llama.toml names, cannot be read \(No such file or directory\)"):
         ag.load_set(here / "llama.toml", jit=False)
     (here / "llama.lock").write_text("{}")
     with pytest.raises(ParameterError, match="is no lock file"):
@@ -807,6 +815,16 @@ def test_export_and_import(here, built, attngen, monkeypatch):  # noqa: F811
     forget()
     monkeypatch.setenv("ATTNGEN_SYSTEM_CACHE", str(here / "system"))
     assert ag.load_set("llama", jit=False).layers() == {"system": 2}
+
+
+def test_a_source_of_an_export_or_an_import_that_is_none(here, attngen):  # noqa: F811
+    (here / "text.attnpack").write_text("not a zip")
+    for command, said in (
+        (("export", here / "nofile.toml"), f"no set {here}/nofile.toml"), (("import", here / "text.attnpack"), "found: File is not a zip file (BadZipFile)"),
+        (("import", here / "nofile.attnpack"), "found: No such file or directory\n"),
+    ):  # fmt: skip
+        status, _, err = attngen("cache", *command)
+        assert status == 2 and said in err and "Error(" not in err, err
 
 
 def test_a_full_disk_beside_the_cache(here, built, attngen, monkeypatch):  # noqa: F811
