@@ -215,8 +215,8 @@ def _cache_entries() -> Finding:
         return Finding("cache entries", False, False, str(error), "none needed to serve from other layers", wrong=True)
     bad = [folder for _, folder, error in checked if error]
     found = f"{len(checked)} whole" if not bad else f"{len(bad)} of {len(checked)} damaged, {bad[0]} first"
-    built = "nothing: they are built again at their next use" if compiles() else "import their pack, or build them: ATTNGEN_JIT=off does not"
-    return Finding("cache entries", not bad, False, found, built if bad else "", wrong=bool(bad))
+    remedy = "nothing: they are built again at their next use" if compiles() else "import their pack: ATTNGEN_JIT=off builds nothing"
+    return Finding("cache entries", not bad, False, found, remedy if bad else "", wrong=bool(bad))
 
 
 def _layers() -> list[Finding]:

@@ -166,7 +166,8 @@ def _served(units: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     consts = {u["consts"] for u in units}
     dtypes = [f"{u['dtype']} to {u['out_dtype']}" if "out_dtype" in u else u.get("dtype", "") for u in units]
     dims = [str(d) if d == dv else f"{d}x{dv}" for u in units for d, dv in [(u.get("head_dim", ""), u.get("head_dim_v", ""))]]
-    return {"consts": consts.pop() if len(consts) == 1 else "", "dtype": ", ".join(dict.fromkeys(dtypes)), "head_dim": ", ".join(dict.fromkeys(dims))}
+    shared = consts.pop() if len(consts) == 1 else ""
+    return {"consts": shared, "dtype": ", ".join(dict.fromkeys(dtypes)), "head_dim": ", ".join(dict.fromkeys(dims))}
 
 
 def _build_watched(plan: Plan, workers: int) -> Result:
@@ -377,7 +378,7 @@ def _entries_of(source: Path | None) -> tuple[str, list[Entry], dict[str, Any] |
         return "all", [entry.light() for e in store.entries() if (entry := store.lookup(e.key)) is not None], None
     path = source if source.suffix == ".lock" else lock_path(source)
     if not source.exists() and not path.exists():
-        raise ParameterError(f"no set {source}.\n  required: a set's TOML file, or its lock file\n  found: neither it nor {path}")
+        raise ParameterError(f"no set {source}.\n  required: a set's TOML file, or its lock file beside where it would be\n  found: neither")
     if not path.exists():
         raise MissingKernelError(f"the set {source} has no lock file {path}: run `attngen precompile {source}` first")
     lock = read_lock(path)
@@ -530,7 +531,8 @@ def explain_miss(
     out.print(f"{wanted['variant']} {wanted['key']}", markup=False, soft_wrap=True)
     if near is None:
         return out.print("the cache has no other kernel of its kind to compare with")
-    out.print(f"nearest: {near.title} {near.key}, which differs in {len(rows)} input{'' if len(rows) == 1 else 's'}", markup=False, soft_wrap=True)
+    count = "1 input" if len(rows) == 1 else f"{len(rows)} inputs"
+    out.print(f"nearest: {near.title} {near.key}, which differs in {count}", markup=False, soft_wrap=True)
     shown = table("input", "wanted", "found", "means")
     for row in rows:
         shown.add_row(escape(row["name"]), escape(str(row["wanted"])), escape(str(row["found"])), escape(row["meaning"]))
