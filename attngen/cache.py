@@ -29,6 +29,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,7 @@ class Cache:
         """A fetched entry, published here where that is possible."""
         if damage is None and counters.jit_mode() != "off":
             with contextlib.suppress(CacheError):
-                return self.adopt(entry)[0]
+                return replace(self.adopt(entry)[0], layer=entry.layer)  # which had it: it is counted there
         return entry
 
     def _count_hit(self, key: str, shelf: str) -> None:
@@ -238,7 +239,7 @@ class Cache:
                          extra={"facts": {"event": "build", "key": key, "title": title}})  # fmt: skip
                 if mode == "warn":
                     what = f"ATTNGEN_JIT=warn: compiling {title or shelf} {key[:12]} while the process runs"
-                    log.warning("%s", what, extra={"facts": {"event": "jit", "key": key, "title": title}})
+                    log.info("%s", what, extra={"facts": {"event": "jit", "key": key, "title": title}})  # the warning is Python's
                     warnings.warn(JitWarning(what), stacklevel=2)
                 start = time.perf_counter()
                 entry, built = self._build_locked(key, build, shelf)

@@ -12,12 +12,12 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from .counters import jit_mode
-from .errors import AttngenError
+from .errors import AttngenError, CacheError
 from .trust import check_private
 
 
@@ -30,14 +30,36 @@ class Finding:
     required: bool  # for the CPU backend
     found: str
     remedy: str = ""
+    wrong: bool = False  # something is there, but damaged or refused
+
+    @property
+    def verdict(self) -> str:
+        return "ok" if self.ok else "wrong" if self.wrong else "missing" if self.required else "absent"
+
+
+_TO_BUILD = {"jinja2", "filelock", "ninja", "C++ compiler", "OpenMP", "cache folder"}
 
 
 def examine() -> list[Finding]:
-    """Every finding, the required ones first. Builds nothing but the host extension, and that only where it is missing
-    and can be built."""
-    return [_python(), _torch(), *map(_package, ("jinja2", "filelock")), _ninja(), _cxx(), _openmp(), _isa(), _cache(),
-            _cache_space(), _cache_locks(), _cache_entries(), *_layers(), _jit(), _keys(), _host(), _nvcc(), _gpu(),
-            _driver()]  # fmt: skip
+    """Every finding, the required ones first: what builds is required unless ATTNGEN_JIT=off. Builds nothing but the host extension,
+    and that only where it is missing and can be built."""
+    found = [_python(), _torch(), *map(_package, ("jinja2", "filelock")), _ninja(), _cxx(), _openmp(), _isa(), _cache(),
+             _cache_space(), _cache_locks(), _cache_entries(), *_layers(), _jit(), _keys(), _host(), _nvcc(), _gpu(),
+             _driver()]  # fmt: skip
+    return found if compiles() else [_not_to_build(f) if f.name in _TO_BUILD else f for f in found]
+
+
+def compiles() -> bool:
+    """Whether this process may compile what is not there; also where ATTNGEN_JIT is none of its values."""
+    try:
+        return jit_mode() != "off"
+    except AttngenError:
+        return True
+
+
+def _not_to_build(f: Finding) -> Finding:
+    remedy = f.remedy if f.ok or f.wrong else "none needed: ATTNGEN_JIT=off builds nothing"
+    return replace(f, required=False, remedy=remedy)
 
 
 def _python() -> Finding:
@@ -69,13 +91,13 @@ def _tool(name: str, required: bool, find: Callable[[], object], show: Callable[
         return _from_error(name, required, error)
 
 
-def _from_error(name: str, required: bool, error: AttngenError) -> Finding:
+def _from_error(name: str, required: bool, error: AttngenError, wrong: bool = False) -> Finding:
     """A finding from the found: and do: lines of an error's message."""
     lines = [line.strip() for line in str(error).splitlines()]
     parts = {
         key: line.removeprefix(f"{key}: ") for key in ("found", "do") for line in lines if line.startswith(f"{key}:")
     }
-    return Finding(name, False, required, parts.get("found", lines[0]), parts.get("do", ""))
+    return Finding(name, False, required, parts.get("found", lines[0]), parts.get("do", ""), wrong)
 
 
 def _ninja() -> Finding:
@@ -96,14 +118,14 @@ def _openmp() -> Finding:
 
     source = '#include <omp.h>\nextern "C" int threads() { return omp_get_max_threads(); }\n'
     recipe = Recipe("cpu", ("probe.cpp",), ("-O0", "-fopenmp"), ("-fopenmp",))
-    with tempfile.TemporaryDirectory() as folder:
-        try:
+    try:
+        with tempfile.TemporaryDirectory() as folder:
             result = compile_kernel({"probe.cpp": source}, recipe, Path(folder))
-        except AttngenError as error:
-            lines = [line for line in str(error).splitlines() if "error" in line]
-            return Finding(
-                "OpenMP", False, True, lines[-1] if lines else "no compiler", "apt install g++ (clang: libomp-dev)"
-            )
+    except AttngenError as error:
+        lines = [line for line in str(error).splitlines() if "error" in line]
+        return Finding("OpenMP", False, True, lines[-1] if lines else "no compiler", "apt install g++ (clang: libomp-dev)")
+    except OSError as error:  # a read-only root: compilers need one too
+        return Finding("OpenMP", False, True, f"not tried: {error.strerror}", "set TMPDIR to a folder that can be written")
     return Finding("OpenMP", True, True, f"a probe compiles and links in {result.seconds:.2f} s")
 
 
@@ -127,7 +149,7 @@ def _cache() -> Finding:
     try:
         check_private(root)
     except AttngenError as error:
-        return _from_error("cache folder", True, error)
+        return _from_error("cache folder", True, error, wrong=True)
     try:
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(b"x" * 4096)
@@ -137,13 +159,13 @@ def _cache() -> Finding:
         )
     if noexec(folder):
         return Finding("cache folder", False, True, f"{folder} is mounted noexec: no library of it loads",
-                       "set ATTNGEN_CACHE_DIR to a folder elsewhere, or serve from a pack")  # fmt: skip
+                       "set ATTNGEN_CACHE_DIR to a folder elsewhere, or serve from a pack", wrong=True)  # fmt: skip
     return Finding("cache folder", True, True, f"{root} is writable")
 
 
 def _existing(folder: Path) -> Path:
     """It, or its nearest parent that is there."""
-    while not folder.exists():
+    while not os.path.exists(folder):  # no error where it may not be looked for
         folder = folder.parent
     return folder
 
@@ -188,10 +210,13 @@ def _cache_entries() -> Finding:
     try:
         checked = list(verify(default()))
     except AttngenError as error:
-        return _from_error("cache entries", False, error)
+        return _from_error("cache entries", False, error, wrong=True)
+    except OSError as error:
+        return Finding("cache entries", False, False, str(error), "none needed to serve from other layers", wrong=True)
     bad = [folder for _, folder, error in checked if error]
     found = f"{len(checked)} whole" if not bad else f"{len(bad)} of {len(checked)} damaged, {bad[0]} first"
-    return Finding("cache entries", not bad, False, found, "" if not bad else "nothing: they are built again at their next use")
+    remedy = "nothing: they are built again at their next use" if compiles() else "import their pack: ATTNGEN_JIT=off builds nothing"
+    return Finding("cache entries", not bad, False, found, remedy if bad else "", wrong=bool(bad))
 
 
 def _layers() -> list[Finding]:
@@ -201,7 +226,7 @@ def _layers() -> list[Finding]:
     try:
         asked = [*layers.before(), *layers.after()]
     except AttngenError as error:
-        return [_from_error("cache layers", False, error)]
+        return [_from_error("cache layers", False, error, wrong=True)]
     for layer in asked:
         if isinstance(layer, layers.RemoteLayer):
             found.append(_remote(layer))
@@ -213,10 +238,29 @@ def _layers() -> list[Finding]:
             keys = layer.keys()
             remedy = "" if keys else f"import a pack into it: attngen cache import PACK --into {where}"
             place = f" in {where}" if where else ""
-            found.append(Finding(f"layer {layer.name}", bool(keys), False, f"{len(keys)} kernels{place}", remedy))
+            refused = _refused(layer, keys)
+            if refused:
+                of = "all" if len(refused) == len(keys) else str(len(refused))
+                place += f", {of} refused: {str(refused[0]).splitlines()[0]}"
+                remedy = _from_error("", False, refused[0]).remedy or "import, copy or install its kernels again"
+            ok = bool(keys) and not refused
+            found.append(Finding(f"layer {layer.name}", ok, False, f"{len(keys)} kernels{place}", remedy, wrong=bool(refused)))
         except (AttngenError, OSError) as error:
-            found.append(Finding(f"layer {layer.name}", False, False, str(error).splitlines()[0], "mend or remove it"))
+            found.append(Finding(f"layer {layer.name}", False, False, str(error).splitlines()[0], "mend or remove it", wrong=True))
     return found
+
+
+def _refused(layer: Any, keys: list[str]) -> list[CacheError]:
+    """Why lookups pass kernels of a layer over: damaged, or not signed."""
+    errors = []
+    for key in keys:
+        try:
+            layer.lookup(key, "kernels")
+        except CacheError as error:
+            errors.append(error)
+        except OSError as error:
+            errors.append(CacheError(f"{key[:12]} cannot be read: {error}"))
+    return errors
 
 
 def _remote(layer: Any) -> Finding:
@@ -286,7 +330,11 @@ def _driver() -> Finding:
         return Finding("NVIDIA driver", False, False, str(error).splitlines()[0], remedy)
     from .cache import default
 
-    least = max((min_driver(entry.manifest) for entry in default().entries() if entry.manifest.get("kind") == "cubin"), default=0)
+    try:
+        entries = list(default().entries())
+    except AttngenError:  # the cache folder's finding says so
+        entries = []
+    least = max((min_driver(entry.manifest) for entry in entries if entry.manifest.get("kind") == "cubin"), default=0)
     ok = version >= least
     found = f"CUDA {cuda_version(version)}"
     return Finding("NVIDIA driver", ok, False, found if ok else f"{found}; kernels in the cache need {cuda_version(least)}",

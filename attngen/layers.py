@@ -4,7 +4,7 @@
     cache        the user's own (cache.py)
     pack:NAME    packs that load_set opened
     wheel:NAME   installed wheels of kernels, found through the entry point group "attngen.packs"
-    remote       $ATTNGEN_REMOTE_CACHE: a URL for fsspec; what it has is copied into the user's cache
+    remote       $ATTNGEN_REMOTE_CACHE: a URL for fsspec; what it has is copied into the user's cache, unless ATTNGEN_JIT=off
 
 The last two are asked only when all before them have nothing: looking for wheels costs milliseconds, a network more.
 """

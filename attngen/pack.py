@@ -165,7 +165,8 @@ class Pack:
         except (OSError, zipfile.BadZipFile, KeyError, ValueError, NotImplementedError, EOFError) as error:
             if isinstance(error, CacheError):
                 raise
-            raise self._bad("a pack as `attngen cache export` writes it", repr(error)) from None
+            found = error.strerror if isinstance(error, OSError) and error.strerror else f"{error} ({type(error).__name__})"
+            raise self._bad("a pack as `attngen cache export` writes it", found) from None
         self.digest = hashlib.sha256(text).hexdigest()
         if (values := sum(map(text.count, (b",", b":", b"[", b"{")))) > MAX_VALUES:
             raise self._bad(f"an index of at most {MAX_VALUES} values", f"about {values}")

@@ -3,8 +3,8 @@
     # llama.toml                                      every combination of a table's lists is built; tables add up
     [[kernels]]
     variants = ["Causal", "mine.py:Mine"]             library names, files, or {name = "mine.py:Mine", bind = {chunk = 64}}
-    dtypes = ["bfloat16"]                             default bfloat16; on the CPU float32
-    head_dims = [64, 128, "192x128"]                  or head_dim x head_dim_v
+    dtypes = ["bfloat16"]                             of q, k and v; default bfloat16, on CPUs float32
+    head_dims = [64, 128, "192x128"]                  or head_dim x head_dim_v; default 128
     layouts = ["paged", "contiguous"]                 of keys and values, the default; "paged-odd": pages that are no
                                                       multiples of 8. The CPU's kernels serve all
     phases = ["prefill", "decode", "append", "merge", "mask"] default prefill and decode; append needs no variant but its RoPE
@@ -22,7 +22,6 @@ import json
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,8 @@ _KEYS = ("variants", "dtypes", "head_dims", "layouts", "phases", "archs", "batch
 class VariantSet:
     """A set as its TOML file says, or for the GPUs and CPUs of ``arch`` instead of its own.
 
-    Raises ParameterError with the file, the table and the key that is wrong.
+    ``kinds``: of CPUs (True), GPUs (False) or both, those that ``arch`` may name.
+    Raises ParameterError with the file, the table and the key that is wrong, or the arch that no table takes.
     """
 
     def __init__(self, path: Path, arch: Sequence[str] = ()) -> None:
@@ -54,22 +54,29 @@ class VariantSet:
         check_name(self.name)
         given = _read(path)
         self.tables = [_check_table(f"{path}, [[kernels]] number {i + 1}", table) for i, table in enumerate(given)]
-        self.cpu_by_default = not arch and any("archs" not in table for table in given)
+        open_tables = ["archs" not in table for table in given]  # which serve whatever is asked for
+        self.kinds = {True, False} if any(open_tables) else {is_cpu(x) for table in self.tables for x in table["archs"]}
+        self.cpu_by_default = not arch and any(open_tables)
         text = json.dumps([LOCK_FORMAT, self.tables], sort_keys=True)
         self.digest = hashlib.sha256(text.encode()).hexdigest()
         if arch:
-            self._only(arch, ["archs" in table for table in given])
+            self._only(arch, open_tables)
 
-    def _only(self, archs: Sequence[str], said: Sequence[bool]) -> None:
+    def _only(self, archs: Sequence[str], open_tables: Sequence[bool]) -> None:
         """GPUs take the place of a table's GPUs, CPUs of its CPUs; a table that has neither goes; one that says nothing of archs
         takes all."""
-        for i, table in enumerate(self.tables):
-            kinds = {is_cpu(x) for x in table["archs"]} if said[i] else {True, False}
+        _check_archs(f"{self.path} with --arch", archs)
+        for arch in archs:
+            if is_cpu(arch) not in self.kinds:
+                this, other = ("CPU", "GPUs") if is_cpu(arch) else ("GPU", "CPUs")
+                raise ParameterError(
+                    f"{self.path} serves nothing on {arch}.\n  required: a table whose archs have a {this}, which --arch {arch} takes the "
+                    f"place of\n  found: {other} alone\n  do: {name_arch(arch, self.path)}, or leave {arch} out"
+                )
+        for table, is_open in zip(self.tables, open_tables):
+            kinds = {True, False} if is_open else {is_cpu(x) for x in table["archs"]}
             table["archs"] = [x for x in archs if is_cpu(x) in kinds]
-            _check_archs(f"{self.path}, [[kernels]] number {i + 1} with --arch", table["archs"])
         self.tables = [table for table in self.tables if table["archs"]]
-        if not self.tables:
-            raise ParameterError(f"{self.path} serves nothing on {', '.join(archs)}: none of its tables names such an arch")
 
     @property
     def lock_path(self) -> Path:
@@ -173,15 +180,21 @@ def stale(path: Path, lock: Mapping[str, Any]) -> str:
     found = VariantSet(path)
     if found.digest != lock.get("set_sha256"):
         return f"{path} changed since {lock_path(path).name} was written"
-    with suppress(OSError):
+    try:
         changed = [name for name, digest in found.files().items() if lock.get("files", {}).get(name) != digest]
-        return f"{', '.join(changed)} changed since {lock_path(path).name} was written" if changed else ""
-    return f"a file that {path} names is not there"
+    except OSError as error:
+        return f"{error.filename}, which {path} names, cannot be read ({error.strerror})"
+    return f"{', '.join(changed)} changed since {lock_path(path).name} was written" if changed else ""
 
 
 def missing_command(path: Path, archs: Sequence[str]) -> str:
     """The command that builds a set for ``archs``."""
     return f"attngen precompile {shlex.quote(str(path))}" + (f" --arch {','.join(archs)}" if archs else "")
+
+
+def name_arch(arch: str, path: Path) -> str:
+    """What to do where a set has no table for CPUs, or none for GPUs."""
+    return f'add "{"cpu" if is_cpu(arch) else arch}" to the archs of {path}'
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -200,8 +213,9 @@ def _read(path: Path) -> list[dict[str, Any]]:
         raise ParameterError(f"{path} is not TOML: {error}") from None
     tables, extra = content.get("kernels"), [name for name in content if name != "kernels"]
     if extra or not isinstance(tables, list) or not tables or not all(isinstance(t, dict) for t in tables):
-        found = ", ".join(content) or "nothing"
-        raise ParameterError(f"{path}: required one [[kernels]] table or more and nothing else; found {found}")
+        found = ", ".join(f"[{name}]" if isinstance(value, dict) else name for name, value in content.items()) or "nothing"
+        single = ": write [[kernels]], in double brackets" if isinstance(tables, dict) else ""
+        raise ParameterError(f"{path}: required one [[kernels]] table or more and nothing else; found {found}{single}")
     return tables
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -34,7 +34,9 @@ cache_app = typer.Typer(help="The kernel cache: what is in it, and how it travel
 
 def precompile(
     source: Annotated[Path, typer.Argument(metavar="SET.toml", help="The set: what is served (docs/deploy.md).")],
-    arch: Annotated[str, typer.Option(help="Instead of the set's GPUs and CPUs: 8.0,9.0a,avx2 ...")] = "",
+    arch: Annotated[
+        str, typer.Option(help="For these alone: 8.0,9.0a,avx2 ... GPUs take the place of the set's GPUs, CPUs of its CPUs.")
+    ] = "",
     jobs: Annotated[int | None, typer.Option("-j", "--jobs", min=1, help="Compilers at once; default by cores and memory.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be built and what it costs.")] = False,
     as_json: JsonFlag = False,
@@ -43,15 +45,19 @@ def precompile(
     from .precompile import Plan, build, workers_for
     from .sets import VariantSet
 
+    archs = [name for part in arch.split(",") if (name := part.strip())]
+    if arch and not archs:
+        raise ParameterError(f"--arch {arch!r}: required names such as 9.0a or avx2, joined by commas")
     with stderr().status("tracing the set"):
-        plan = Plan.of(VariantSet(source, [a for a in arch.split(",") if a]))
+        plan = Plan.of(VariantSet(source, archs))
     workers = workers_for(jobs)
     facts = {
         "set": plan.variant_set.name, "kernels": len(plan.jobs), "there": len(plan.there), "missing": len(plan.missing),
         "workers": workers, "estimate_s": plan.estimate(workers),
     }  # fmt: skip
     cost = f", about {facts['estimate_s']:.0f} s with {_compilers(workers)}" if plan.missing else ""
-    stderr().print(f"{facts['set']}: {facts['kernels']} kernels, {facts['there']} there, {facts['missing']} to build{cost}")
+    said = f"{facts['set']}: {facts['kernels']} kernels, {facts['there']} there, {facts['missing']} to build{cost}"
+    stderr().print(said, markup=False, soft_wrap=True)
     if plan.variant_set.cpu_by_default:
         stderr().print(f'{source} names no archs for some of its kernels, which are built for CPUs alone; for GPUs give archs = '
                        '["9.0a"], or say --arch 9.0a', style="yellow", markup=False, soft_wrap=True)  # fmt: skip
@@ -131,19 +137,37 @@ def _write_lock(path: Path, lock: dict[str, Any], keep_others: bool) -> None:
 
 
 def _print_dry_run(plan: Plan, facts: dict[str, Any], as_json: bool) -> None:
+    from .pins import config_record
+
+    units: dict[str, list[Any]] = {}  # a planner serves several
+    for unit in plan.units:
+        for job in unit.jobs:
+            units.setdefault(job.key, []).append({**unit.facts, "consts": job.consts})
     rows = [
-        {"key": job.key, "variant": job.title, "kernel": job.name, "arch": job.arch, "there": job.key in plan.there,
+        {"key": job.key, "variant": job.title, "kernel": job.name, "arch": job.arch, **_served(units[job.key]),
+         "config": str(job.config), "tiles": _tiles({"choice": config_record(job.config)}), "there": job.key in plan.there,
          "seconds": plan.seconds.get(job.key, 0.0)}
         for job in plan.jobs
     ]  # fmt: skip
     if as_json:
         return print_json({**facts, "rows": rows})
-    shown = table("key", "variant", "kernel", "arch", "", ">about s")
+    shown = table("key", "variant", "kernel", "config", "dtype", ">head_dim", "arch", "", ">about s")
     for row in rows:
         state = "[green]there[/]" if row["there"] else "to build"
         seconds = "" if row["there"] else f"{row['seconds']:.1f}"
-        shown.add_row(row["key"][:12], escape(row["variant"]), row["kernel"], row["arch"], state, seconds)
+        variant = escape(f"{row['variant']} {row['consts']}".rstrip())
+        shown.add_row(row["key"][:12], variant, row["kernel"], escape(row["tiles"]), row["dtype"], row["head_dim"], row["arch"],
+                      state, seconds)  # fmt: skip
     stdout().print(shown)
+
+
+def _served(units: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """dtype and head_dim of what a kernel serves, of a merge what it writes too, and the values of its Consts."""
+    consts = {u["consts"] for u in units}
+    dtypes = [f"{u['dtype']} to {u['out_dtype']}" if "out_dtype" in u else u.get("dtype", "") for u in units]
+    dims = [str(d) if d == dv else f"{d}x{dv}" for u in units for d, dv in [(u.get("head_dim", ""), u.get("head_dim_v", ""))]]
+    shared = consts.pop() if len(consts) == 1 else ""
+    return {"consts": shared, "dtype": ", ".join(dict.fromkeys(dtypes)), "head_dim": ", ".join(dict.fromkeys(dims))}
 
 
 def _build_watched(plan: Plan, workers: int) -> Result:
@@ -211,7 +235,7 @@ def _print_summary(result: Result, lock_path: Path) -> None:
     text += f"{built} built in {result.seconds:.1f} s with {_compilers(result.workers)}"
     if built:
         text += f", {result.peak_bytes >> 20} MB at most"
-    out.print(text, markup=False)
+    out.print(text, markup=False, soft_wrap=True)
     if result.complete:
         out.print(f"lock file {lock_path}", markup=False, soft_wrap=True)
     elif result.interrupted:
@@ -264,9 +288,10 @@ def cache_ls(as_json: JsonFlag = False) -> None:
 
 
 def _tiles(manifest: Any) -> str:
-    """The heart of a configuration: its tile, and what else tells kernels of one problem apart."""
+    """The heart of a configuration: its tile, of a planner those it plans for, and what else tells kernels of one problem apart."""
     fields = (manifest.get("choice") or {}).get("fields", {})
     tile = "x".join(str(fields[name]) for name in ("block_m", "block_n") if name in fields)
+    tile = tile or ", ".join(f"{c['fields']['bm']}x{c['fields']['bn']}" for c in fields.get("classes", ()))
     paged = {True: "paged", False: "contiguous"}.get(fields.get("paged"), "")
     split = f"pieces of {fields['split']}" if fields.get("split") else ""
     return " ".join(filter(None, (tile, paged, split)))
@@ -313,7 +338,7 @@ def cache_verify(as_json: JsonFlag = False) -> None:
 @cache_app.command("prune")
 def cache_prune(
     max_size: Annotated[str, typer.Option(help="Keep at most this much: 500M, 2G.")] = "",
-    max_age: Annotated[str, typer.Option(help="Remove what was not used for this long: 12h, 30d.")] = "",
+    max_age: Annotated[str, typer.Option(help="Remove what was not used for this long: 90s, 30m, 12h, 30d.")] = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
@@ -334,9 +359,9 @@ def cache_prune(
 
 
 def _amount(option: str, text: str, units: dict[str, int]) -> int:
-    digits, unit = (text[:-1], text[-1]) if text and not text[-1].isdigit() else (text, next(iter(units)))
-    if unit not in units or not digits.replace(".", "", 1).isdigit():
-        raise ParameterError(f"{option} {text}: required a number and one of {', '.join(filter(None, units))}")
+    digits, unit = (text[:-1], text[-1]) if text and not text[-1].isdigit() else (text, "")
+    if unit not in units or not digits.replace(".", "", 1).isdecimal():
+        raise ParameterError(f"{option} {text}: required a number and one of {', '.join(filter(None, units))}, such as 30{list(units)[-1]}")
     return int(float(digits) * units[unit])
 
 
@@ -352,6 +377,8 @@ def _entries_of(source: Path | None) -> tuple[str, list[Entry], dict[str, Any] |
     if source is None:
         return "all", [entry.light() for e in store.entries() if (entry := store.lookup(e.key)) is not None], None
     path = source if source.suffix == ".lock" else lock_path(source)
+    if not source.exists() and not path.exists():
+        raise ParameterError(f"no set {source}.\n  required: a set's TOML file, or its lock file beside where it would be\n  found: neither")
     if not path.exists():
         raise MissingKernelError(f"the set {source} has no lock file {path}: run `attngen precompile {source}` first")
     lock = read_lock(path)
@@ -461,21 +488,23 @@ def cache_push(
 
 
 def doctor(as_json: JsonFlag = False) -> None:
-    """What this machine has, what is missing and how to get it. Exit status 1 if the CPU backend cannot work."""
-    from .doctor import examine
+    """What this machine has, what is missing and how to get it. Exit status 1 if the CPU backend cannot work: with ATTNGEN_JIT=off,
+    as on a server, that needs nothing that builds."""
+    from .doctor import compiles, examine
 
     with stderr().status("examining"):
         findings = examine()
     works = all(f.ok or not f.required for f in findings)
     if as_json:
-        print_json({"cpu_backend": works, "findings": [record(f) for f in findings]})
+        print_json({"cpu_backend": works, "findings": [{**record(f), "verdict": f.verdict} for f in findings]})
     else:
         shown = table("", "", "found", "to do")
         for f in findings:
-            verdict = "[green]ok[/]" if f.ok else "[red]missing[/]" if f.required else "[yellow]absent[/]"
-            shown.add_row(f.name, verdict, escape(f.found), escape(f.remedy))
+            colour = "green" if f.ok else "red" if f.required else "yellow"
+            shown.add_row(f.name, f"[{colour}]{f.verdict}[/]", escape(f.found), escape(f.remedy))
         stdout().print(shown)
-        stdout().print("[green]the CPU backend works here[/]" if works else "[red]the CPU backend cannot work here[/]")
+        served = "" if compiles() else ", with kernels that are there already (ATTNGEN_JIT=off)"
+        stdout().print(f"[green]the CPU backend works here{served}[/]" if works else "[red]the CPU backend cannot work here[/]")
     if not works:
         raise typer.Exit(1)
 
@@ -502,7 +531,8 @@ def explain_miss(
     out.print(f"{wanted['variant']} {wanted['key']}", markup=False, soft_wrap=True)
     if near is None:
         return out.print("the cache has no other kernel of its kind to compare with")
-    out.print(f"nearest: {near.title} {near.key}, which differs in {len(rows)} inputs", markup=False, soft_wrap=True)
+    count = "1 input" if len(rows) == 1 else f"{len(rows)} inputs"
+    out.print(f"nearest: {near.title} {near.key}, which differs in {count}", markup=False, soft_wrap=True)
     shown = table("input", "wanted", "found", "means")
     for row in rows:
         shown.add_row(escape(row["name"]), escape(str(row["wanted"])), escape(str(row["found"])), escape(row["meaning"]))
@@ -527,7 +557,8 @@ def _find_inputs(key: str, misses: Path, locks: Sequence[Path], manifests: Seque
     if len(keys) != 1:
         raise ParameterError(
             f"{key}: {'several keys begin so' if keys else 'nothing is known of this key'}.\n  required: a key of the cache, of a "
-            f"request that ATTNGEN_JIT=off refused here, or of an imported set, a lock file or a pack (--lock)\n"
+            f"request that ATTNGEN_JIT=off refused here (kept once the cache has its folders, which a first build or import makes), or of "
+            f"an imported set, a lock file or a pack (--lock)\n"
             f"  found: {', '.join(k[:16] for k in sorted(keys)) or 'none'}"
         )
     return found[0]

@@ -221,7 +221,7 @@ def sets_path(path: Path, lock: Mapping[str, Any] | None) -> Path:
     return path.with_name(f"{lock['name'] if lock else path.stem}.toml")
 
 
-def _missing(path: Path, lock: Mapping[str, Any], missing: Mapping[str, str]) -> MissingKernelError:
+def _missing(path: Path, lock: Mapping[str, Any], missing: Mapping[str, str], needed: int) -> MissingKernelError:
     rows = [
         f"    {k['variant']} {k['name']} {k['arch']} {key[:12]}: {why}"
         for key, why in missing.items() for k in [lock["kernels"][key]]
@@ -230,11 +230,13 @@ def _missing(path: Path, lock: Mapping[str, Any], missing: Mapping[str, str]) ->
     archs = sorted({str(lock["kernels"][key]["arch"]) for key in missing})
     text = "\n".join([*rows[:_SHOWN], *more])
     count = "1 kernel" if len(missing) == 1 else f"{len(missing)} kernels"
+    listed = len(lock["kernels"])
+    required = f"all {listed}, as its lock file says" if needed == listed else f"the {needed} for this machine of {listed} in its lock file"
     where = sets.lock_path(path) if path.suffix == ".toml" else path  # of an imported set it is found by itself
     given = f" --lock {shlex.quote(str(where))}" if where.suffix in (".lock", ".attnpack") else ""
     error = MissingKernelError(
-        f"{count} of the set {lock['name']} {'is' if len(missing) == 1 else 'are'} not there.\n  required: all {len(lock['kernels'])}, as "
-        f"its lock file says\n  found missing:\n{text}\n  do: {_remedy(path, lock, archs)}; to see why: "
+        f"{count} of the set {lock['name']} {'is' if len(missing) == 1 else 'are'} not there.\n  required: {required}\n"
+        f"  found missing:\n{text}\n  do: {_remedy(path, lock, archs)}; to see why: "
         f"attngen explain-miss {next(iter(missing))[:16]}{given}"
     )
     error.missing = dict(missing)
@@ -244,7 +246,12 @@ def _missing(path: Path, lock: Mapping[str, Any], missing: Mapping[str, str]) ->
 def _remedy(path: Path, lock: Mapping[str, Any], archs: Sequence[str]) -> str:
     """How to get what a set lacks: from its TOML file, where that is here, else from where it was made."""
     toml = sets_path(path, lock)
-    command = sets.missing_command(toml if toml.exists() else Path(toml.name), archs)
+    shown = toml if toml.exists() else Path(toml.name)
+    kinds = {unit["backend"] == "cpu" for unit in lock["units"]}  # --arch takes the place of its own kind
+    lacking = next((arch for arch in archs if sets.is_cpu(arch) not in kinds), "")
+    command = sets.missing_command(shown, () if lacking else archs)
+    if lacking:
+        command = f"{sets.name_arch(lacking, shown)}, then {command}"
     if toml.exists():
         return f"{command}, or import its pack"
     return f"{command}, where {toml.name} is, and export it anew; or import a pack that has them"
@@ -253,10 +260,11 @@ def _remedy(path: Path, lock: Mapping[str, Any], archs: Sequence[str]) -> str:
 def _build(path: Path, archs: Sequence[str]) -> tuple[dict[str, Any], int]:
     from .precompile import Plan, build, workers_for  # a start that finds everything needs none of it
 
-    plan = Plan.of(sets.VariantSet(path, archs))
+    kinds = sets.VariantSet(path).kinds  # it need not serve all that this machine has
+    plan = Plan.of(sets.VariantSet(path, [arch for arch in archs if sets.is_cpu(arch) in kinds] or archs))
     if plan.missing and counters.jit_mode() == "warn":
         what = f"ATTNGEN_JIT=warn: compiling {len(plan.missing)} kernels of the set {path} while the process runs"
-        log.warning("%s", what, extra={"facts": {"event": "jit", "set": str(path), "keys": [job.key for job in plan.missing]}})
+        log.info("%s", what, extra={"facts": {"event": "jit", "set": str(path), "keys": [job.key for job in plan.missing]}})
         warnings.warn(JitWarning(what), stacklevel=3)
     result = build(plan, workers_for(None))
     for state in result.failed:
@@ -283,7 +291,8 @@ def _load(path: Path, lock: Mapping[str, Any] | None, here: Mapping[str, str], d
     host()
     loaded.host_ms, load = 1e3 * (time.perf_counter() - begun), _loader(loaded.device)
     store, missing, found = cache.default(), {}, {}
-    for key in dict.fromkeys(role["key"] for unit in loaded.units for role in unit["roles"] if "key" in role):
+    needed = dict.fromkeys(role["key"] for unit in loaded.units for role in unit["roles"] if "key" in role)
+    for key in needed:
         begun = time.perf_counter()
         try:
             entry = store.find(key)
@@ -311,7 +320,7 @@ def _load(path: Path, lock: Mapping[str, Any] | None, here: Mapping[str, str], d
             key, str(m.get("variant")), str(m.get("name")), str(m.get("isa")), entry.layer, entry.size, find_ms, load_ms
         ))  # fmt: skip
     if missing:
-        raise _missing(path, lock, missing)
+        raise _missing(path, lock, missing, len(needed))
     served = [(unit, [found[role["key"]] if "key" in role else role for role in unit["roles"]]) for unit in loaded.units]
     for unit, roles in served:
         _check_serves(unit, roles, path)

@@ -34,6 +34,8 @@ class Job:
     name: str  # the template's: decode, attention_sm80, plan, attention, append, mask_rows, merge
     arch: str
     build: Callable[[], tuple[Entry, bool, float]] = field(compare=False, repr=False)
+    config: Any = field(default=None, compare=False, repr=False)
+    consts: str = ""  # the values of its variant's Consts, for people
 
 
 @dataclass(frozen=True)
@@ -120,14 +122,14 @@ def _cpu_unit(
     isa = host_isa() if arch == "cpu" else arch
     problem = run.problem_for(dtype, d, dv, stored, isa)
     with tuned.ignored():  # a set is the same wherever it is built
-        key = run.specialise(variant, problem)[-1]
+        _, choice, *_, key = run.specialise(variant, problem)
 
     def build() -> tuple[Entry, bool, float]:
         with tuned.ignored():
             *_, entry, hit, seconds = run.build_cpu(variant, problem)
         return entry, hit, seconds
 
-    job = Job(key, variant.name, "attention", isa, build)
+    job = Job(key, variant.name, "attention", isa, build, choice.config, _consts(variant, facts["bind"]))
     identity = pins.cpu_identity(variant.trace.key(d), problem)
     return Unit(identity, {"backend": "cpu", "arch": isa, **facts}, (job,), ({"key": key},))
 
@@ -151,7 +153,8 @@ def _cuda_units(
             if not chosen:
                 continue
             jobs = tuple(
-                Job(s.key, s.title, s.name, target, lambda s=s: cuda.build(s)) for s in (*chosen, kernels.plan)
+                Job(s.key, s.title, s.name, target, lambda s=s: cuda.build(s), s.config, _consts(variant, facts["bind"]))
+                for s in (*chosen, kernels.plan)
             )  # fmt: skip
             identity = pins.cuda_identity(variant.trace.key(d), problem, PAGE_SIZES[layout], invariant, most_rows <= 16)
             more = {"layout": layout, "batch_invariant": invariant}
@@ -163,9 +166,13 @@ def _cuda_units(
 
 
 def _plain_unit(name: str, special: cuda.Specialised, facts: Mapping[str, Any]) -> Unit:
-    job = Job(special.key, special.title, name, special.config.arch, lambda: cuda.build(special))
+    job = Job(special.key, special.title, name, special.config.arch, lambda: cuda.build(special), special.config)
     identity = pins.plain_identity(name, special.config)
     return Unit(identity, {**facts, "variant": special.title, "config": str(special.config)}, (job,), ({"key": special.key},))
+
+
+def _consts(variant: Variant, bind: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in bind.items() if name not in variant.trace.fields)
 
 
 def _storage(variant: Variant, given: Mapping[str, str]) -> dict[str, torch.dtype]:

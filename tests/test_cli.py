@@ -133,7 +133,7 @@ def test_show_source_compiles_nothing(attngen, monkeypatch, tmp_path):
 def test_show_for_a_gpu(attngen):
     """Every row-tile class with its losers, the planner, and why Hopper's own kernel does not serve."""
     shown = read_json(attngen("show", "Causal", "--stage", "config", "--arch", "sm_90a", "--head-dim", "128", "--json"))
-    assert [k["kernel"] for k in shown["kernels"]] == ["decode", "decode", "attention_sm80", "attention_sm90", "plan"]
+    assert [k["kernel"] for k in shown["kernels"]] == ["decode", "decode", "attention_sm90", "attention_sm90", "plan"]
     assert shown["not_hopper"] == "" and all(sum(not c["lost"] for c in k["candidates"]) == 1 for k in shown["kernels"][:-1])
     status, out, _ = attngen("show", "StreamingLLM", "--stage", "config", "--arch", "9.0a", "--kernel", "attention_sm80")
     assert status == 0 and "no attention_sm90: keys are rotated" in out and "decode" not in out

@@ -51,7 +51,7 @@ def test_rows_and_keys_are_where_the_strides_say(monkeypatch, layout, sliced, q_
     out, lse = ag.attention(q, k, v, variant, layout=layout, return_lse=True, window=window, **lens)
     compare(out, ref)
     compare(lse, ref_lse, dtype=torch.float32)
-    names = ["plan", {1: "decode", 17: "attention_sm80", 70: "attention_sm90"}[q_len]]
+    names = ["plan", {1: "decode", 17: "attention_sm90", 70: "attention_sm90"}[q_len]]
     assert [name for name, _, _ in launches] == names
     given_out = torch.full_like(out, torch.nan)
     assert ag.attention(q, k, v, variant, layout=layout, out=given_out, window=30, **lens) is given_out
@@ -82,7 +82,7 @@ def test_kernels_are_shared_by_calls_of_one_class(monkeypatch):
     for kv_len in (8, 9, 30):
         for q_len in (1, 8, 20, 33, 100):
             ag.attention(*tensors("bshd", q_len, kv_len), variant)
-    assert sorted(loads) == ["attention_sm80", "attention_sm90", "decode", "plan", "plan", "plan"]
+    assert sorted(loads) == ["attention_sm90", "attention_sm90", "decode", "plan", "plan", "plan"]
 
 
 def test_two_calls_share_no_workspace(monkeypatch):
@@ -189,7 +189,7 @@ def test_compile_builds_what_batches_and_calls_look_up(monkeypatch):
     kernels = ag.compile(variant, arch="sm_90", head_dim=64)
     ahead = {k.spec_hash for k in kernels}
     assert ahead == set(built) and len(kernels) == len(ahead)
-    assert sorted(k.name for k in kernels) == ["attention_sm80"] * 3 + ["attention_sm90"] * 2 + ["decode"] * 4 + ["plan"] * 2
+    assert sorted(k.name for k in kernels) == ["attention_sm80"] * 2 + ["attention_sm90"] * 4 + ["decode"] * 4 + ["plan"] * 2
     invariant = {k.spec_hash for k in ag.compile(variant, arch="sm_90a", head_dim=64, batch_invariant=True)}
 
     fake = cuda.load

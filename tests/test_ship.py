@@ -17,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -35,6 +36,7 @@ from attngen import cache, counters, debug, find, layers, load, logs, pins, run,
 from attngen.cache import Cache
 from attngen.entry import sealed_text
 from attngen.errors import CacheError, LoadError, MissingKernelError, ParameterError
+from attngen.isa import CPU_ISAS
 from attngen.pack import Pack, write_pack
 from attngen.paths import PACKAGE, templates_dir
 from attngen.precompile import Plan, build
@@ -129,6 +131,9 @@ def test_precompile_builds_what_is_missing_and_writes_the_lock(here, built, attn
     assert (here / "llama.lock").read_bytes() == (built / "llama.lock").read_bytes()
     status, out, err = attngen("precompile", here / "llama.toml")
     assert status == 0 and "2 of 2 kernels are there, 0 built" in out and "2 there, 0 to build" in err
+    (here / ("long" * 20 + ".toml")).write_text(SET)
+    said = attngen("precompile", here / ("long" * 20 + ".toml"), "--dry-run")[2].splitlines()
+    assert said == ["long" * 20 + ": 2 kernels, 2 there, 0 to build"]  # a line, though no terminal says how wide
 
 
 def test_archs_on_the_command_line_take_the_place_of_their_kind(tmp_path, attngen):  # noqa: F811
@@ -140,8 +145,29 @@ def test_archs_on_the_command_line_take_the_place_of_their_kind(tmp_path, attnge
 
     assert archs() == {"90a", run.host_isa()}
     assert archs("--arch", "8.0,8.6") == {"80", "86"} and archs("--arch", "avx2,generic") == {"avx2", "generic"}
-    status, _, err = attngen("precompile", tmp_path / "two.toml", "--arch", "3.0")
-    assert status == 2 and "archs has '3.0'" in err
+    assert archs("--arch", "generic, 8.0 ,") == {"generic", "80"}
+    (tmp_path / "gpu.toml").write_text(f'{table}archs = ["9.0a"]\n')
+    for name, given, said in (
+        ("two", "3.0", "archs has '3.0'"), ("two", "foo", "arch 'foo'"), ("gpu", "8.9,foo", "arch 'foo'"), ("two", " ,", "required names"),
+        ("gpu", "8.9,cpu", 'serves nothing on cpu. required: a table whose archs have a CPU, which --arch cpu takes the place of found: '
+         f'GPUs alone do: add "cpu" to the archs of {tmp_path}/gpu.toml, or leave cpu out'),
+    ):  # fmt: skip
+        status, _, err = attngen("precompile", tmp_path / f"{name}.toml", "--dry-run", "--arch", given)
+        assert status == 2 and said in " ".join(err.split()), (given, err)
+
+
+def test_rows_of_a_dry_run_can_be_told_apart(here, attngen):  # noqa: F811
+    (here / "many.toml").write_text(
+        '[[kernels]]\nvariants = [{name = "mine.py:Mine", bind = {gain = 2}}, {name = "mine.py:Mine", bind = {gain = 3}}]\n'
+        'head_dims = [64, "192x128"]\narchs = ["9.0a", "8.0", "cpu"]\nphases = ["prefill", "decode", "append", "merge", "mask"]\n'
+        'layouts = ["paged", "paged-odd", "contiguous"]\ndtypes = ["bfloat16", "float16"]\n'
+    )
+    rows = read_json(attngen("precompile", here / "many.toml", "--dry-run", "--json"))["rows"]
+    table = [line.split()[1:] for line in attngen("precompile", here / "many.toml", "--dry-run")[1].splitlines() if " to build " in line]
+    assert len(rows) == len(table) > 100
+    assert [line for line in table if table.count(line) > 1] == []
+    assert {"64", "192x128"} <= {row["head_dim"] for row in rows} and all(row["config"] for row in rows)
+    assert any(line[:6] == ["Mine", "gain=3", "decode", "16", "paged", "bfloat16"] for line in table), table[:3]
 
 
 def test_archs_on_the_command_line_leave_the_locks_others(here, built, attngen):  # noqa: F811
@@ -288,6 +314,18 @@ def test_an_ended_precompile_takes_its_compilers_along(here, number):
     assert mine() == [] and list((here / "cache" / "v1" / "building").iterdir()) == []
 
 
+def test_the_readmes_set_serves_a_batch_as_it_comes(here, monkeypatch):
+    """With the dtype that BatchAttention takes where none is given, also on the CPU."""
+    text = (PACKAGE.parent / "README.md").read_text(encoding="utf-8").partition("```toml\n")[2].partition("```")[0]
+    (here / "readme.toml").write_text(text.replace('["Causal", "SlidingWindow"]', '["Causal"]'))
+    assert build(Plan.of(sets.VariantSet(here / "readme.toml")), 2).complete
+    monkeypatch.setenv("ATTNGEN_JIT", "off")
+    attn = ag.BatchAttention(Causal(), num_heads=2, num_kv_heads=2, head_dim=128, page_size=16, max_requests=1, max_q_tokens=8,
+                             max_pages=1, device="cpu")  # fmt: skip
+    attn.plan([0, 8], block_table=[[0]], kv_lens=[8])
+    assert attn.run(torch.zeros(8, 2, 128, dtype=torch.bfloat16), torch.zeros(1, 2, 16, 2, 128, dtype=torch.bfloat16)).isfinite().all()
+
+
 @pytest.mark.parametrize(
     "text,message",
     [
@@ -302,7 +340,7 @@ def test_an_ended_precompile_takes_its_compilers_along(here, number):
         ("[[kernels]]\nvariants = ['mine.py']\n", r"Mine needs a value for its Const gain: {name = \.\.\., bind = {gain = \.\.\.}}"),
         ("[[kernels]]\nvariants = [{name = 'SoftCap', bind = {cup = 3}}]\n", r"bind = {cup = 3}: required a name with a field of SoftCap \(cap\)"),
         ("[[kernels]]\nvariants = [{name = 'SoftCap', bind = {cap = 'big'}}]\n", "bind = {cap = \"big\"}: cap is scalar f32"),
-        ("[kernels]\n", r"one \[\[kernels\]\] table or more"),
+        ("[kernels]\n", r"one \[\[kernels\]\] table or more .*found \[kernels\]: write \[\[kernels\]\], in double brackets"),
         ("kernels = [", "is not TOML"),
     ],
 )
@@ -346,6 +384,12 @@ def test_what_is_missing_is_said_at_once(here, built):
     with pytest.raises(MissingKernelError, match=f"(?s)^2 kernels of the set llama are not there.*{kept[:12]}: a damaged cache entry") as caught:
         ag.load_set(here / "llama.toml", jit=False)
     assert set(caught.value.missing) == {gone, kept} and caught.value.missing[gone] == "in no layer"
+    assert "  required: all 2, as its lock file says\n" in str(caught.value)
+    lock = json.loads((here / "llama.lock").read_text())
+    lock["units"][0]["arch"] = "avx2" if run.host_isa() != "avx2" else "generic"  # of another machine
+    (here / "other.lock").write_text(json.dumps(sets.sealed(lock)))
+    with pytest.raises(MissingKernelError, match="required: the 1 for this machine of 2 in its lock file"):
+        ag.load_set(here / "other.lock", jit=False)
 
 
 def test_what_a_server_lacks_can_be_asked_about(here, built, attngen, monkeypatch):  # noqa: F811
@@ -379,10 +423,11 @@ def test_what_a_server_lacks_can_be_asked_about(here, built, attngen, monkeypatc
     assert status == 0 and "passed over" in err
 
 
-def test_warnings_of_compiling_while_the_process_runs(here, monkeypatch):
+def test_warnings_of_compiling_while_the_process_runs(here, monkeypatch, caplog):
     monkeypatch.setenv("ATTNGEN_JIT", "warn")
     with pytest.warns(ag.JitWarning, match="ATTNGEN_JIT=warn: compiling 2 kernels of the set .*llama.toml while the process runs"):
         assert ag.load_set(here / "llama.toml").built == 2
+    assert caplog.text == ""  # a process that says nothing of logs would print it once more
     forget()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -414,15 +459,53 @@ def test_a_lock_file_that_no_longer_fits_is_refused(here):
     (here / "llama.toml").write_text(SET + "phases = ['decode']\n")
     with pytest.raises(MissingKernelError, match="llama.toml changed since"):
         ag.load_set(here / "llama.toml", jit=False)
+    (here / "mine.py").unlink()
+    shutil.copy(here / "x.toml", here / "llama.toml")
+    with pytest.raises(MissingKernelError, match=r"mine.py, which .*llama.toml names, cannot be read \(No such file or directory\)"):
+        ag.load_set(here / "llama.toml", jit=False)
     (here / "llama.lock").write_text("{}")
     with pytest.raises(ParameterError, match="is no lock file"):
         ag.load_set(here / "llama.lock")
 
 
 def test_a_set_for_another_machine_is_refused(here, monkeypatch):
-    monkeypatch.setattr("attngen.start.host_isa", lambda: "avx9")
-    with pytest.raises(MissingKernelError, match="(?s)no kernels for avx9.*precompile .*--arch"):
+    other = next(isa for isa in CPU_ISAS if isa != run.host_isa())
+    monkeypatch.setattr("attngen.start.host_isa", lambda: other)
+    with pytest.raises(MissingKernelError, match=f"(?s)no kernels for {other},.*do: attngen precompile .*--arch {other}"):
         ag.load_set(here / "llama.attnpack", jit=False)
+
+
+def for_gpus(here: Path) -> Path:
+    """A set for GPUs alone, and its lock file. Its kernels are none."""
+    (here / "gpu.toml").write_text(SET.replace('["cpu"]', '["9.0a"]').replace("float32", "bfloat16"))
+    lock = json.loads((here / "llama.lock").read_text())
+    units = [unit | {"backend": "cuda", "arch": "90a", "layout": "paged", "batch_invariant": False} for unit in lock["units"]]
+    kernels = {key: kernel | {"arch": "90a"} for key, kernel in lock["kernels"].items()}
+    digest = sets.VariantSet(here / "gpu.toml").digest
+    lock |= {"name": "gpu", "units": units, "kernels": kernels, "set_sha256": digest}
+    (here / "gpu.lock").write_text(json.dumps(sets.sealed(lock)))
+    return here / "gpu.toml"
+
+
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_the_remedy_of_a_set_without_a_kind_of_archs_works(here, attngen, monkeypatch, device):  # noqa: F811
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    path = for_gpus(here)
+    with pytest.raises(MissingKernelError) as caught:
+        ag.load_set(path, jit=False, device=device)
+    remedy = re.search(r'do: add "(\S+)" to the archs of (\S+), then attngen (.*), or import its pack', str(caught.value))
+    assert remedy and remedy[2] == str(path), caught.value
+    path.write_text(path.read_text().replace('"9.0a"', f'"9.0a", "{remedy[1]}"'))
+    rows = read_json(attngen(*shlex.split(remedy[3]), "--dry-run", "--json"))["rows"]
+    assert {row["arch"] for row in rows} == {"90a", run.host_isa()}
+
+
+def test_a_start_that_may_compile_builds_what_the_set_has_of_this_machine(here, built):
+    shutil.copytree(built / "cache", here / "cache")
+    lock, _ = start._build(here / "llama.toml", [run.host_isa(), "90a"])
+    assert {unit["arch"] for unit in lock["units"]} == {run.host_isa()}
+    with pytest.raises(ParameterError, match="serves nothing on generic"):
+        start._build(for_gpus(here), ["generic"])
 
 
 @pytest.mark.parametrize("source", ["nowhere.toml", "nobody", "some/folder"])
@@ -665,7 +748,8 @@ def test_a_refused_kernel_is_explained(here, built, next_release, attngen):  # n
     key = next(line.split()[-1] for line in output.splitlines() if "required: key" in line)
     found = read_json(attngen("explain-miss", key[:16], "--json"))
     assert found["key"] == key and [d["name"] for d in found["differences"]] == ["sources.functions.h"]
-    assert "another version of attngen" in attngen("explain-miss", key[:16])[1]
+    said = attngen("explain-miss", key[:16])[1]
+    assert "another version of attngen" in said and "which differs in 1 input\n" in said
     status, _, err = attngen("explain-miss", "0123")
     assert status == 2 and "nothing is known of this key" in err
     known = read_json(attngen("explain-miss", keys_of(built)[0], "--lock", built / "llama.lock", "--json"))
@@ -738,6 +822,17 @@ def test_export_and_import(here, built, attngen, monkeypatch):  # noqa: F811
     forget()
     monkeypatch.setenv("ATTNGEN_SYSTEM_CACHE", str(here / "system"))
     assert ag.load_set("llama", jit=False).layers() == {"system": 2}
+
+
+def test_a_source_of_an_export_or_an_import_that_is_none(here, attngen):  # noqa: F811
+    (here / "text.attnpack").write_text("not a zip")
+    for command, said in (
+        (("export", here / "nofile.toml"), f"no set {here}/nofile.toml"),
+        (("import", here / "text.attnpack"), "found: File is not a zip file (BadZipFile)"),
+        (("import", here / "nofile.attnpack"), "found: No such file or directory\n"),
+    ):  # fmt: skip
+        status, _, err = attngen("cache", *command)
+        assert status == 2 and said in err and "Error(" not in err, err
 
 
 def test_a_full_disk_beside_the_cache(here, built, attngen, monkeypatch):  # noqa: F811
@@ -1032,6 +1127,12 @@ def test_a_remote_store_fills_the_users_cache(here, built, attngen, monkeypatch)
     monkeypatch.setenv("ATTNGEN_JIT", "off")
     assert cache.default().get_or_build(one, never)[0].layer == "remote" and not (here / "cache").exists()
     monkeypatch.delenv("ATTNGEN_JIT")
+    for jit, layer, kept in ((False, "remote", 0), (True, "remote", 2), (True, "cache", 2)):  # a lock file, and nothing beside it
+        forget()
+        loaded = ag.load_set(here / "llama.lock", jit=jit)
+        assert loaded.layers() == ag.stats()["layers"] == {layer: 2}
+        assert len([*Cache(here / "cache").entries()]) == kept
+    shutil.rmtree(here / "cache")
     flip(here / "store" / "v1" / "kernels" / two[:2] / two / "kernel.so")
     assert cache.default().find(two) is None and Cache(here / "cache").lookup(two) is None
     monkeypatch.setenv("ATTNGEN_REMOTE_CACHE", f"file://{here}/nowhere")
@@ -1149,6 +1250,21 @@ def test_logs_and_the_debug_ladder_speak_on_hits(here, built, monkeypatch, capsy
         logs.configure("loud")
 
 
+def test_an_age_needs_its_unit(here, built, attngen):  # noqa: F811
+    """30 was 30 seconds, and emptied the cache."""
+    shutil.copytree(built / "cache", here / "cache")
+    for wrong in ("30", "1.5", "d", "30x", ""):
+        status, _, err = attngen("cache", "prune", "--max-age", wrong)
+        assert status == 2 and "required" in err, wrong
+    assert "30: required a number and one of s, m, h, d, such as 30d" in attngen("cache", "prune", "--max-age", "30")[2]
+    for entry in Cache(here / "cache").entries():  # in use two hours ago
+        path = entry.folder / "manifest.json"
+        path.write_text(sealed_text({**json.loads(path.read_text()), "created": time.time() - 7200}))
+    shutil.rmtree(here / "cache" / "v1" / "hits")
+    assert read_json(attngen("cache", "prune", "--max-age", "3h", "--json"))["removed"] == []
+    assert len(read_json(attngen("cache", "prune", "--max-age", "90m", "--json"))["removed"]) == 2
+
+
 def test_doctor_has_a_verdict_and_a_remedy(here, attngen, monkeypatch):  # noqa: F811
     monkeypatch.setenv("ATTNGEN_SYSTEM_CACHE", str(here / "llama.attnpack"))
     (here / "cache").mkdir(mode=0o700)
@@ -1156,7 +1272,42 @@ def test_doctor_has_a_verdict_and_a_remedy(here, attngen, monkeypatch):  # noqa:
     assert findings["layer system"]["found"].startswith("2 kernels") and findings["cache locks"]["ok"]
     (here / "cache").chmod(0o777)
     findings = {f["name"]: f for f in read_json(attngen("doctor", "--json"), status=1)["findings"]}
-    assert not findings["cache folder"]["ok"] and "chmod go-w" in findings["cache folder"]["remedy"]
+    assert findings["cache folder"]["verdict"] == "wrong" and "chmod go-w" in findings["cache folder"]["remedy"]
+
+
+def test_doctor_asks_a_server_for_nothing_that_builds(here, attngen, monkeypatch):  # noqa: F811
+    """On a root that is read-only, without a compiler."""
+    monkeypatch.setenv("ATTNGEN_CACHE_DIR", "/proc/nowhere")
+    monkeypatch.setenv("ATTNGEN_SYSTEM_CACHE", str(here / "llama.attnpack"))
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr(tempfile, "tempdir", str(here / "nowhere"))
+    monkeypatch.delenv("CXX", raising=False)
+    report = read_json(attngen("doctor", "--json"), status=1)
+    lacking = {f["name"] for f in report["findings"] if f["verdict"] == "missing"}
+    assert not report["cpu_backend"] and lacking == {"C++ compiler", "OpenMP", "cache folder"}
+    monkeypatch.setenv("ATTNGEN_JIT", "off")
+    report = read_json(attngen("doctor", "--json"))
+    found = {f["name"]: f for f in report["findings"]}
+    assert report["cpu_backend"] and found["layer system"]["found"].startswith("2 kernels")
+    assert all(found[name]["verdict"] == "absent" and found[name]["remedy"].startswith("none needed") for name in lacking)
+    assert "the CPU backend works here, with kernels that are there already" in attngen("doctor")[1]
+
+
+def test_doctor_says_which_kernels_of_a_layer_are_refused(here, built, signers, attngen, monkeypatch):  # noqa: F811
+    system = here / "system"
+    assert attngen("cache", "import", here / "llama.attnpack", "--into", system)[0] == 0
+    monkeypatch.setenv("ATTNGEN_SYSTEM_CACHE", str(system))
+
+    def layer() -> dict[str, object]:
+        return next(f for f in read_json(attngen("doctor", "--json"))["findings"] if f["name"] == "layer system")
+
+    assert layer()["verdict"] == "ok"
+    monkeypatch.setenv("ATTNGEN_TRUSTED_KEYS", str(signers[0].with_name("one.pub.pem")))
+    assert layer()["verdict"] == "wrong" and "all refused" in layer()["found"] and "--sign" in layer()["remedy"]
+    monkeypatch.delenv("ATTNGEN_TRUSTED_KEYS")
+    key = keys_of(here)[0]
+    flip(Cache(system).folder(key) / "kernel.so")
+    assert layer()["verdict"] == "wrong" and "2 kernels" in layer()["found"] and "1 refused: a damaged cache entry" in layer()["found"]
 
 
 # ---- CUDA ------------------------------------------------------------------------------------------------------------
