@@ -357,7 +357,7 @@ def cache_export(
 @cache_app.command("import")
 def cache_import(
     pack: Annotated[Path, typer.Argument(metavar="PACK", help="A file that `cache export` wrote.")],
-    into: Annotated[Path | None, typer.Option(help="Another cache folder, such as a system cache; default the user's.")] = None,
+    into: Annotated[Path | None, typer.Option(help="Another cache folder, readable by all users, such as a system cache; default the user's.")] = None,
     sha256: Annotated[str, typer.Option(help="The digest that the pack must have.")] = "",
     as_json: JsonFlag = False,
 ) -> None:
@@ -368,7 +368,7 @@ def cache_import(
     opened = Pack(pack)
     if sha256 and opened.digest != sha256.lower():
         raise ParameterError(f"{pack} is not the pack that was asked for.\n  required: sha256 {sha256}\n  found: {opened.digest}")
-    store = cache.Cache(into.absolute()) if into else cache.default()
+    store = cache.Cache(into.absolute(), shared=True) if into else cache.default()
     entries = [entry for key in opened.keys if (entry := opened.lookup(key, "pack")) is not None]
     for entry in entries:  # all of it, before any of it
         for read in opened.files(entry.key).values():
@@ -478,7 +478,11 @@ def _find_inputs(key: str, misses: Path, locks: Sequence[Path], manifests: Seque
     found = [{"key": m["key"], "variant": m.get("variant", ""), "inputs": m["inputs"]} for m in manifests
              if m["key"].startswith(key) and "inputs" in m]  # fmt: skip
     for path in sorted(misses.glob(f"{key}*.json")) if key.isalnum() else ():
-        found.append(json.loads(path.read_bytes()))
+        try:
+            noted = json.loads(path.read_bytes())
+            found.append({"key": noted["key"], "variant": noted["variant"], "inputs": dict(noted["inputs"])})
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            stderr().print(f"{path} is passed over, since it cannot be read: {error!r}", markup=False, soft_wrap=True)
     for path in locks:
         content = read_lock(path)
         for name, kernel in content["kernels"].items():
