@@ -336,7 +336,8 @@ class Cache:
             for name in ("locks", "building", "hits", "misses"):
                 self._make(self.base / name)
             shard = self.folder(key, shelf).parent
-            trust.check_inside(self.root, self.base, *(p for p in (shard.parent, shard) if p.exists()))  # of what is in them: damage
+            self._make(shard)
+            trust.check_inside(self.root, shard)  # what others can write below it is damage: it is built again
         with contextlib.ExitStack() as held:
             with self._writing(self.base / "locks" / f"{key}.lock"):
                 held.enter_context(key_lock(self.base / "locks", key, lambda: self._there(key, shelf)))

@@ -111,8 +111,7 @@ def _checked(text: bytes, folder: Path, key: str, layer: str) -> Entry:
     manifest = parse_manifest(text, folder, key)
     entry = Entry(key, folder, manifest, layer)
     if not layer.startswith("wheel:"):  # which lies where Python's packages do, and is trusted as they are
-        shard, shelf, base, root = folder.parents[:4]
-        trust.check_inside(root, base, shelf, shard, folder, folder / "manifest.json", entry.artifact)
+        trust.check_inside(folder.parents[3], folder, "manifest.json", manifest["artifact"])
     content = entry.read()
     if layer != CACHE or "origin" in manifest:  # what was built here needs no signature
         trust.check_signed(manifest, f"the kernel in {folder}")
@@ -132,31 +131,35 @@ def parse_manifest(text: bytes, place: Path, key: str) -> dict[str, Any]:
 
 
 # What people and later steps read of a manifest, where it is there; None is no value but where it stands here.
-_TYPES: dict[type | tuple[type, ...], str] = {
-    str: "artifact sha256 kind abi isa name variant compiler config symbol spec_hash python",
-    int: "format size params_size",
-    (int, float): "created seconds cpu_seconds",
-    list: "sources flags params",
-    dict: "files inputs origin signature",
-    (dict, type(None)): "problem choice",
+_TYPES = {
+    name: types
+    for types, names in (
+        (str, "artifact sha256 kind abi isa name variant compiler config symbol spec_hash python"),
+        (int, "format size params_size"),
+        ((int, float), "created seconds cpu_seconds"),
+        (list, "sources flags params"),
+        (dict, "files inputs origin signature"),
+        ((dict, type(None)), "problem choice"),
+    )
+    for name in names.split()
 }
+_PARAM = (str, str, int)
 
 
 def check_manifest(manifest: Any, place: Path, key: str) -> dict[str, Any]:
     """``manifest``, if it is one of this format and of ``key``, each field of its type. Raises CacheError."""
     try:
         found = (manifest["format"], manifest["key"])
-        for types, names in _TYPES.items():
-            for name in names.split():
-                if name in manifest and not isinstance(manifest[name], types):
-                    raise ValueError(f"{name} is {manifest[name]!r:.80}")
+        for name, value in manifest.items():
+            if name in _TYPES and not isinstance(value, _TYPES[name]):
+                raise ValueError(f"{name} is {value!r:.80}")
         hashes, params = manifest.get("files", {}), manifest.get("params", [])
         files = [manifest["artifact"], *manifest.get("sources", ()), *hashes]
         if not all(isinstance(name, str) and FILE_NAME.fullmatch(name) for name in files):
             raise ValueError("a name that is no plain file name")
         if not all(isinstance(x, str) for x in (manifest["sha256"], *hashes.values(), *manifest.get("flags", ()))):
             raise ValueError("a hash or a flag that is no text")
-        if not all(isinstance(p, list) and [type(x) for x in p] == [str, str, int] for p in params):
+        if {tuple(map(type, param)) for param in params} - {_PARAM}:
             raise ValueError("params that are not [type, name, offset]")
         if not isinstance((manifest.get("choice") or {}).get("fields", {}), dict) or manifest["size"] < 0:
             raise ValueError("a choice without fields, or a negative size")

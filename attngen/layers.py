@@ -42,11 +42,13 @@ class FolderLayer:
 
     def __init__(self, name: str, root: Path) -> None:
         self.name, self.root = name, root
+        self._private = False  # whether it was checked: then only we can change that
 
     def check_private(self) -> None:
         """Raises CacheError where others can write it. A wheel lies where Python's packages do, and is trusted as they are."""
-        if not self.name.startswith("wheel:"):
+        if not self._private and not self.name.startswith("wheel:"):
             trust.check_private(self.root)
+            self._private = os.path.exists(self.root)
 
     def lookup(self, key: str, shelf: str) -> Entry | None:
         self.check_private()
@@ -76,7 +78,7 @@ class FolderLayer:
         self.check_private()
         path = self.root / f"v{FORMAT}" / "sets" / f"{name}.lock"
         if not self.name.startswith("wheel:"):
-            trust.check_inside(self.root, path.parent.parent, path.parent, path)
+            trust.check_inside(self.root, path.parent, path.name)
         try:
             lock = json.loads(path.read_bytes())
         except (OSError, ValueError, RecursionError) as error:

@@ -33,11 +33,17 @@ def check_private(folder: Path, opened: int | None = None) -> None:
         _check(place, found, last)
 
 
-def check_inside(root: Path, *places: Path) -> None:
-    """Raises CacheError where others can write one of ``places`` below ``root``; nobody gets there where the root is closed."""
+def check_inside(root: Path, folder: Path, *names: str) -> None:
+    """Raises CacheError where others can write what lies between ``root`` and ``folder``, that, or its files ``names``. Nobody gets
+    there where the root is closed."""
+    top, at = os.fspath(root), os.fspath(folder)
+    places = [os.path.join(at, name) for name in names]
     try:
-        if not os.stat(root).st_mode & (stat.S_IXGRP | stat.S_IXOTH) or _shared_allowed():
+        if not os.stat(top).st_mode & (stat.S_IXGRP | stat.S_IXOTH) or _shared_allowed():
             return
+        while len(at) > len(top):
+            places.append(at)
+            at = os.path.dirname(at)
         seen = [(place, os.lstat(place)) for place in places]
     except OSError:
         return  # not there, or not ours to see: who uses it says so
@@ -68,7 +74,7 @@ def _way(path: Path) -> Iterator[tuple[Path, os.stat_result, bool]]:
             yield Path(name), found, not any(left)
 
 
-def _check(place: Path, found: os.stat_result, last: bool) -> None:
+def _check(place: Path | str, found: os.stat_result, last: bool) -> None:
     """``last``: nothing may be put into it; into a folder above it things may, where the sticky bit keeps others from ours."""
     link = stat.S_ISLNK(found.st_mode)
     others = not link and _others_write(found) and (last or not found.st_mode & stat.S_ISVTX)

@@ -19,9 +19,9 @@ from pathlib import Path
 import pytest
 import toy
 
-from attngen import cache
+from attngen import cache, counters
 from attngen.cache import Cache, sources_digest
-from attngen.errors import BuildError, CacheError, CacheWarning
+from attngen.errors import BuildError, CacheError, CacheWarning, MissingKernelError
 from attngen.locks import machine
 
 # One line a build in a log beside the cache; a flag file holds the build back until every process has asked.
@@ -233,11 +233,14 @@ def test_a_waiter_says_whom_it_waits_for(tmp_path, caplog):
     go.touch()
     process = toy.python(ASK, tmp_path / "cache", log, go, 4)
     wait_for(log.exists, "the other process never began to build", process)
+    counters.reset()
     with caplog.at_level(logging.INFO, logger="attngen.cache"):
         _, hit = Cache(tmp_path / "cache").get_or_build(toy.KEY, never)
     toy.finish(process)
     assert hit
     assert f"waiting for process {process.pid} on " in caplog.text
+    found = counters.stats()
+    assert [found[name] for name in ("waits", "hits", "misses", "builds")] == [1, 1, 0, 0]  # another process built it
 
 
 # ---- killed ----------------------------------------------------------------------------------------------------------
@@ -386,8 +389,10 @@ def test_a_failed_build_leaves_nothing_but_its_sources(store):
     def build(folder: Path):
         return compile_kernel({"kernel.cpp": "broken"}, toy.RECIPE, folder, keep_failed=store.failed(toy.KEY))
 
+    counters.reset()
     with pytest.raises(BuildError, match="broken"):
         store.get_or_build(toy.KEY, build)
+    assert [counters.stats()[name] for name in ("misses", "failed", "builds")] == [1, 1, 0]
     assert os.listdir(store.base / "building") == []
     assert (store.root / "failed" / toy.KEY / "kernel.cpp").read_text() == "broken"
     assert store.get_or_build(toy.KEY, plain())[1] is False  # the next one is not held up
@@ -416,6 +421,17 @@ def test_an_entry_that_is_removed_as_it_is_read_is_not_damaged(store, monkeypatc
     assert Cache(store.root).lookup(toy.KEY).read() == b"another"
     monkeypatch.setattr(entries, "parse_manifest", parse)
     assert not (store.base / "damaged").exists()
+
+
+def test_the_newest_misses_are_kept(store, monkeypatch):
+    monkeypatch.setattr(cache, "KEPT_MISSES", 10)
+    monkeypatch.setenv("ATTNGEN_JIT", "off")
+    (store.base / "misses").mkdir(parents=True)
+    for i in range(15):
+        with pytest.raises(MissingKernelError):
+            store.get_or_build(f"{i:064x}", never, inputs=lambda: {"backend": "cpu"})
+        os.utime(store.base / "misses" / f"{i:064x}.json", (i, i))
+    assert sorted(os.listdir(store.base / "misses")) == [f"{i:064x}.json" for i in range(5, 15)]
 
 
 WRONG = {

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import http.server
-import json
-import logging
 import os
 import shutil
 import subprocess
@@ -15,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import toy
 from test_cache import flip, never, others, plain  # noqa: F401
 from test_cli import attngen  # noqa: F401
@@ -160,6 +159,33 @@ def test_a_wheel_whose_package_is_gone_is_passed_over(tmp_path, value):
     program = "import sys, attngen, attngen.layers as l; print(l.installed(), l.troubles(), 'json.tool' in sys.modules)"
     said = toy.finish(toy.python(program, PYTHONPATH=f"{tmp_path}:{Path(ag.__file__).parent.parent}")).splitlines()[-1]
     assert said == f"() {{'wheel:gone': 'its entry point names {value}, which is no top-level package here'}} False"
+
+
+def test_a_kernel_counts_once(here, built, monkeypatch):  # noqa: F811
+    """That load_set built, or found and loaded, and a call then uses."""
+    from attngen.variants import Causal
+
+    def counted() -> list[int]:
+        q = torch.randn(1, 5, 2, 32)
+        ag.attention(q, q, q, Causal())
+        return [counters.stats()[name] for name in ("hits", "misses", "builds", "loads")]
+
+    for folder, expected in ((here / "cache", [0, 2, 2, 2]), (built / "cache", [2, 0, 0, 2])):
+        monkeypatch.setattr(load, "_cpu_kernels", {})
+        monkeypatch.setenv("ATTNGEN_CACHE_DIR", str(folder))
+        forget()
+        ag.load_set(here / "llama.toml")
+        assert counted() == expected
+        ag.load_set(here / "llama.toml")
+        assert counted() == expected
+
+
+def test_a_note_of_a_miss_that_is_damaged_is_passed_over(here, attngen):  # noqa: F811
+    misses = here / "cache" / "v1" / "misses"
+    misses.mkdir(parents=True)
+    (misses / f"{toy.KEY}.json").write_text('{"key": "ab')
+    status, _, err = attngen("explain-miss", toy.KEY)
+    assert status == 2 and "is passed over, since it cannot be read" in err and "nothing is known of this key" in err
 
 
 # ---- remote stores ---------------------------------------------------------------------------------------------------
