@@ -29,6 +29,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,8 @@ class Cache:
         """An entry that was fetched, or takes a damaged one's place, published here where that is possible."""
         if counters.jit_mode() != "off":
             try:
-                return self.adopt(entry)[0]
+                origin = {"origin": {"layer": entry.layer}, **entry.manifest}  # a wheel's has none; what has one is held to signatures
+                return self.adopt(replace(entry, manifest=origin))[0]
             except CacheError as error:
                 log.warning("%s is not kept: %s", entry.key, error)
         return entry
@@ -305,6 +307,7 @@ class Cache:
     def keep_lock(self, name: str, lock: Mapping[str, Any]) -> None:
         """Keep a set's lock file, for load_set to find by its name."""
         folder = self.base / "sets"
+        self.check_private()
         with self._writing(folder):
             self._make(folder)
             with written_whole(folder / f"{name}.lock") as private:

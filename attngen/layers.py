@@ -138,8 +138,8 @@ class RemoteLayer:
 
     def lookup(self, key: str, shelf: str) -> MemoryEntry | None:
         """The entry of ``key``, all its files in memory. Raises CacheError where it is damaged, OSError where the store does not
-        answer: one that was slow to fail has nothing for a while, for else every kernel of a set would wait for it."""
-        if shelf != "kernels" or time.monotonic() < self._quiet_until:
+        answer: one that was slow to fail is ``quiet`` for a while, for else every kernel of a set would wait for it."""
+        if shelf != "kernels":
             return None
         start = time.monotonic()
         try:
@@ -149,6 +149,11 @@ class RemoteLayer:
                 log.warning("remote: not asked again for %.0f s", QUIET_S)
                 self._quiet_until = time.monotonic() + QUIET_S
             raise
+
+    @property
+    def quiet(self) -> bool:
+        """Whether it is not to be asked now."""
+        return time.monotonic() < self._quiet_until
 
     def _entry(self, key: str) -> MemoryEntry | None:
         folder, where = self.folder(key), Path(self.folder(key))
@@ -353,11 +358,12 @@ def _pass_over(name: str, error: OSError) -> None:
 
 def look(layer: Layer, key: str, shelf: str) -> Entry | None:
     """``layer.lookup``, where a layer that is damaged, unsigned or out of reach has nothing."""
+    if isinstance(layer, RemoteLayer) and layer.quiet:
+        return None
     try:
         found = layer.lookup(key, shelf)
     except OSError as error:
         _pass_over(layer.name, error)
         return None
-    if found is not None:
-        _troubles.pop(layer.name, None)
+    _troubles.pop(layer.name, None)
     return found

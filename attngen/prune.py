@@ -29,11 +29,13 @@ class Usage:
 
     @property
     def origin(self) -> str:
-        """Where it came from: built here, or copied from a pack or a remote store."""
+        """Where it came from: built here, or copied from a pack, a remote store or another layer."""
         origin: dict[str, Any] = self.entry.manifest.get("origin") or {}
         if "pack" in origin:
             return f"pack {origin['pack']} {str(origin.get('sha256', ''))[:12]}"
-        return f"remote {origin['remote']}" if "remote" in origin else "built here"
+        if "remote" in origin:
+            return f"remote {origin['remote']}"
+        return str(origin.get("layer", "built here"))
 
 
 def usage(store: Cache) -> list[Usage]:
