@@ -17,7 +17,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from . import cache, counters, pins, tuned
+from . import cache, pins, tuned
 from .abi import BASE_FIELDS, LAUNCH_ABI, Layout, layout
 from .devices import as_device, cuda_index
 from .errors import CacheError, ParameterError, UnsupportedError

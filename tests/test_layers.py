@@ -17,7 +17,7 @@ import torch
 import toy
 from test_cache import flip, never, others, plain  # noqa: F401
 from test_cli import attngen  # noqa: F401
-from test_ship import built, forget, here, keys_of, packed, signers  # noqa: F401
+from test_ship import built, forget, here, keys_of, signers  # noqa: F401
 
 import attngen as ag
 from attngen import cache, counters, layers, load
