@@ -34,7 +34,10 @@ from pathlib import Path
 from typing import Any
 
 from . import counters, trust
-from .entry import FORMAT, Entry, cache_root, check_files, entry_folder, json_text, read_entry, sealed_text, sources_digest, written_whole
+from .entry import (
+    FORMAT, Entry, cache_root, check_files, check_manifest, entry_folder, fsync, json_text, read_entry, sealed_text, sources_digest,
+    written_whole,
+)  # fmt: skip
 from .errors import AttngenError, BuildError, CacheError, CacheWarning, JitWarning, MissingKernelError
 
 __all__ = ["FORMAT", "Cache", "Entry", "cache_root", "default", "sources_digest"]
@@ -45,7 +48,8 @@ KEPT_MISSES = 1000
 _TRIES = 3  # of a build whose folder another process removes meanwhile
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_CLOSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EIO, errno.ESTALE}
+_CLOSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EIO, errno.ESTALE, errno.EISDIR,
+           errno.ELOOP}
 
 log = logging.getLogger("attngen.cache")
 
@@ -61,11 +65,12 @@ def _cache_of(*environment: str | None) -> Cache:
 
 
 class Cache:
-    """One cache folder, made for its user alone (0700). Any number of threads and processes may use it at once.
-    ``layered``: the read-only layers are asked too."""
+    """One cache folder, made for its user alone. Any number of threads and processes may use it at once.
+    ``layered``: the read-only layers are asked too. ``shared``: what is made here is for other users to read, as a system cache."""
 
-    def __init__(self, root: Path, layered: bool = False) -> None:
+    def __init__(self, root: Path, layered: bool = False, shared: bool = False) -> None:
         self.root = root
+        self.shared = shared
         self.base = root / f"v{FORMAT}"
         self.layered = layered
         self._entries: dict[tuple[str, str], Entry] = {}
@@ -89,7 +94,7 @@ class Cache:
         return self.root / "failed" / key
 
     def check_private(self) -> None:
-        """Raises CacheError where others can write the root; once."""
+        """Raises CacheError where others can write the root or put theirs in its place; once, for then only we can change that."""
         if not self._private:
             trust.check_private(self.root)
             self._private = os.path.exists(self.root)  # no, where it is not ours to see
@@ -134,21 +139,27 @@ class Cache:
             for layer in layers.after():
                 entry = layers.look(layer, key, shelf)
                 if entry is not None:
-                    return self._keep(entry, damage) if layer.name == "remote" else entry
+                    if damage is not None:
+                        log.warning("%s is served from %s: %s", key, layer.name, damage)
+                    return self._keep(entry) if damage is not None or layer.name == "remote" else entry
         if damage is not None:
             raise damage
         return None
 
-    def _keep(self, entry: Entry, damage: CacheError | None) -> Entry:
-        """A fetched entry, published here where that is possible."""
-        if damage is None and counters.jit_mode() != "off":
-            with contextlib.suppress(CacheError):
-                return replace(self.adopt(entry)[0], layer=entry.layer)  # which had it: it is counted there
+    def _keep(self, entry: Entry) -> Entry:
+        """An entry that was fetched, or takes a damaged one's place, published here where that is possible."""
+        if counters.jit_mode() != "off":
+            try:
+                origin = {"origin": {"layer": entry.layer}, **entry.manifest}  # a wheel's has none; what has one is held to signatures
+                return replace(self.adopt(replace(entry, manifest=origin))[0], layer=entry.layer)  # which had it: it is counted there
+            except CacheError as error:
+                log.warning("%s is not kept: %s", entry.key, error)
         return entry
 
     def _count_hit(self, key: str, shelf: str) -> None:
-        """One byte more in the key's file of hits, where that can be written; nothing under ATTNGEN_JIT=off."""
-        if shelf == "kernels" and counters.jit_mode() != "off":
+        """One byte more in the key's file of hits, where that can be written: without a server's, a prune would remove what it
+        starts with."""
+        if shelf == "kernels":
             try:
                 handle = os.open(self.base / "hits" / key, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
             except OSError:
@@ -162,9 +173,9 @@ class Cache:
         found = []
         for path in self.base.glob(f"{shelf}/*/*/manifest.json"):
             try:
-                manifest = json.loads(path.read_bytes())
+                manifest = check_manifest(json.loads(path.read_bytes()), path.parent, path.parent.name)
                 found.append((manifest.get("created", 0.0), Entry(path.parent.name, path.parent, manifest)))
-            except (OSError, ValueError, AttributeError) as error:
+            except (OSError, ValueError, RecursionError) as error:
                 log.warning("unreadable manifest %s: %s", path, error)
         yield from (entry for _, entry in sorted(found, key=lambda pair: pair[0]))
 
@@ -188,7 +199,7 @@ class Cache:
     def clear(self) -> tuple[int, int]:
         """Removes everything but lock files: (kernels removed, bytes freed). Loaded kernels go on working."""
         before, count = self.size(), sum(1 for _ in self.entries())
-        folders = [self.base / name for name in ("kernels", "host", "damaged", "building", "hits", "misses", "sets", "tuned")]
+        folders = [self.base / name for name in ("kernels", "host", "damaged", "building", "hits", "misses", "sets", "tuned", "templates")]
         for folder in (*folders, self.root / "failed"):
             try:
                 shutil.rmtree(folder)
@@ -234,7 +245,6 @@ class Cache:
                 if mode == "off":
                     counters.count("refused")
                     raise damage or self._missing(key, shelf, title, inputs)
-                counters.count("misses")
                 log.info("compiling %s %s, which no layer has", title or shelf, key,
                          extra={"facts": {"event": "build", "key": key, "title": title}})  # fmt: skip
                 if mode == "warn":
@@ -242,9 +252,15 @@ class Cache:
                     log.info("%s", what, extra={"facts": {"event": "jit", "key": key, "title": title}})  # the warning is Python's
                     warnings.warn(JitWarning(what), stacklevel=2)
                 start = time.perf_counter()
-                entry, built = self._build_locked(key, build, shelf)
+                try:
+                    entry, built = self._build_locked(key, build, shelf)
+                except Exception:
+                    counters.count("misses")
+                    counters.count("failed")
+                    raise
                 if built:
                     took = time.perf_counter() - start
+                    counters.count("misses")
                     counters.count("builds")
                     counters.count("build_ms", 1e3 * took)
                     log.info("built %s %s in %.2f s", title or shelf, key, took,
@@ -257,7 +273,9 @@ class Cache:
             return entry, not built
 
     def remember(self, entry: Entry, shelf: str = "kernels") -> None:
-        """Serve `entry`, which was found elsewhere, from memory."""
+        """Serve `entry`, which ``find`` had, from memory: a hit, unless it was one before, or was built here."""
+        if (shelf, entry.key) not in self._entries:
+            counters.count("hits", layer=entry.layer)
         self._entries[shelf, entry.key] = entry.light()
 
     def forget(self, entry: Entry, shelf: str = "kernels") -> None:
@@ -265,7 +283,8 @@ class Cache:
         self._entries.pop((shelf, entry.key), None)
 
     def adopt(self, entry: Entry, shelf: str = "kernels") -> tuple[Entry, bool]:
-        """Publish a copy of an entry of another layer here. Returns it and whether it was there already."""
+        """Publish a copy of an entry of another layer here. Returns it and whether it was there already: a copy that lacks its
+        signature makes room. Raises CacheError, also where ``entry`` is damaged."""
         from .pack import files_of
 
         def copy(folder: Path) -> Mapping[str, Any]:
@@ -274,28 +293,38 @@ class Cache:
                 (folder / name).write_bytes(entry.file(name))
             return entry.manifest
 
-        there = None
+        def serves(there: Entry) -> bool:
+            try:
+                check_files(there)  # a source or the log, which no lookup reads
+            except CacheError:
+                return False
+            return "origin" not in there.manifest or trust.signer(entry.manifest) in ("", trust.signer(there.manifest))
+
         try:
-            if (there := self.lookup(entry.key, shelf)) is not None:
-                check_files(there)
-                return there, True
-        except CacheError as error:
-            if there is not None:  # a source or the log, which no lookup reads: what comes is whole
-                self._set_aside(entry.key, shelf, error)
-        return self._build_locked(entry.key, copy, shelf)[0], False
+            there = self.lookup(entry.key, shelf)
+        except CacheError:
+            there = None
+        if there is not None and serves(there):
+            return there, True
+        check_files(entry)
+        return self._build_locked(entry.key, copy, shelf, serves)[0], False
 
     def keep_lock(self, name: str, lock: Mapping[str, Any]) -> None:
         """Keep a set's lock file, for load_set to find by its name."""
         folder = self.base / "sets"
+        self.check_private()
         with self._writing(folder):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._make(folder)
             with written_whole(folder / f"{name}.lock") as private:
                 private.write_text(json_text(lock), encoding="utf-8")
+                private.chmod(self._file_mode)
 
-    def _build_locked(self, key: str, build: Callable[[Path], Mapping[str, Any]], shelf: str) -> tuple[Entry, bool]:
+    def _build_locked(
+        self, key: str, build: Callable[[Path], Mapping[str, Any]], shelf: str, serves: Callable[[Entry], bool] = lambda there: True
+    ) -> tuple[Entry, bool]:
         for attempt in range(_TRIES):
             try:
-                return self._build_once(key, build, shelf)
+                return self._build_once(key, build, shelf, serves)
             except CacheError as error:
                 # Someone cleared the cache while this process was building in it.
                 cause = error.__cause__
@@ -305,14 +334,18 @@ class Cache:
                 log.warning("the cache folder %s was removed during a build: once more", self.base)
         raise AssertionError
 
-    def _build_once(self, key: str, build: Callable[[Path], Mapping[str, Any]], shelf: str) -> tuple[Entry, bool]:
+    def _build_once(
+        self, key: str, build: Callable[[Path], Mapping[str, Any]], shelf: str, serves: Callable[[Entry], bool]
+    ) -> tuple[Entry, bool]:
         from .locks import key_lock, private_name
 
         self.check_private()
         with self._writing(self.base):
-            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            for name in ("", "locks", "building", "hits", "misses"):
-                (self.base / name).mkdir(exist_ok=True)
+            for name in ("locks", "building", "hits", "misses"):
+                self._make(self.base / name)
+            shard = self.folder(key, shelf).parent
+            self._make(shard)
+            trust.check_inside(self.root, shard)  # what others can write below it is damage: it is built again
         with contextlib.ExitStack() as held:
             with self._writing(self.base / "locks" / f"{key}.lock"):
                 held.enter_context(key_lock(self.base / "locks", key, lambda: self._there(key, shelf)))
@@ -321,19 +354,47 @@ class Cache:
                 entry = self.lookup(key, shelf)
             except CacheError as error:
                 damage, entry = error, None
-            if entry is not None:
+            if entry is not None and serves(entry):
                 return entry, False
             if damage is not None:
                 self._set_aside(key, shelf, damage)
+            elif entry is not None:
+                with self._writing(entry.folder), contextlib.suppress(FileNotFoundError):
+                    old = self.base / "building" / private_name()
+                    entry.folder.rename(old)
+                    held.callback(shutil.rmtree, old, ignore_errors=True)
             with self._writing(self.base / "building"):
                 folder = self.base / "building" / private_name()
-                folder.mkdir()
+                self._make(folder)
             self._collect_abandoned(folder)
             try:
                 with self._writing(folder):
                     return self._publish(key, shelf, folder, build(folder)), True
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
+
+    @property
+    def _folder_mode(self) -> int:
+        return 0o755 if self.shared else 0o700
+
+    @property
+    def _file_mode(self) -> int:
+        return 0o644 if self.shared else 0o600
+
+    def _make(self, folder: Path) -> None:
+        """Makes a folder and those above it that are not there, whatever the umask: for its user alone to write. Raises OSError."""
+        if folder.is_dir():
+            return
+        if not folder.parent.is_dir():
+            self._make(folder.parent)
+        try:
+            folder.mkdir(mode=0o700)
+        except FileExistsError:
+            if not folder.is_dir():  # else another process was faster
+                raise
+        else:
+            if self.shared:
+                folder.chmod(0o755)
 
     def _there(self, key: str, shelf: str) -> bool:
         try:
@@ -345,21 +406,24 @@ class Cache:
         artifact = described["artifact"]
         content = (folder / artifact).read_bytes()
         others = [name for name in (*described.get("sources", ()), "build.log") if (folder / name).is_file()]
-        manifest = {
-            **described,
+        hashes = {
             "format": FORMAT,
             "key": key,
             "size": len(content),
             "sha256": hashlib.sha256(content).hexdigest(),
             "files": {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in others},
-            "created": time.time(),
         }
+        # A copy has its own, which a signature may cover; what was copied was held to them.
+        manifest = {**described, **({} if "sha256" in described else hashes), "created": time.time()}
         (folder / "manifest.json").write_text(sealed_text(manifest), encoding="utf-8")
         # What a lookup checks must be on the disk before the name is; sources and log are for people to read.
+        for path in folder.iterdir():
+            if not path.is_symlink():
+                path.chmod(self._folder_mode if path.is_dir() else self._file_mode)
         for path in (folder / artifact, folder / "manifest.json", folder):
-            _fsync(path)
+            fsync(path)
         final = self.folder(key, shelf)
-        final.parent.mkdir(parents=True, exist_ok=True)
+        self._make(final.parent)
         try:
             folder.rename(final)
         except OSError as error:
@@ -370,14 +434,14 @@ class Cache:
             if other is None:
                 raise
             return other
-        _fsync(final.parent)
+        fsync(final.parent)
         return Entry(key, final, manifest)
 
     def _set_aside(self, key: str, shelf: str, damage: CacheError) -> None:
         counters.count("damaged")
         aside = self.base / "damaged"
         with self._writing(aside):
-            aside.mkdir(exist_ok=True)
+            self._make(aside)
             target = aside / f"{key}-{os.urandom(4).hex()}"
             try:
                 self.folder(key, shelf).rename(target)
@@ -410,10 +474,10 @@ class Cache:
         folder = self.base / shelf
         self.check_private()
         with self._writing(folder):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            private = folder / f".{name}.{os.getpid()}-{threading.get_ident()}"
-            private.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-            private.replace(folder / f"{name}.json")
+            self._make(folder)
+            with written_whole(folder / f"{name}.json") as private:
+                private.write_text(json_text(record), encoding="utf-8")
+                private.chmod(self._file_mode)
 
     # ---- misses ------------------------------------------------------------------------------------------------------
 
@@ -421,9 +485,13 @@ class Cache:
         """Keeps what a refused key was made of, where that can be written."""
         folder = self.base / "misses"
         with contextlib.suppress(OSError):
-            if facts and folder.is_dir() and len(os.listdir(folder)) < KEPT_MISSES:
+            if facts and folder.is_dir():
                 record = {"key": key, "variant": title, "inputs": facts}
-                (folder / f"{key}.json").write_text(json.dumps(record, indent=1, sort_keys=True, default=str) + "\n")
+                with written_whole(folder / f"{key}.json", sync=False) as private:
+                    private.write_text(json.dumps(record, indent=1, sort_keys=True, default=str) + "\n")
+                if len(os.listdir(folder)) > KEPT_MISSES:
+                    for path in sorted(folder.glob("*.json"), key=lambda p: p.stat().st_mtime)[: KEPT_MISSES // 10]:
+                        path.unlink(missing_ok=True)
 
     def _missing(self, key: str, shelf: str, title: str, inputs: Callable[[], Mapping[str, Any]]) -> MissingKernelError:
         if shelf == "host":
@@ -431,7 +499,7 @@ class Cache:
                 f"the host extension is not built, and nothing may be (ATTNGEN_JIT=off, or jit=False).\n  required: attngen._host, or {key} in the cache\n"
                 f"  found: neither\n  do: install attngen from a wheel, or run `attngen doctor` once with ATTNGEN_JIT=on"
             )
-        from . import explain
+        from . import explain, layers
 
         facts = inputs()
         self._note_miss(key, title, facts)
@@ -441,7 +509,7 @@ class Cache:
             hint = f"\n  nearest: {near.title} {near.key[:12]} differs in " + "; ".join(map(str, near.differences[:4]))
         return MissingKernelError(
             f"{title or 'a kernel'} is not there, and ATTNGEN_JIT=off.\n  required: key {key}\n"
-            f"  found: nothing under it in {self.root} or another layer{hint}\n"
+            f"  found: nothing under it in {self.root} or another layer{layers.passed_over()}{hint}\n"
             f"  do: build it with `attngen precompile SET.toml`, import a pack that has it, or set ATTNGEN_JIT=on"
         )
 
@@ -462,14 +530,6 @@ class Cache:
 
 
 # ---- helpers ---------------------------------------------------------------------------------------------------------
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _unusable(root: Path, tried: str, error: OSError) -> CacheError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,14 +35,24 @@ def count(name: str, amount: float = 1, layer: str = "") -> None:
             _layers[layer] += 1
 
 
+@contextmanager
+def timed(name: str, milliseconds: str) -> Iterator[None]:
+    """Add 1 to ``name`` and what it took to ``milliseconds``, where nothing is raised."""
+    start = time.perf_counter()
+    yield
+    count(name)
+    count(milliseconds, 1e3 * (time.perf_counter() - start))
+
+
 def stats() -> dict[str, Any]:
     """What this process did so far.
 
-    Returns a dict: ``hits`` (kernels found, and ``layers``, which layer of the cache had them), ``misses``, ``builds``,
-    ``build_ms``, ``waits`` and ``wait_ms`` (for other processes that built), ``loads``, ``load_ms``, ``refused`` (misses
-    under ATTNGEN_JIT=off) and ``damaged`` entries.
+    Returns a dict: ``hits`` (kernels found, each once, and ``layers``, which layer of the cache had them; also those that another
+    process built meanwhile), ``misses`` (kernels that this process had to build: ``builds``, ``build_ms``, and ``failed`` builds),
+    ``waits`` and ``wait_ms`` (for other processes that built), ``loads``, ``load_ms``, ``refused`` (kernels that were missing
+    under ATTNGEN_JIT=off) and ``damaged`` entries that were set aside.
     """
-    names = ("hits", "misses", "builds", "build_ms", "waits", "wait_ms", "loads", "load_ms", "refused", "damaged")
+    names = ("hits", "misses", "builds", "build_ms", "failed", "waits", "wait_ms", "loads", "load_ms", "refused", "damaged")
     with _lock:
         found: dict[str, Any] = {name: _counts[name] for name in names}
         return {**found, "layers": dict(_layers)}

@@ -132,12 +132,10 @@ def build(kernel: Specialised) -> tuple[cache.Entry, bool, float]:
 
         return Recipe("cubin", (f"{kernel.name}.cu",), kernel.flags, (), "kernel.cubin")
 
-    def render(compiled: Path) -> dict[str, str]:
+    def render() -> dict[str, str]:
         from .render_cuda import render_cuda
 
-        files = render_cuda(
-            kernel.name, kernel.hooks, kernel.config, kernel.layout, kernel.problem, kernel.title, compiled
-        )
+        files = render_cuda(kernel.name, kernel.hooks, kernel.config, kernel.layout, kernel.problem, kernel.title)
         main = f"{kernel.name}.cu"
         files[main], count = re.subn(rf"\battngen_{kernel.phase}\(", f"{kernel.symbol}(", files[main])
         assert count == 1, f"{main} defines attngen_{kernel.phase} {count} times"

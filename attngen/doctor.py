@@ -247,6 +247,7 @@ def _layers() -> list[Finding]:
             found.append(Finding(f"layer {layer.name}", ok, False, f"{len(keys)} kernels{place}", remedy, wrong=bool(refused)))
         except (AttngenError, OSError) as error:
             found.append(Finding(f"layer {layer.name}", False, False, str(error).splitlines()[0], "mend or remove it", wrong=True))
+    found += [Finding(f"layer {name}", False, False, why, "mend or remove it", wrong=True) for name, why in layers.troubles().items()]
     return found
 
 
@@ -265,8 +266,8 @@ def _refused(layer: Any, keys: list[str]) -> list[CacheError]:
 
 def _remote(layer: Any) -> Finding:
     try:
-        there = layer.fs.exists(layer.root)
-    except Exception as error:  # whatever its driver raises
+        there = layer.answers()
+    except (AttngenError, OSError) as error:
         remedy = "mend the network or its credentials, or unset ATTNGEN_REMOTE_CACHE"
         return Finding("layer remote", False, False, f"{layer.url}: {error}", remedy)
     remedy = "" if there else f"attngen cache push {layer.url}"

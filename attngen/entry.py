@@ -11,8 +11,9 @@ import hashlib
 import json
 import os
 import re
+import secrets
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -86,20 +87,36 @@ class Entry:
 def read_entry(folder: Path, key: str, layer: str = CACHE) -> Entry | None:
     """The entry of ``key`` in ``folder`` after a check of its format, size and sha256; None where there is no folder.
 
-    Raises CacheError where it is damaged, of another format, or unsigned though signatures are required; OSError where
-    the folder cannot be read.
+    Raises CacheError where it is damaged, of another format, others' to write, or unsigned though signatures are required;
+    OSError where the folder cannot be read.
     """
-    try:
-        text = (folder / "manifest.json").read_bytes()
-    except FileNotFoundError:
+    before = None
+    while True:
+        text = _manifest_text(folder)
+        if text is None:
+            return None
+        try:
+            return _checked(text, folder, key, layer)
+        except CacheError:
+            if text == before:
+                raise
+            before = text  # an entry that is removed or replaced as it is read is not damaged: once more
+
+
+def _manifest_text(folder: Path) -> bytes | None:
+    for _ in range(2):  # entries appear whole, and this one may have come between the two looks
+        with suppress(FileNotFoundError):
+            return (folder / "manifest.json").read_bytes()
         if not folder.is_dir():
             return None
-        try:  # again: entries appear whole, and this one may have come between the two looks
-            text = (folder / "manifest.json").read_bytes()
-        except FileNotFoundError:
-            raise damaged(folder, "a manifest.json", "none") from None
+    raise damaged(folder, "a manifest.json", "none")
+
+
+def _checked(text: bytes, folder: Path, key: str, layer: str) -> Entry:
     manifest = parse_manifest(text, folder, key)
     entry = Entry(key, folder, manifest, layer)
+    if not layer.startswith("wheel:"):  # which lies where Python's packages do, and is trusted as they are
+        trust.check_inside(folder.parents[3], folder, "manifest.json", manifest["artifact"])
     content = entry.read()
     if layer != CACHE or "origin" in manifest:  # what was built here needs no signature
         trust.check_signed(manifest, f"the kernel in {folder}")
@@ -118,14 +135,39 @@ def parse_manifest(text: bytes, place: Path, key: str) -> dict[str, Any]:
     return manifest
 
 
+# What people and later steps read of a manifest, where it is there; None is no value but where it stands here.
+_TYPES = {
+    name: types
+    for types, names in (
+        (str, "artifact sha256 kind abi isa name variant compiler config symbol spec_hash python"),
+        (int, "format size params_size"),
+        ((int, float), "created seconds cpu_seconds"),
+        (list, "sources flags params"),
+        (dict, "files inputs origin signature"),
+        ((dict, type(None)), "problem choice"),
+    )
+    for name in names.split()
+}
+_PARAM = (str, str, int)
+
+
 def check_manifest(manifest: Any, place: Path, key: str) -> dict[str, Any]:
-    """``manifest``, if it is one of this format and of ``key``. Raises CacheError."""
+    """``manifest``, if it is one of this format and of ``key``, each field of its type. Raises CacheError."""
     try:
         found = (manifest["format"], manifest["key"])
-        names = [manifest["artifact"], *manifest.get("sources", ()), *manifest.get("files", {})]
-        types = isinstance(manifest["size"], int) and isinstance(manifest["sha256"], str)
-        if not types or not all(isinstance(name, str) and FILE_NAME.fullmatch(name) for name in names):
-            raise ValueError("a field of another type, or a name that is no plain file name")
+        for name, value in manifest.items():
+            if name in _TYPES and not isinstance(value, _TYPES[name]):
+                raise ValueError(f"{name} is {value!r:.80}")
+        hashes, params = manifest.get("files", {}), manifest.get("params", [])
+        files = [manifest["artifact"], *manifest.get("sources", ()), *hashes]
+        if not all(isinstance(name, str) and FILE_NAME.fullmatch(name) for name in files):
+            raise ValueError("a name that is no plain file name")
+        if not all(isinstance(x, str) for x in (manifest["sha256"], *hashes.values(), *manifest.get("flags", ()))):
+            raise ValueError("a hash or a flag that is no text")
+        if {tuple(map(type, param)) for param in params} - {_PARAM}:
+            raise ValueError("params that are not [type, name, offset]")
+        if not isinstance((manifest.get("choice") or {}).get("fields", {}), dict) or manifest["size"] < 0:
+            raise ValueError("a choice without fields, or a negative size")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _no_manifest(place, error) from None
     if found != (FORMAT, key):
@@ -183,14 +225,28 @@ def sealed_text(manifest: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A private path beside ``path`` to write to: at the end it takes the place of ``path``, or on an error it goes."""
-    private = path.with_name(f".{path.name}.{os.getpid()}")
+def written_whole(path: Path, sync: bool = True) -> Iterator[Path]:
+    """A private path beside ``path`` to write to: at the end it takes the place of ``path``, or on an error it goes. ``sync``: its
+    content is on the disk before its name is. Raises OSError."""
+    # Random: a pid is 1 in every container.
+    private = path.with_name(f".{path.name[:200]}.{secrets.token_hex(8)}")
+    os.close(os.open(private, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
     try:
         yield private
+        if sync:
+            fsync(private)
         private.replace(path)
     finally:
         private.unlink(missing_ok=True)
+
+
+def fsync(path: Path) -> None:
+    """What was written to a file or folder is on the disk. Raises OSError."""
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def damaged(place: Path, required: str, found: str) -> CacheError:

@@ -6,7 +6,8 @@
     wheel:NAME   installed wheels of kernels, found through the entry point group "attngen.packs"
     remote       $ATTNGEN_REMOTE_CACHE: a URL for fsspec; what it has is copied into the user's cache, unless ATTNGEN_JIT=off
 
-The last two are asked only when all before them have nothing: looking for wheels costs milliseconds, a network more.
+The last two are asked only when all before them have nothing: looking for wheels costs milliseconds, a network more. A layer
+that is damaged or out of reach has nothing, and says so: in the log, and in ``troubles``.
 """
 
 from __future__ import annotations
@@ -15,18 +16,24 @@ import functools
 import json
 import logging
 import os
+import queue
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from . import trust
-from .entry import FORMAT, Entry, check_content, entry_folder, parse_manifest, read_entry, sealed_text
-from .errors import CacheError, ParameterError
+from .entry import FORMAT, Entry, check_content, check_files, check_manifest, damaged, entry_folder, parse_manifest, read_entry, sealed_text
+from .errors import AttngenError, CacheError, ParameterError
 from .pack import MAX_FILE, MemoryEntry, Pack, bare_manifest, files_of
 
 GROUP = "attngen.packs"
+MAX_MANIFEST = 4 << 20
+TIMEOUT_S = 30.0  # of one question to a remote store
+SLOW_S, QUIET_S = 5.0, 60.0
+Result = TypeVar("Result")
 log = logging.getLogger("attngen.cache")
 
 
@@ -35,11 +42,13 @@ class FolderLayer:
 
     def __init__(self, name: str, root: Path) -> None:
         self.name, self.root = name, root
+        self._private = False  # whether it was checked: then only we can change that
 
     def check_private(self) -> None:
         """Raises CacheError where others can write it. A wheel lies where Python's packages do, and is trusted as they are."""
-        if not self.name.startswith("wheel:"):
+        if not self._private and not self.name.startswith("wheel:"):
             trust.check_private(self.root)
+            self._private = os.path.exists(self.root)
 
     def lookup(self, key: str, shelf: str) -> Entry | None:
         self.check_private()
@@ -55,13 +64,21 @@ class FolderLayer:
                 yield json.loads(path.read_bytes())
 
     def sets(self) -> list[str]:
-        """The names of the sets whose lock files it has."""
-        return sorted(path.stem for path in (self.root / f"v{FORMAT}" / "sets").glob("*.lock"))
+        """The names of the sets whose lock files it has; none where it is out of reach."""
+        try:
+            return sorted(name[:-5] for name in os.listdir(self.root / f"v{FORMAT}" / "sets") if name.endswith(".lock"))
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            _pass_over(self.name, error)
+            return []
 
     def lock(self, name: str) -> Any:
         """A set's lock file. Raises CacheError."""
         self.check_private()
         path = self.root / f"v{FORMAT}" / "sets" / f"{name}.lock"
+        if not self.name.startswith("wheel:"):
+            trust.check_inside(self.root, path.parent, path.name)
         try:
             lock = json.loads(path.read_bytes())
         except (OSError, ValueError, RecursionError) as error:
@@ -103,6 +120,9 @@ class RemoteLayer:
             from fsspec.core import url_to_fs
 
             self.fs, self.root = url_to_fs(self.url)
+            self._quiet_until = 0.0
+            # Else fsspec asks an HTTP server for the size first, and takes any failure for a file that is not there.
+            self._stream = {"block_size": 0, "size": 1} if "http" in self.fs.protocol else {}
         except ImportError as error:
             raise ParameterError(
                 f"ATTNGEN_REMOTE_CACHE={url} needs {error.name or 'a driver'}.\n  required: fsspec, and its driver for the URL\n"
@@ -110,44 +130,126 @@ class RemoteLayer:
             ) from None
         except ValueError as error:
             raise ParameterError(f"ATTNGEN_REMOTE_CACHE={url}: required a URL that fsspec knows; found: {error}") from None
+        except Exception as error:  # whatever a driver raises that asks its network at once
+            raise CacheError(f"ATTNGEN_REMOTE_CACHE={url}: its driver does not start: {type(error).__name__}: {error}") from error
 
     def folder(self, key: str) -> str:
         return f"{self.root}/{entry_folder(key)}"
 
     def lookup(self, key: str, shelf: str) -> MemoryEntry | None:
-        """The entry of ``key``, all its files in memory. Raises CacheError where it is damaged, OSError."""
+        """The entry of ``key``, all its files in memory. Raises CacheError where it is damaged, OSError where the store does not
+        answer: one that was slow to fail is ``quiet`` for a while, for else every kernel of a set would wait for it."""
         if shelf != "kernels":
             return None
+        start = time.monotonic()
+        try:
+            return self._entry(key)
+        except OSError as error:
+            if not isinstance(error, CacheError) and time.monotonic() - start > SLOW_S:
+                log.warning("remote: not asked again for %.0f s", QUIET_S)
+                self._quiet_until = time.monotonic() + QUIET_S
+            raise
+
+    @property
+    def quiet(self) -> bool:
+        """Whether it is not to be asked now."""
+        return time.monotonic() < self._quiet_until
+
+    def _entry(self, key: str) -> MemoryEntry | None:
         folder, where = self.folder(key), Path(self.folder(key))
         try:
-            text = self._fetch(f"{folder}/manifest.json")
+            text = self._fetch(f"{folder}/manifest.json", MAX_MANIFEST)
         except FileNotFoundError:
             return None
         manifest = parse_manifest(text, where, key)
         trust.check_signed(manifest, f"the kernel in {self.url}/.../{key[:12]}")
         manifest["origin"] = {"remote": self.url}
-        held = {manifest["artifact"]: self._fetch(f"{folder}/{manifest['artifact']}")}
+        held: dict[str, bytes] = {}
+        entry = MemoryEntry(key, where, manifest, self.name, get=held.__getitem__)
+        for name in files_of(entry):  # the artifact, and the rest of what is signed
+            try:
+                held[name] = self._fetch(f"{folder}/{name}", MAX_FILE)
+            except FileNotFoundError as error:
+                raise damaged(where, f"a readable {name}", str(error)) from None
         check_content(where, manifest, held[manifest["artifact"]])
-        for name in manifest.get("files", manifest.get("sources", ())):
-            held[name] = self._fetch(f"{folder}/{name}")
-        return MemoryEntry(key, where, manifest, self.name, get=held.__getitem__)
+        check_files(entry)
+        return entry
 
-    def _fetch(self, path: str) -> bytes:
-        content: bytes = self.fs.cat_file(path, end=MAX_FILE + 1)  # whatever the store would send
-        if len(content) > MAX_FILE:
-            raise CacheError(f"{path} in {self.url}: required at most {MAX_FILE} bytes, found more")
-        return content
+    def _fetch(self, path: str, limit: int) -> bytes:
+        """A file of at most ``limit`` bytes. Raises CacheError, OSError."""
+
+        def read() -> bytes:
+            content = bytearray()
+            with self.fs.open(path, "rb", **self._stream) as file:  # not cat_file: without ranges a server sends all it likes
+                while piece := file.read(min(1 << 20, limit + 1 - len(content))):
+                    content += piece
+            if len(content) > limit:
+                raise CacheError(f"{path} in {self.url}: required at most {limit} bytes, found more")
+            return bytes(content)
+
+        return self._ask(read)
+
+    def _ask(self, work: Callable[[], Result]) -> Result:
+        """work(), for as long as TIMEOUT_S. Raises OSError, whatever the driver raised."""
+        answer: queue.SimpleQueue[tuple[Result | None, Exception | None]] = queue.SimpleQueue()
+
+        def run() -> None:
+            try:
+                answer.put((work(), None))
+            except Exception as error:
+                answer.put((None, error))
+
+        # A driver that hangs cannot be stopped, only left behind: the end of the process does not wait for a daemon.
+        threading.Thread(target=run, daemon=True, name="attngen-remote").start()
+        try:
+            found, error = answer.get(timeout=TIMEOUT_S)
+        except queue.Empty:
+            raise TimeoutError(f"no answer from {self.url} within {TIMEOUT_S:.0f} s") from None
+        if isinstance(error, OSError | AttngenError):
+            raise error
+        if error is not None:
+            raise OSError(f"{self.url}: {type(error).__name__}: {error}") from error
+        return cast(Result, found)
+
+    def answers(self) -> bool:
+        """Whether there is anything. Raises OSError."""
+        return self._ask(lambda: bool(self.fs.exists(self.root)))
 
     def store(self, entry: Entry, sign: Path | None = None) -> bool:
-        """Upload an entry unless it is there; its manifest last, so that who sees it finds the rest."""
-        folder = self.folder(entry.key)
-        if self.fs.exists(f"{folder}/manifest.json"):
+        """Upload an entry unless it is there whole and signed as asked; its manifest last, so that who sees it finds the rest.
+
+        Raises CacheError for a damaged entry, and where the store does not take it.
+        """
+        check_files(entry)
+        wanted, folder = bare_manifest(entry, sign), self.folder(entry.key)
+        try:
+            there = self._entry(entry.key)
+        except CacheError as error:
+            log.warning("remote: sent again: %s", error)
+            there = None
+        except OSError as error:
+            raise self._refused(error) from error
+        if there is not None and (trust.signer(wanted) in ("", trust.signer(there.manifest))):
             return False
-        self.fs.makedirs(folder, exist_ok=True)
-        for name in files_of(entry):
-            self.fs.pipe_file(f"{folder}/{name}", entry.file(name))
-        self.fs.pipe_file(f"{folder}/manifest.json", sealed_text(bare_manifest(entry, sign)).encode())
+        files = {name: entry.file(name) for name in files_of(entry)}
+
+        def send() -> None:
+            self.fs.makedirs(folder, exist_ok=True)
+            for name, content in files.items():
+                self.fs.pipe_file(f"{folder}/{name}", content)
+            self.fs.pipe_file(f"{folder}/manifest.json", sealed_text(wanted).encode())
+
+        try:
+            self._ask(send)
+        except OSError as error:
+            raise self._refused(error) from error
         return True
+
+    def _refused(self, error: OSError) -> CacheError:
+        return CacheError(
+            f"the store {self.url} does not take the kernels.\n  required: a store that can be read and written\n"
+            f"  found: {error}\n  do: mend the URL, the credentials or the network; HTTP stores are only read"
+        )
 
 
 Layer = FolderLayer | PackLayer | RemoteLayer
@@ -176,25 +278,34 @@ def after() -> Iterator[Layer]:
     yield from installed()
     url = os.environ.get("ATTNGEN_REMOTE_CACHE")
     if url:
-        yield _remote(url)
+        try:
+            remote = _remote(url, os.getpid())
+        except CacheError as error:
+            return _pass_over("remote", error)
+        yield remote
 
 
 @functools.lru_cache(maxsize=8)
 def _system(setting: str) -> tuple[FolderLayer | PackLayer, ...]:
+    """Read once a process: a layer that is mended is seen by the next one."""
     found: list[FolderLayer | PackLayer] = []
     for part in filter(None, setting.split(os.pathsep)):
         path = Path(part).expanduser()
-        if path.suffix == ".attnpack":
-            pack = Pack(path)
-            pack.check_private()
-            found.append(PackLayer("system", pack))
-        else:
-            found.append(FolderLayer("system", path))
+        try:
+            if path.suffix == ".attnpack":
+                pack = Pack(path)
+                pack.check_private()
+                found.append(PackLayer("system", pack))
+            elif os.stat(path):
+                found.append(FolderLayer("system", path))
+        except OSError as error:
+            _pass_over(f"system {path}", error)
     return tuple(found)
 
 
 @functools.lru_cache(maxsize=8)
-def _remote(url: str) -> RemoteLayer:
+def _remote(url: str, process: int) -> RemoteLayer:
+    """``process``: drivers keep threads, which a forked child has not."""
     return RemoteLayer(url)
 
 
@@ -206,9 +317,13 @@ def installed() -> tuple[FolderLayer, ...]:
 
     start, found = time.perf_counter(), []
     for point in sorted(entry_points(group=GROUP), key=lambda p: p.name):
-        spec = find_spec(point.value.partition(":")[0])
+        name = point.value.partition(":")[0].strip()
+        try:  # a name with dots would import the packages before them
+            spec = find_spec(name) if name.isidentifier() else None
+        except (ImportError, ValueError):
+            spec = None
         if spec is None or not spec.submodule_search_locations:
-            log.warning("the wheel of kernels %s names %s, which is no package here", point.name, point.value)
+            _pass_over(f"wheel:{point.name}", CacheError(f"its entry point names {point.value}, which is no top-level package here"))
             continue
         found.append(FolderLayer(f"wheel:{point.name}", Path(next(iter(spec.submodule_search_locations)))))
     log.debug("%d wheels of kernels, found in %.1f ms", len(found), 1e3 * (time.perf_counter() - start))
@@ -218,15 +333,37 @@ def installed() -> tuple[FolderLayer, ...]:
 def manifests() -> Iterator[Any]:
     """Of everything that the layers on this machine have, the user's cache aside."""
     for layer in (*before(), *_attached, *installed()):
-        yield from (m for m in layer.manifests() if isinstance(m, dict) and "key" in m)
+        for manifest in layer.manifests():
+            with suppress(CacheError):
+                yield check_manifest(manifest, Path(layer.name), manifest.get("key") if isinstance(manifest, dict) else "")
+
+
+_troubles: dict[str, str] = {}
+
+
+def troubles() -> dict[str, str]:
+    """The layers that were last passed over, and why."""
+    return dict(_troubles)
+
+
+def passed_over() -> str:
+    """``troubles`` as the end of a line that says what was not found."""
+    return "".join(f"; {name} passed over: {why}" for name, why in _troubles.items())
+
+
+def _pass_over(name: str, error: OSError) -> None:
+    log.warning("%s: passed over: %s", name, error)
+    _troubles[name] = str(error).splitlines()[0] if isinstance(error, CacheError) else f"out of reach: {error}"
 
 
 def look(layer: Layer, key: str, shelf: str) -> Entry | None:
     """``layer.lookup``, where a layer that is damaged, unsigned or out of reach has nothing."""
+    if isinstance(layer, RemoteLayer) and layer.quiet:
+        return None
     try:
-        return layer.lookup(key, shelf)
-    except CacheError as error:
-        log.warning("%s: passed over: %s", layer.name, error)
+        found = layer.lookup(key, shelf)
     except OSError as error:
-        log.warning("%s is out of reach: %s", layer.name, error)
-    return None
+        _pass_over(layer.name, error)
+        return None
+    _troubles.pop(layer.name, None)
+    return found

@@ -27,7 +27,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from . import cache
+from . import cache, counters
 from .abi import LAUNCH_ABI
 from .abi_cuda import CUDA_ABI
 from .errors import BuildError, LoadError
@@ -83,7 +83,7 @@ def load_kernel(entry: cache.Entry) -> LoadedKernel:
         raise _unloadable(entry.folder, f"a kernel that a CPU with {here} runs", f"one for {isa}")
     module = host()
     try:
-        with entry.opened() as name:
+        with entry.opened() as name, counters.timed("loads", "load_ms"):
             address = module.load_cpu(name, abi)
     except RuntimeError as error:
         raise _unloadable(entry.artifact, f"a library of launch ABI {abi}", str(error)) from None
@@ -116,11 +116,12 @@ def load_cubin(
     """
     _check_kind(entry, "cubin", CUDA_ABIS)
     _check_device(entry, device)
-    content = entry.content()
+    content, module = entry.content(), host()
     try:
-        found = host().CudaKernel(
-            content, symbol, device=device, threads=threads, shared_bytes=shared_bytes, dependent=dependent
-        )
+        with counters.timed("loads", "load_ms"):
+            found = module.CudaKernel(
+                content, symbol, device=device, threads=threads, shared_bytes=shared_bytes, dependent=dependent
+            )
     except RuntimeError as error:
         raise _unloadable(entry.artifact, f"a cubin for CUDA device {device}", str(error)) from None
     if entry.on_disk:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import functools
 import hashlib
 import json
@@ -24,12 +25,13 @@ from pathlib import Path
 from typing import Any
 
 from . import counters
+from .entry import written_whole
 
 BEAT_S = 10.0  # between two heartbeats of a builder
 SILENT_S = 60.0  # of a holder's silence, on the waiter's own clock, until it is taken for dead
 TIMEOUT_S = 900.0  # longer than any build: past it the waiter builds by itself
 
-_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+_HELD = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
 log = logging.getLogger("attngen.cache")
 
 
@@ -42,10 +44,14 @@ def key_lock(folder: Path, key: str, done: Callable[[], bool]) -> Iterator[None]
     """
     from filelock import FileLock, Timeout  # only where something is built: a hit imports nothing
 
-    lock = FileLock(folder / f"{key}.lock", thread_local=False)
+    path = folder / f"{key}.lock"
+    broken = _broken(path)  # asked of the OS: releases of filelock differ in what they wait for where there are no locks
+    lock = FileLock(path, thread_local=False)
     holder = _Holder(folder / f"{key}.holder")
     start, waits, locked = time.monotonic(), 0, False
-    while not locked:
+    if broken:
+        log.warning("no file locks in %s (%s): another process may build the same kernel too", folder, broken)
+    while not locked and not broken:
         try:
             lock.acquire(timeout=1 if waits == 0 else min(10.0, SILENT_S / 2))
             locked = True
@@ -60,9 +66,7 @@ def key_lock(folder: Path, key: str, done: Callable[[], bool]) -> Iterator[None]
             if holder.dead() or waited > TIMEOUT_S:
                 log.warning("%s no longer builds %s, but its lock stays: building it here", who, key)
                 break
-        except (OSError, NotImplementedError) as error:
-            if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
-                raise
+        except (OSError, NotImplementedError) as error:  # it worked a moment ago
             log.warning("no file locks in %s (%s): another process may build the same kernel too", folder, error)
             break
     if waits:
@@ -74,6 +78,18 @@ def key_lock(folder: Path, key: str, done: Callable[[], bool]) -> Iterator[None]
     finally:
         if locked:
             lock.release()
+
+
+def _broken(path: Path) -> OSError | None:
+    """What the file system says to a lock on ``path``, where it has none. Raises OSError where the file cannot be opened."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return None if error.errno in _HELD else error
+    finally:
+        os.close(handle)
+    return None
 
 
 class _Holder:
@@ -117,8 +133,7 @@ class _Holder:
             count = 0
             while not stop.wait(BEAT_S):
                 count += 1
-                with contextlib.suppress(OSError):
-                    self._write(count)
+                self._write(count)
 
         thread = threading.Thread(target=beat, daemon=True, name="attngen-lock")
         thread.start()
@@ -132,17 +147,19 @@ class _Holder:
 
     def _write(self, count: int) -> None:
         said = {"pid": os.getpid(), "machine": machine(), "host": socket.gethostname(), "beat": count}
-        self.path.write_text(json.dumps(said) + "\n", encoding="utf-8")
+        # A full disk ends the build by itself; without a heartbeat a waiter builds too. What has the name is replaced, not followed.
+        with contextlib.suppress(OSError), written_whole(self.path, sync=False) as private:
+            private.write_text(json.dumps(said) + "\n", encoding="utf-8")
 
 
 @functools.cache
 def machine() -> str:
-    """Names the space in which a pid means something: this host and, in a container, its pid namespace."""
-    try:
-        namespace = os.readlink("/proc/self/ns/pid")
-    except OSError:  # not Linux: the host alone
-        namespace = ""
-    return hashlib.sha256(f"{socket.gethostname()} {namespace}".encode()).hexdigest()[:8]
+    """Names the space in which a pid means something: this boot of this host and, in a container, its pid namespace. Hosts that were
+    cloned have one name, and the first namespace of each has one number."""
+    facts = [socket.gethostname()]
+    with contextlib.suppress(OSError):  # not Linux: the host alone
+        facts += [os.readlink("/proc/self/ns/pid"), Path("/proc/sys/kernel/random/boot_id").read_text().strip()]
+    return hashlib.sha256(" ".join(facts).encode()).hexdigest()[:8]
 
 
 def private_name() -> str:
@@ -160,7 +177,7 @@ def alive(pid: int) -> bool:
     """Whether a process of this machine lives (a zombie does not)."""
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # a number that no process has
         return False
     except PermissionError:  # another user's process
         return True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -30,11 +29,13 @@ class Usage:
 
     @property
     def origin(self) -> str:
-        """Where it came from: built here, or copied from a pack or a remote store."""
+        """Where it came from: built here, or copied from a pack, a remote store or another layer."""
         origin: dict[str, Any] = self.entry.manifest.get("origin") or {}
         if "pack" in origin:
-            return f"pack {origin['pack']} {origin['sha256'][:12]}"
-        return f"remote {origin['remote']}" if "remote" in origin else "built here"
+            return f"pack {origin['pack']} {str(origin.get('sha256', ''))[:12]}"
+        if "remote" in origin:
+            return f"remote {origin['remote']}"
+        return str(origin.get("layer", "built here"))
 
 
 def usage(store: Cache) -> list[Usage]:
@@ -96,23 +97,23 @@ def prune(store: Cache, max_bytes: int | None = None, max_age_s: float | None = 
         if old or (max_bytes is not None and total > max_bytes):
             doomed.append(item)
             total -= item.bytes
-    busy = in_use(store)
+    mapped = _mapped()
+    busy = {u.entry.key for u in doomed if _is_mapped(u.entry.artifact, mapped)}
     loaded = [u for u in doomed if u.entry.key in busy]
     doomed = [u for u in doomed if u.entry.key not in busy]
     if dry_run or not doomed:
         return Pruned(doomed, loaded)
     aside: list[tuple[Usage, Path]] = []
-    (store.base / "building").mkdir(exist_ok=True)
+    (store.base / "building").mkdir(mode=0o700, exist_ok=True)
     for item in doomed:
         target = store.base / "building" / private_name()
         with suppress(FileNotFoundError):  # another prune was here
             item.entry.folder.rename(target)
             aside.append((item, target))
-    # Who opened one between the look and the rename has it mapped under its new name by now.
-    moved = _mapped(os.path.realpath(store.base))
-    removed = []
+    # Who opened one between the look and the rename has it mapped by now.
+    mapped, removed = _mapped(), []
     for item, target in aside:
-        if any(path.startswith(f"{os.path.realpath(target)}/") for path in moved):
+        if _is_mapped(target / item.entry.artifact.name, mapped):
             with suppress(OSError):
                 target.rename(item.entry.folder)
                 loaded.append(item)
@@ -127,19 +128,26 @@ def prune(store: Cache, max_bytes: int | None = None, max_age_s: float | None = 
 
 def in_use(store: Cache) -> set[str]:
     """Keys of this cache that some process of this machine has mapped."""
-    start = os.path.realpath(store.base / "kernels") + "/"
-    return {path.removeprefix(start).split("/")[1] for path in _mapped(start) if path.count("/") > start.count("/") + 1}
+    mapped = _mapped()
+    return {entry.key for entry in store.entries() if _is_mapped(entry.artifact, mapped)}
 
 
-def _mapped(start: str) -> set[str]:
-    """Files that processes have mapped and whose paths begin with ``start``."""
+def _is_mapped(file: Path, mapped: set[tuple[int, str]]) -> bool:
+    with suppress(OSError):
+        return (file.stat().st_ino, file.name) in mapped
+    return False
+
+
+def _mapped() -> set[tuple[int, str]]:
+    """(inode, name) of the files that processes have mapped. Not their paths, which are others in a container that mounts the
+    cache elsewhere, nor their devices, of which file systems of several volumes name another here than stat does."""
     found = set()
     for maps in Path("/proc").glob("[0-9]*/maps"):
         with suppress(OSError):
             for line in maps.read_text(errors="replace").splitlines():
-                path = line.partition("/")
-                if path[1] and ("/" + path[2]).startswith(start):
-                    found.add("/" + path[2])
+                fields = line.split(None, 5)
+                if len(fields) == 6 and "/" in fields[5]:
+                    found.add((int(fields[4]), fields[5].rpartition("/")[2]))
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from .abi import Layout
@@ -14,13 +13,11 @@ from .spec import Problem
 
 
 def render_cuda(
-    name: str, hooks: Hooks | None, config: Any, layout: Layout, problem: Problem | None, title: str,
-    compiled: Path | None = None,
-) -> dict[str, str]:  # fmt: skip
-    """The source of kernel ``name`` ("plan", "decode", "append" ...) and the headers it includes; ``compiled`` as in
-    ``render_cpu``."""
+    name: str, hooks: Hooks | None, config: Any, layout: Layout, problem: Problem | None, title: str
+) -> dict[str, str]:
+    """The source of kernel ``name`` ("plan", "decode", "append" ...) and the headers it includes."""
     folder = templates_dir() / "cuda"
-    template = environment(compiled).get_template(f"cuda/{name}.cu.jinja")
+    template = environment().get_template(f"cuda/{name}.cu.jinja")
     text = template.render(
         hooks=hooks, config=config, params=layout.fields, params_size=layout.size, problem=problem, title=" ".join(title.split()),
         pointers=MERGE_POINTERS,

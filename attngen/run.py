@@ -17,7 +17,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from . import cache, counters, pins, tuned
+from . import cache, pins, tuned
 from .abi import BASE_FIELDS, LAUNCH_ABI, Layout, layout
 from .devices import as_device, cuda_index
 from .errors import CacheError, ParameterError, UnsupportedError
@@ -109,8 +109,6 @@ _records: list[BuildRecord] = []  # appending and copying are atomic
 def record_build(record: BuildRecord) -> None:
     """Add to the log."""
     _records.append(record)
-    counters.count("loads")
-    counters.count("load_ms", 1e3 * record.load_seconds)
 
 
 def build_log() -> list[BuildRecord]:
@@ -250,13 +248,11 @@ def compiler_digest() -> str:
 
 
 def build_artifact(
-    key: str, recipe: Callable[[], Any], render: Callable[[Path], dict[str, str]], described: Callable[[], Mapping[str, Any]],
-    title: str,
+    key: str, recipe: Callable[[], Any], render: Callable[[], dict[str, str]], described: Callable[[], Mapping[str, Any]], title: str
 ) -> tuple[cache.Entry, bool]:  # fmt: skip
     """The artifact of ``key``: from the cache, or rendered and compiled now; and whether it was there.
 
-    ``render`` is given the folder where Jinja keeps compiled templates; ``described`` makes the manifest's own fields,
-    ``inputs`` among them: what went into the key.
+    ``render`` makes the source files; ``described`` the manifest's own fields, ``inputs`` among them: what went into the key.
     """
     store = cache.default()
 
@@ -264,9 +260,7 @@ def build_artifact(
         from .build import compile_kernel
         from .render import locate
 
-        compiled = store.base / "templates"
-        compiled.mkdir(mode=0o700, exist_ok=True)
-        files = render(compiled)
+        files = render()
         result = compile_kernel(
             files, recipe(), folder, locate=lambda file, line: locate(files, file, line), keep_failed=store.failed(key)
         )
@@ -325,10 +319,10 @@ def build_cpu(variant: Variant, problem: Problem) -> tuple[Choice, str, Layout, 
 
         return Recipe("cpu", (MAIN,), flags, ("-fopenmp",))
 
-    def render(compiled: Path) -> dict[str, str]:
+    def render() -> dict[str, str]:
         from .render import render_cpu
 
-        return render_cpu(hooks, choice.config, struct_layout, problem, variant.name, compiled)
+        return render_cpu(hooks, choice.config, struct_layout, problem, variant.name)
 
     def described() -> dict[str, Any]:
         rooms = [PACKAGE / f"{room}.py" for room in _COMPILER_ROOMS]

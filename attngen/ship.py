@@ -413,7 +413,7 @@ def cache_export(
 @cache_app.command("import")
 def cache_import(
     pack: Annotated[Path, typer.Argument(metavar="PACK", help="A file that `cache export` wrote.")],
-    into: Annotated[Path | None, typer.Option(help="Another cache folder, such as a system cache; default the user's.")] = None,
+    into: Annotated[Path | None, typer.Option(help="Another cache folder, readable by all users, such as a system cache; default the user's.")] = None,
     sha256: Annotated[str, typer.Option(help="The digest that the pack must have.")] = "",
     as_json: JsonFlag = False,
 ) -> None:
@@ -425,7 +425,7 @@ def cache_import(
     opened = Pack(pack)
     if sha256 and opened.digest != sha256.lower():
         raise ParameterError(f"{pack} is not the pack that was asked for.\n  required: sha256 {sha256}\n  found: {opened.digest}")
-    store = cache.Cache(into.absolute()) if into else cache.default()
+    store = cache.Cache(into.absolute(), shared=True) if into else cache.default()
     if opened.lock is not None:
         check_lock(opened.lock, f"the lock file in {pack}")
     for key in opened.keys:  # all of it, before any of it; one kernel at a time is held
@@ -545,9 +545,10 @@ def _find_inputs(key: str, misses: Path, locks: Sequence[Path], manifests: Seque
              if m["key"].startswith(key) and "inputs" in m]  # fmt: skip
     for path in sorted(misses.glob(f"{key}*.json")) if key.isalnum() else ():
         try:
-            found.append(json.loads(path.read_bytes()))
-        except (OSError, ValueError) as error:  # cut short by a full disk, or not ours to read
-            stderr().print(f"passed over {path}: {error}", style="yellow", markup=False, soft_wrap=True)
+            noted = json.loads(path.read_bytes())
+            found.append({"key": noted["key"], "variant": noted["variant"], "inputs": dict(noted["inputs"])})
+        except (OSError, ValueError, KeyError, TypeError) as error:  # cut short by a full disk, or not ours to read
+            stderr().print(f"passed over {path}: {error!r}", style="yellow", markup=False, soft_wrap=True)
     for content in _locks(locks):
         for name, kernel in content["kernels"].items():
             if name.startswith(key):

@@ -163,7 +163,7 @@ def _find(source: str | os.PathLike[str]) -> tuple[Path, dict[str, Any] | None]:
         names = ", ".join(dict.fromkeys(known)) or "none"
         raise ParameterError(
             f"no set named {text!r}.\n  required: a set of an imported pack or an installed wheel of kernels, or a path that ends "
-            f"in .toml, .lock or .attnpack\n  found: {names}\n  do: attngen cache import {text}.attnpack"
+            f"in .toml, .lock or .attnpack\n  found: {names}{layers.passed_over()}\n  do: attngen cache import {text}.attnpack"
         )
     raise ParameterError(f"{text}: required a path that ends in .toml, .lock or .attnpack, or the name of an imported set")
 
@@ -300,10 +300,9 @@ def _load(path: Path, lock: Mapping[str, Any] | None, here: Mapping[str, str], d
             missing[key] = str(error).splitlines()[0]
             continue
         if entry is None:
-            missing[key] = "in no layer"
+            missing[key] = f"in no layer{layers.passed_over()}"
         if entry is None or missing:
             continue  # nothing more is loaded, but all that is missing is named
-        counters.count("hits", layer=entry.layer)
         read = time.perf_counter()
         try:
             load(entry)  # at once: what was read to be checked need not be held longer
@@ -372,19 +371,13 @@ def _serves(unit: Mapping[str, Any], roles: Sequence[Mapping[str, Any]], path: P
 def _loader(device: torch.device | None) -> Callable[[Entry], Any]:
     """How a kernel is loaded; what a GPU's kernels need is imported now."""
 
-    def load_cpu(entry: Entry) -> None:
-        begun = time.perf_counter()
-        load_kernel(entry)
-        counters.count("loads")
-        counters.count("load_ms", 1e3 * (time.perf_counter() - begun))
-
     if device is None:
-        return load_cpu
+        return load_kernel
     from . import cuda, engine
 
-    def load(entry: Entry) -> None:
+    def load(entry: Entry) -> Any:
         if entry.manifest.get("kind") == "cpu":
-            return load_cpu(entry)
+            return load_kernel(entry)
         assert device.index is not None
         engine.load(cuda.from_entry(entry, None), device.index)
 

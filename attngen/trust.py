@@ -12,7 +12,8 @@ import functools
 import json
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +23,89 @@ OF_THE_COPY = ("signature", "seal", "created", "seconds", "cpu_seconds", "origin
 
 
 def check_private(folder: Path, opened: int | None = None) -> None:
-    """Raises CacheError where others than root and this process's user can write ``folder``, or a pack, which is ``opened`` under
-    that descriptor. One stat."""
+    """Raises CacheError where others than root and this process's user can write ``folder`` or put another in its place: every
+    folder and link that its name leads through is looked at. Of a pack, which is ``opened`` under that descriptor, what is open."""
+    if _shared_allowed():
+        return
+    if opened is not None:
+        return _check(folder, os.fstat(opened), True)
+    for place, found, last in _way(folder):
+        _check(place, found, last)
+
+
+def check_inside(root: Path, folder: Path, *names: str) -> None:
+    """Raises CacheError where others can write what lies between ``root`` and ``folder``, that, or its files ``names``. Nobody gets
+    there where the root is closed."""
+    top, at = os.fspath(root), os.fspath(folder)
+    places = [os.path.join(at, name) for name in names]
     try:
-        found = os.stat(folder if opened is None else opened)
+        if not os.stat(top).st_mode & (stat.S_IXGRP | stat.S_IXOTH) or _shared_allowed():
+            return
+        while len(at) > len(top):
+            places.append(at)
+            at = os.path.dirname(at)
+        seen = [(place, os.lstat(place)) for place in places]
     except OSError:
         return  # not there, or not ours to see: who uses it says so
-    others = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    stranger = found.st_uid not in (0, os.geteuid())
-    if not (others or stranger) or os.environ.get("ATTNGEN_ALLOW_SHARED_CACHE") == "1":
+    for place, found in seen:
+        _check(place, found, True)
+
+
+def _shared_allowed() -> bool:
+    return os.environ.get("ATTNGEN_ALLOW_SHARED_CACHE") == "1"
+
+
+def _way(path: Path) -> Iterator[tuple[Path, os.stat_result, bool]]:
+    """Each folder and link that ``path`` leads through, as far as this user can see, and whether it is the last."""
+    at, left, links = "/", os.path.join(os.getcwd(), path).split("/")[::-1], 0
+    with suppress(OSError):
+        while left and links < 40:
+            part = left.pop()
+            if part in ("", ".", ".."):
+                at = os.path.dirname(at) if part == ".." else at
+                continue
+            name = os.path.join(at, part)
+            found = os.lstat(name)
+            if stat.S_ISLNK(found.st_mode):
+                links, target = links + 1, os.readlink(name)
+                left += target.split("/")[::-1]
+            else:
+                at = name
+            yield Path(name), found, not any(left)
+
+
+def _check(place: Path | str, found: os.stat_result, last: bool) -> None:
+    """``last``: nothing may be put into it; into a folder above it things may, where the sticky bit keeps others from ours."""
+    link = stat.S_ISLNK(found.st_mode)
+    others = not link and _others_write(found) and (last or not found.st_mode & stat.S_ISVTX)
+    if not others and found.st_uid in (0, os.geteuid()):
         return
     what = f"mode {stat.S_IMODE(found.st_mode):04o}" if others else f"owned by user {found.st_uid}, not {os.geteuid()}"
+    remedy = f"chmod {'go-w' if last else '+t'} {place}" if others else f"chown {'-h ' if link else ''}it"
     raise CacheError(
-        f"{folder} can be written by others, who could run code as you through it.\n"
-        f"  required: a cache folder or pack that only its user (or root) can write\n  found: {what}\n"
-        f"  do: {f'chmod go-w {folder}' if others else 'chown it'}, or set ATTNGEN_CACHE_DIR to a new folder inside it, which is "
-        "made with mode 0700 (ATTNGEN_ALLOW_SHARED_CACHE=1 takes it as it is)"
+        f"{place} can be written by others, who could run code as you through it.\n"
+        f"  required: a cache folder or pack that only its user (or root) can write, and no folder above it where others can put "
+        f"theirs in its place\n  found: {what}\n  do: {remedy} (after a look at what is in it), or set ATTNGEN_CACHE_DIR to a folder "
+        "whose parents are yours or root's (ATTNGEN_ALLOW_SHARED_CACHE=1 takes it as it is)"
     )
+
+
+def _others_write(found: os.stat_result) -> bool:
+    mode = found.st_mode
+    return bool(mode & stat.S_IWOTH or (mode & stat.S_IWGRP and not _own_group(found.st_gid, os.geteuid())))
+
+
+@functools.lru_cache(maxsize=32)
+def _own_group(gid: int, uid: int) -> bool:
+    """Whether the group is the user's alone, of the user's name: there the umask is 002."""
+    import grp
+    import pwd
+
+    try:
+        user, group = pwd.getpwuid(uid), grp.getgrgid(gid)
+    except KeyError:
+        return False
+    return uid != 0 and user.pw_gid == gid and group.gr_name == user.pw_name and not {*group.gr_mem} - {user.pw_name}
 
 
 # ---- signatures ------------------------------------------------------------------------------------------------------
@@ -57,6 +124,12 @@ def sign(record: Mapping[str, Any], key_file: Path) -> dict[str, Any]:
     public = key.public_key().public_bytes_raw()
     signature = {"key": public.hex(), "ed25519": key.sign(signed_bytes(record)).hex()}
     return {**record, "signature": signature}
+
+
+def signer(record: Mapping[str, Any]) -> str:
+    """The public key of who signed ``record``, in hex and unchecked; "" where nobody did."""
+    found = record.get("signature")
+    return str(found.get("key", "")) if isinstance(found, dict) else ""
 
 
 def required() -> bool:

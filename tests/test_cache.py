@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import logging
 import multiprocessing
@@ -15,13 +16,12 @@ import threading
 import time
 from pathlib import Path
 
-import filelock
 import pytest
 import toy
 
-from attngen import cache
+from attngen import cache, counters
 from attngen.cache import Cache, sources_digest
-from attngen.errors import BuildError, CacheError, CacheWarning
+from attngen.errors import BuildError, CacheError, CacheWarning, MissingKernelError
 from attngen.locks import machine
 
 # One line a build in a log beside the cache; a flag file holds the build back until every process has asked.
@@ -200,11 +200,16 @@ def test_thirty_two_forked_processes_build_once(tmp_path):
     assert log.read_text() == "build\n"
 
 
-def test_without_working_file_locks_all_are_served(tmp_path, monkeypatch):
-    def no_locks(self, *args, **kwargs):
-        raise OSError(errno.ENOLCK, "No locks available")
+@pytest.mark.parametrize("code", ["ENOLCK", "ENOSYS", "EOPNOTSUPP", "EINVAL"])
+def test_without_working_file_locks_all_are_served(tmp_path, monkeypatch, caplog, code):
+    """What a file system without them says is no lock that another holds: releases of filelock wait for some of these."""
+    def no_locks(handle, operation):
+        raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
 
-    monkeypatch.setattr(filelock.FileLock, "acquire", no_locks)
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    caplog.set_level(logging.INFO, logger="attngen.cache")
+    (tmp_path / "cache" / "v1" / "locks").mkdir(parents=True)
+    (tmp_path / "cache" / "v1" / "locks" / f"{toy.KEY}.lock").touch()
     stores, results = [Cache(tmp_path / "cache") for _ in range(4)], []  # as four processes: they share only the disk
     start = threading.Barrier(4)
 
@@ -220,6 +225,7 @@ def test_without_working_file_locks_all_are_served(tmp_path, monkeypatch):
     assert len(results) == 4
     assert {entry.artifact.read_bytes() for entry, _ in results} == {b"artifact"}
     assert os.listdir(stores[0].base / "building") == []
+    assert caplog.text.count("no file locks in") == 4 and "waiting for" not in caplog.text
 
 
 def test_a_waiter_says_whom_it_waits_for(tmp_path, caplog):
@@ -227,11 +233,14 @@ def test_a_waiter_says_whom_it_waits_for(tmp_path, caplog):
     go.touch()
     process = toy.python(ASK, tmp_path / "cache", log, go, 4)
     wait_for(log.exists, "the other process never began to build", process)
+    counters.reset()
     with caplog.at_level(logging.INFO, logger="attngen.cache"):
         _, hit = Cache(tmp_path / "cache").get_or_build(toy.KEY, never)
     toy.finish(process)
     assert hit
     assert f"waiting for process {process.pid} on " in caplog.text
+    found = counters.stats()
+    assert [found[name] for name in ("waits", "hits", "misses", "builds")] == [1, 1, 0, 0]  # another process built it
 
 
 # ---- killed ----------------------------------------------------------------------------------------------------------
@@ -380,11 +389,113 @@ def test_a_failed_build_leaves_nothing_but_its_sources(store):
     def build(folder: Path):
         return compile_kernel({"kernel.cpp": "broken"}, toy.RECIPE, folder, keep_failed=store.failed(toy.KEY))
 
+    counters.reset()
     with pytest.raises(BuildError, match="broken"):
         store.get_or_build(toy.KEY, build)
+    assert [counters.stats()[name] for name in ("misses", "failed", "builds")] == [1, 1, 0]
     assert os.listdir(store.base / "building") == []
     assert (store.root / "failed" / toy.KEY / "kernel.cpp").read_text() == "broken"
     assert store.get_or_build(toy.KEY, plain())[1] is False  # the next one is not held up
+
+
+def test_an_entry_that_is_removed_as_it_is_read_is_not_damaged(store, monkeypatch):
+    """By a prune between its manifest and its artifact; then another build's may have its place."""
+    from attngen import entry as entries
+
+    entry, _ = store.get_or_build(toy.KEY, plain())
+    parse, then = entries.parse_manifest, []
+
+    def removed(text, place, key):
+        if len(then) < 2:
+            shutil.rmtree(entry.folder)
+            for act in then:
+                act()
+            then.append(lambda: Cache(store.root).get_or_build(toy.KEY, plain(b"another")))
+        return parse(text, place, key)
+
+    monkeypatch.setattr(entries, "parse_manifest", removed)
+    assert Cache(store.root).lookup(toy.KEY) is None
+    monkeypatch.setattr(entries, "parse_manifest", parse)
+    Cache(store.root).get_or_build(toy.KEY, plain())
+    monkeypatch.setattr(entries, "parse_manifest", removed)
+    assert Cache(store.root).lookup(toy.KEY).read() == b"another"
+    monkeypatch.setattr(entries, "parse_manifest", parse)
+    assert not (store.base / "damaged").exists()
+
+
+def test_the_newest_misses_are_kept(store, monkeypatch):
+    monkeypatch.setattr(cache, "KEPT_MISSES", 10)
+    monkeypatch.setenv("ATTNGEN_JIT", "off")
+    (store.base / "misses").mkdir(parents=True)
+    for i in range(15):
+        with pytest.raises(MissingKernelError):
+            store.get_or_build(f"{i:064x}", never, inputs=lambda: {"backend": "cpu"})
+        os.utime(store.base / "misses" / f"{i:064x}.json", (i, i))
+    assert sorted(os.listdir(store.base / "misses")) == [f"{i:064x}.json" for i in range(5, 15)]
+
+
+WRONG = {
+    "cpu_seconds": "abc", "created": "now", "seconds": [1], "problem": "x", "choice": [1], "variant": ["[red]"], "isa": 5, "abi": ["x"],
+    "sources": None, "params": [3], "compiler": 3, "files": ["kernel.cpp"], "kind": ["cpu"], "name": ["x"], "flags": [1], "inputs": "x",
+    "origin": "x",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", WRONG)
+def test_a_field_of_another_type_is_damage(store, field):
+    """From a pack or in a folder: what lists or counts entries would end in it."""
+    from attngen.entry import json_text
+    from attngen.pack import Pack, write_pack
+    from attngen.prune import usage
+
+    entry, _ = store.get_or_build(toy.KEY, plain())
+    wrong = {**entry.manifest, field: WRONG[field]}
+    (entry.folder / "manifest.json").write_text(json_text(wrong))
+    with pytest.raises(CacheError, match="a manifest.json with format, key"):
+        Cache(store.root).lookup(toy.KEY)
+    assert usage(store) == [] and list(store.manifests()) == []
+    (entry.folder / "kernel.cpp").write_text("source")
+    bad = cache.Entry(toy.KEY, entry.folder, {**wrong, "files": {}} if field in ("sources", "files") else wrong)
+    if field not in ("sources", "files"):
+        write_pack(store.root / "bad.attnpack", "bad", [bad])
+        if field not in ("created", "seconds", "cpu_seconds", "origin"):  # a pack leaves out what belongs to one copy
+            with pytest.raises(CacheError, match="(?s)nothing was taken from it|damaged cache entry"):
+                Pack(store.root / "bad.attnpack")
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+KEEP = """
+import json, sys, time
+from pathlib import Path
+from attngen.cache import Cache
+store, mine = Cache(Path(sys.argv[1])), {"by": sys.argv[2], "filler": sys.argv[2] * int(sys.argv[3])}
+import os; os.getpid = lambda: 1  # as in a container
+end = time.monotonic() + 3
+while time.monotonic() < end:
+    store.keep_lock("llama", mine)
+    found = json.loads((store.base / "sets" / "llama.lock").read_bytes())
+    assert len(found["filler"]) in map(int, sys.argv[3:]), len(found["filler"])
+"""
+
+
+def test_writers_of_one_file_never_tear_it(tmp_path):
+    """As two containers over one cache, in each of which the process is number 1."""
+    Cache(tmp_path).keep_lock("llama", {"filler": "a"})
+    writers = [toy.python(KEEP, tmp_path, who, size, other) for who, size, other in (("a", 3, 300_000), ("b", 300_000, 3))]
+    for writer in writers:
+        toy.finish(writer)
+    assert os.listdir(tmp_path / "v1" / "sets") == ["llama.lock"]
+
+
+def test_a_file_that_is_not_written_whole_leaves_the_old_one(tmp_path):
+    from attngen.entry import written_whole
+
+    (tmp_path / "it").write_text("old")
+    with pytest.raises(OSError, match="half"), written_whole(tmp_path / "it") as private:
+        private.write_text("ne")
+        raise OSError("half")
+    assert (tmp_path / "it").read_text() == "old" and os.listdir(tmp_path) == ["it"]
 
 
 # ---- folders that cannot be written ----------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ class Text:
     """The class functions of some masks, compiled for this host. Values of parameters and symbols are the given ones."""
 
     def __init__(self, found: list[Node], values: dict[str, int], dialect: str) -> None:
-        macro = environment(None).get_template("shared/classes.jinja").module.class_functions
+        macro = environment().get_template("shared/classes.jinja").module.class_functions
         include, headers = HEADERS[dialect]
         parts, self.emitted = [include + '#include "intervals.h"\n'], []
         for i, mask in enumerate(found):

@@ -122,6 +122,63 @@ def test_a_lock_that_outlives_its_dead_holder_is_taken_over(tmp_path, caplog):
     assert "no longer builds" in caplog.text and Cache(store.root).get_or_build(key(2), never)[1]
 
 
+def test_a_lock_that_is_held_for_too_long_is_passed(tmp_path, monkeypatch, caplog):
+    """By a live process that still says it builds."""
+    monkeypatch.setattr(locks, "TIMEOUT_S", 2.0)
+    monkeypatch.setattr(locks, "SILENT_S", 1e6)
+    store = Cache(tmp_path / "cache")
+    store.get_or_build(key(1), plain())
+    said = {"pid": os.getpid(), "machine": locks.machine(), "host": "here", "beat": 0}
+    (store.base / "locks" / f"{key(2)}.holder").write_text(json.dumps(said))
+    with open(store.base / "locks" / f"{key(2)}.lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert not Cache(store.root).get_or_build(key(2), plain())[1]
+    assert f"process {os.getpid()} on here no longer builds" in caplog.text
+
+
+TAMPERED = {
+    "pid": lambda lock, holder: holder.write_text(json.dumps({"pid": 2**70, "machine": locks.machine(), "host": "h"})),
+    "holder is a folder": lambda lock, holder: holder.mkdir(),
+    "holder is a link": lambda lock, holder: holder.symlink_to(lock.parent.parent / "precious"),
+    "lock is a folder": lambda lock, holder: (lock.unlink(missing_ok=True), lock.mkdir()),
+    "lock is a link": lambda lock, holder: (lock.unlink(missing_ok=True), lock.symlink_to(lock.parent.parent / "precious")),
+}
+
+
+@pytest.mark.parametrize("change", TAMPERED.values(), ids=TAMPERED)
+def test_lock_files_that_are_none(tmp_path, monkeypatch, change):
+    monkeypatch.setattr(locks, "SILENT_S", 3.0)
+    store = Cache(tmp_path / "cache")
+    store.get_or_build(key(1), plain())
+    precious, lock = store.base / "precious", store.base / "locks" / f"{key(2)}.lock"
+    precious.write_text("precious")
+    change(lock, lock.with_suffix(".holder"))
+    if lock.is_dir() or lock.is_symlink():
+        with pytest.raises(CacheError, match=f"(?s)cannot be used.*{lock}"):
+            Cache(store.root).get_or_build(key(2), plain())
+    else:
+        with open(lock, "w") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            process = FORK.Process(target=lambda: Cache(store.root).get_or_build(key(2), plain()))
+            process.start()
+            time.sleep(1.5)  # the child has the lock too, and takes it for that of a holder that is silent
+        process.join(120)
+        assert process.exitcode == 0 and Cache(store.root).lookup(key(2)) is not None
+    assert precious.read_text() == "precious"
+
+
+def test_hosts_of_one_name_are_told_apart(monkeypatch):
+    """Clones on one file server: each would take the other's builds for those of dead processes."""
+    here, boot = locks.machine(), "/proc/sys/kernel/random/boot_id"
+    read = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda self, *a, **k: "another boot" if str(self) == boot else read(self, *a, **k))
+    locks.machine.cache_clear()
+    try:
+        assert locks.machine() != here
+    finally:
+        locks.machine.cache_clear()
+
+
 def test_a_silent_holder_on_another_machine_is_taken_over(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(locks, "SILENT_S", 3.0)
     store = Cache(tmp_path / "cache")
@@ -325,7 +382,7 @@ def test_two_pythons_share_a_cache_of_a_bare_checkout(tmp_path):
 def thousand(tmp_path_factory) -> Cache:
     store = Cache(tmp_path_factory.mktemp("many") / "cache")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache, "_fsync", lambda path: None)  # of a scratch folder: the disk's time is not the point
+        patch.setattr(cache, "fsync", lambda path: None)  # of a scratch folder: the disk's time is not the point
         for i in range(1000):
             store.get_or_build(key(i), plain(content(i)))
     return store
@@ -387,6 +444,37 @@ def test_prune_leaves_what_a_running_process_has_loaded(tmp_path, kind):
     done = prune(store, max_bytes=0)
     assert [u.entry.key for u in done.removed] == [key(1)] and [u.entry.key for u in done.in_use] == [toy.KEY]
     assert Cache(store.root).lookup(toy.KEY) is not None and Cache(store.root).lookup(key(1)) is None
+    process.communicate("go\n", timeout=60)
+    assert [u.entry.key for u in prune(store, max_bytes=0).removed] == [toy.KEY]
+
+
+@pytest.mark.parametrize("how", ["another path", "meanwhile"])
+def test_prune_leaves_what_is_loaded(tmp_path, how, monkeypatch):
+    """Under another path, as in a container; or loaded between the look at what processes have and the removal."""
+    from attngen import prune as module
+
+    store, mounted = Cache(tmp_path / "cache"), tmp_path / "mounted"
+    store.get_or_build(toy.KEY, toy.builder())
+    root = store.root
+    if how == "another path":
+        mounted.mkdir()
+        if subprocess.run(["mount", "--bind", store.root, mounted], capture_output=True).returncode:
+            pytest.skip("no right to mount")
+        root = mounted
+    path = os.pathsep.join(str(p) for p in (Path(ag.__file__).parent.parent, Path(__file__).parent))
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, root, toy.KEY, "cpu"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+    assert process.stdout.readline() == "holds\n"
+    if mounted.exists():
+        subprocess.run(["umount", "--lazy", mounted], check=True)
+    look, looks = module._mapped, []
+    if how == "meanwhile":
+        monkeypatch.setattr(module, "_mapped", lambda: looks.append(1) or (set() if len(looks) == 1 else look()))
+    done = prune(store, max_bytes=0)
+    assert done.removed == [] and [u.entry.key for u in done.in_use] == [toy.KEY]
+    assert Cache(store.root).lookup(toy.KEY) is not None and os.listdir(store.base / "building") == []
     process.communicate("go\n", timeout=60)
     assert [u.entry.key for u in prune(store, max_bytes=0).removed] == [toy.KEY]
 
