@@ -125,13 +125,13 @@ class RemoteLayer:
             self._stream = {"block_size": 0, "size": 1} if "http" in self.fs.protocol else {}
         except ImportError as error:
             raise ParameterError(
-                f"ATTNGEN_REMOTE_CACHE={url} needs {error.name or 'a driver'}.\n  required: fsspec, and its driver for the URL\n"
+                f"the remote store {url} needs {error.name or 'a driver'}.\n  required: fsspec, and its driver for the URL\n"
                 f"  found: {error}\n  do: pip install 'attngen[remote]' (s3fs for s3://, gcsfs for gs://, aiohttp for http://)"
             ) from None
         except ValueError as error:
-            raise ParameterError(f"ATTNGEN_REMOTE_CACHE={url}: required a URL that fsspec knows; found: {error}") from None
+            raise ParameterError(f"the remote store {url}: required a URL that fsspec knows; found: {error}") from None
         except Exception as error:  # whatever a driver raises that asks its network at once
-            raise CacheError(f"ATTNGEN_REMOTE_CACHE={url}: its driver does not start: {type(error).__name__}: {error}") from error
+            raise CacheError(f"the remote store {url}: its driver does not start: {type(error).__name__}: {error}") from error
 
     def folder(self, key: str) -> str:
         return f"{self.root}/{entry_folder(key)}"

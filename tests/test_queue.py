@@ -333,7 +333,7 @@ def compare_plans(special: cuda.Specialised, launch, variant: ag.Variant, trials
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_planner_on_the_host_against_its_twin(name, variant):
     kernel = on_host(name, variant)
-    compare_plans(planner(name, variant), kernel.launch, PLANNED[variant], 12 if "split" in name else 40, "cpu")
+    compare_plans(planner(name, variant), kernel.launch, PLANNED[variant], 8 if "split" in name else 40, "cpu")
 
 
 @pytest.mark.gpu
@@ -410,7 +410,7 @@ def test_the_struct_and_the_workspace_follow_the_kind():
     names = [[f.name for f in s.layout.fields] for s in kernels.classes]
     assert names[3][:5] == names[1][:5] == ["q", "k", "v", "out", "lse"]
     assert {"requests", "unit_starts", "queue", "counters"} < set(names[3]) and not {"tiles", "workers"} & set(names[3])
-    assert [s.name for s in kernels.classes] == ["decode", "decode", "attention_sm80", "attention_sm90"]
+    assert [s.name for s in kernels.classes] == ["decode", "decode", "attention_sm90", "attention_sm90"]
     assert kernels.plan.config.classes[3] == TileClass(128, 128, 2, kind="queue", groups=2, row_bytes=384)
     more = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 128, "head_dim_v": 64, "page_size": 16, "max_pages": 100, "arch": "sm_90a"}
     sizes = [ag.workspace_bytes(Causal(), **more, max_requests=n, max_q_tokens=8192, multiprocessors=132) for n in (8, 80)]

