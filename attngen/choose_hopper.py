@@ -27,10 +27,10 @@ class HopperConfig(Printed):
     ping_pong: bool  # groups take turns at the tensor cores
     feeding_registers: int  # of a thread of the feeding warpgroup
     computing_registers: int
-    blocks_per_sm: int
     unit_cost: int  # fixed cost of a unit, in blocks of keys
     split: int  # keys of a fixed piece (batch_invariant), a multiple of block_n; 0: none
     smem_bytes: int
+    blocks_per_sm: int = 1
 
     template, kind, head_major = "attention_sm90", "queue", False
 
@@ -124,8 +124,8 @@ def choose_hopper(
         )  # fmt: skip
     listed, won, by = settle(candidates, possible, won, prefer)
     config = HopperConfig(
-        arch_name, page_size is not None, won.groups, won.block_n, won.stages, won.q_buffers, won.ping_pong, *_REGISTERS[won.groups], blocks, 2, split,
-        won.smem_bytes,
+        arch_name, page_size is not None, won.groups, won.block_n, won.stages, won.q_buffers, won.ping_pong, *_REGISTERS[won.groups], 2, split,
+        won.smem_bytes, blocks,
     )  # fmt: skip
     return CudaChoice(config, listed, by)
 

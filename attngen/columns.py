@@ -84,11 +84,12 @@ class _Columns:
         if node.op == "eq" and (packed := _packed_bit(node)) is not None and packed.load.attr[0] in self.bytes:
             return self.packed_bits(packed)
         a, b = node.args
-        inverted = node.op != "eq" and b.op == "abs" and a.op != "abs"  # a < |x|: not |x| <= a
+        moving = [x.op == "abs" and x.level > ROW and node.op != "eq" for x in (a, b)]  # a row's own |x| is what i32 makes of it
+        inverted = moving == [False, True]  # a < |x|: not |x| <= a
         strict = (node.op == "lt") != inverted
         if inverted:
             a, b = b, a
-        around = node.op != "eq" and a.op == "abs"  # |x| <= b: x <= b and -b <= x
+        around = any(moving)  # |x| <= b: x <= b and -b <= x
         sides = left, right = _linear(a.args[0] if around else a), _linear(b)
         if left is None or right is None:
             return None
@@ -122,7 +123,7 @@ class _Columns:
         for side in sides:
             for _, node in side:
                 if node.level > ROW and (unit := _unit(node)) is not None and unit.op != "const":
-                    self.holds[f"{self.value(unit)} > 0"] = None
+                    self.holds[f"{operand(self.value(unit))} > 0"] = None
             if len(side) == 1 and side[0][0] == 1 or _weight(side) < 2**31:
                 continue
             weights = [_scaled(abs(factor), f"ag_abs64({self.value(node)})") for factor, node in side if node.level <= ROW]
@@ -133,10 +134,12 @@ class _Columns:
         """``(sum of terms + plus) * unit`` as an int32; as the nearest one where it is none."""
         texts = [_scaled(factor, operand(self.value(node))) for factor, node in terms] + [str(plus)] * (plus != 0)
         text = " + ".join(texts).replace("+ -", "- ") or "0"
-        if len(texts) > 1 and _weight(terms) + plus >= 2**31 or any(factor != 1 and _magnitude(node) >= _ANY for factor, node in terms):
+        # A first query at 2**31 - 1, which sees every key, is more than the call promises to serve, and costs nothing here.
+        large = _weight(terms) + plus >= 2**31 or any("q" in node.symbols for _, node in terms)
+        if len(texts) > 1 and large or any(factor != 1 and _magnitude(node) >= _ANY for factor, node in terms):
             text = f"ag_limit({' + '.join(_scaled(factor, f'(int64_t){operand(self.value(node))}') for factor, node in terms)}{f' + {plus}' * (plus != 0)})"
             text = text.replace("+ -", "- ")
-        return text if unit is None else f"ag_limit((int64_t){operand(text)} * {self.value(unit)})"
+        return text if unit is None else f"ag_limit((int64_t){operand(text)} * {operand(self.value(unit))})"
 
     # ---- packed bits
     def packed_bits(self, bit: _PackedBit) -> str:

@@ -123,6 +123,11 @@ RANGES = [  # of which no key is to be evaluated by itself
     (kv < 9) == (q < n), (symbol("head") == 1) | (kv <= q), -kv < q, q + 5 - kv < n, kv < q * n, kv < q % 17, kv < symbol("kv_len") - symbol("q_len"), kv - 2**30 < n,
     kv < n + 1, abs(kv) <= n, kv == n - 1, n - kv < -3,
 ]  # fmt: skip
+UNITS = [
+    kv // (n & 12) == q // (n & 12), kv // (n | 1) < q, kv // (n ^ 6) <= q, kv // where(q < n, 3, 5) < q // 4, kv // (symbol("head") | 16) <= q // (symbol("head") | 16),
+    kv // -n < q, kv // (q & 63) <= n,
+]  # fmt: skip
+OF_ROWS = [abs(n) <= kv, kv < abs(n), abs(n) < kv, abs(n) <= q - kv, abs(q - kv) <= abs(n), abs(n) < abs(q - kv), abs(n) == kv]
 WRAPPING = [kv + I32_MAX < q, kv - n < I32_MIN + q, kv + n + n < q]
 
 
@@ -132,7 +137,9 @@ def test_ranges() -> None:
     for mask, share in zip(RANGES, shares):
         assert column_texts(mask, value, str).terms == (), mask
         assert share > 0.2, f"{mask}: words hold of {share:.0%} of the rows"
-    compare(WRAPPING, some_rows(rng, NS), FIRSTS)
+    compare([*WRAPPING, *UNITS, *OF_ROWS], some_rows(rng, NS) + some_rows(rng, [3, 17, 64, I32_MIN]), FIRSTS)
+    seeing_all = [row | {"q": I32_MAX} for row in some_rows(rng, [3, 2**30, I32_MAX])]
+    compare([kv <= q, kv < q, (kv <= q) & (q - kv < n), kv >= q, kv == q], seeing_all, FIRSTS)
     always = {mask for mask in RANGES if not column_texts(mask, value, str).holds}
     assert {kv <= q, q - kv < n, (kv <= q) & ((q - kv < n) | (kv < 4)), abs(q - kv) <= n, kv // 64 <= q // 64} <= always
 

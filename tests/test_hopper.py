@@ -83,6 +83,19 @@ def test_tiles_of_64_rows(name, d, monkeypatch):
     check(VARIANTS[name], [1, 64, 0, 130, 3, 1], [300, 64, 40, 200, 0, 17], d=d)
 
 
+class HeadChunks(ag.Variant):
+    """Chunks as long as a head decides, and an abs that wraps: C's operators in the texts of a row's values."""
+
+    least: ag.Scalar[int] = -(2**31)
+
+    def mask(self, at):
+        return (at.kv // (at.head | 16) <= at.q // (at.head | 16)) & (ag.abs(self.least) <= at.kv)
+
+
+def test_operators_in_what_a_row_knows():
+    check(HeadChunks(), [70, 3], [200, 90], d=64)
+
+
 @pytest.mark.parametrize("d, dv", [(96, 64), (128, 96)])
 def test_panels_of_two_widths(d, dv):
     """A warp's output then lies where other warps' queries are: several units, so that warps are apart."""
@@ -307,12 +320,14 @@ def test_what_it_does_not_serve():
 
 @pytest.mark.parametrize("d, dv", [(d, dv) for d in (32, 64, 96, 128, 160, 192, 224, 256) for dv in {d, 128}])
 def test_configurations_fit(d, dv):
+    gpu = ARCHS["90a"]
     for variant in (variants.Causal(), ag.Variant(), variants.Gemma2()):
-        choice = choose_hopper(problem(d, dv), "90a", emit(variant.trace, {}, d, "cuda"))
-        config = choice.config
-        assert config.smem_bytes <= ARCHS["90a"].smem_per_block
-        assert 128 * (config.feeding_registers + config.groups * config.computing_registers) <= 65536
-        assert sum(not c.lost for c in choice.candidates) == 1
+        for rows in (64, 0) if max(d, dv) <= 128 else (0,):
+            choice = choose_hopper(problem(d, dv), "90a", emit(variant.trace, {}, d, "cuda"), most_rows=rows)
+            config = choice.config
+            assert config.smem_bytes <= gpu.smem_per_block and config.blocks_per_sm * (config.smem_bytes + 1024) <= gpu.smem_per_sm
+            assert 128 * (config.feeding_registers + config.groups * config.computing_registers) * config.blocks_per_sm <= 65536
+            assert sum(not c.lost for c in choice.candidates) == 1 and (config.groups == 1) == (rows == 64)
 
 
 def test_repeated_tokens_are_refused():
@@ -331,6 +346,20 @@ COMPILED = {
     "causal-256": (variants.Causal(), 256, 256, 16), "full-192": (ag.Variant(), 192, 128, None),
     "soft cap-128": (ag.compose(variants.SoftCap(), variants.Causal()), 128, 128, None), "sigmoid-128": (variants.Sigmoid(), 128, 128, None),
 }  # fmt: skip
+
+
+@needs_nvcc
+@pytest.mark.parametrize("name", ["Causal", "CustomMask", "SoftCap"])
+def test_ptxas_fits_two_blocks_of_64_rows(name, tmp_path: Path):
+    """The registers that setmaxnreg deals out are those of a launch, twice on an SM."""
+    config, files = rendered(VARIANTS[name], 128, 128, None, most_rows=64)
+    for file, text in files.items():
+        (tmp_path / file).write_text(text)
+    command = [*NVCC, *cuda_flags("90a"), "attention_sm90.cu", "-o", "kernel.cubin", "-cubin"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    report = done.stdout + done.stderr
+    assert done.returncode == 0 and "C75" not in report and "warning" not in report, report
+    assert "Used 128 registers" in report and config.blocks_per_sm == 2 and config.threads == 256
 
 
 CUOBJDUMP = shutil.which("cuobjdump") or shutil.which("cuobjdump", path=Path(NVCC[0]).parent if NVCC else None)
@@ -461,14 +490,14 @@ def test_calls_are_followed():
     assert writes_in_flight(listing(*code[:4], "MOV R12, R1", code[5])) == []
 
 
-def rendered(variant: ag.Variant, d: int, dv: int, page_size: int | None) -> tuple[Any, dict[str, str]]:
+def rendered(variant: ag.Variant, d: int, dv: int, page_size: int | None, most_rows: int = 0) -> tuple[Any, dict[str, str]]:
     from attngen import cuda
     from attngen.render_cuda import render_cuda
 
     stored = tuple((n, STORED[f.dtype]) for n, f in sorted(variant.trace.used().items()) if f.kind == "tensor")
     p = problem(d, dv, storage=stored)
     hooks = emit(variant.trace, dict(stored), d, "cuda", device_scalars=True)
-    config = choose_hopper(p, "90a", hooks, page_size).config
+    config = choose_hopper(p, "90a", hooks, page_size, most_rows=most_rows).config
     special = cuda.specialise("attention_sm90", variant.name, variant.trace, p, config, "90a")
     return config, render_cuda("attention_sm90", special.hooks, config, special.layout, p, special.title)
 
