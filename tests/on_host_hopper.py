@@ -234,7 +234,7 @@ class Kernel:
             "kernel.cpp": f'#include "shim.h"\n#include "ptx.cuh"\n#include "hopper.h"\n{main}{run}', "ptx.cuh": on_host.PTX,
             "shim.h": shim + on_host_block.FIBERS + math, "hopper.h": on_host_block.SHARED + SHIM,
         }  # fmt: skip
-        recipe = Recipe("cpu", ("kernel.cpp",), ("-O2", "-std=c++17", "-march=native"))
+        recipe = Recipe("cpu", ("kernel.cpp",), ("-O1", "-std=c++17", "-march=native"))
         with TemporaryDirectory() as folder:
             self.library = ctypes.CDLL(str(compile_kernel(files, recipe, Path(folder)).artifact))
         self.size = special.layout.size
