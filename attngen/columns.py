@@ -12,13 +12,13 @@ from collections import Counter
 from collections.abc import Callable, Container, Sequence
 
 from .expr import ROW, Node, const, symbol
-from .ops import BOOL, I32, operand
+from .ops import BOOL, I32, operand, scaled, sum_text
 from .records import record
 
 _KV, _KV_LEN = symbol("kv"), symbol("kv_len")
 _LOGIC = {"and": "{0} & {1}", "or": "{0} | {1}", "xor": "{0} ^ {1}", "not": "~{0}", "eq": "~({0} ^ {1})", "where": "({0} & {1}) | (~{0} & {2})"}
 _LONG_TEXT = 160
-_POSITION = 2**30 - 1  # what positions and lengths are at most, the call checks it
+_POSITION = 2**30 - 1  # what positions and lengths are at most (docs/writing-variants.md)
 _BOUNDED = frozenset(("q", "kv", "q_len", "kv_len", "q_offset"))
 _ANY = 2**31  # magnitude of an i32 of which nothing is known
 
@@ -126,19 +126,18 @@ class _Columns:
                     self.holds[f"{operand(self.value(unit))} > 0"] = None
             if len(side) == 1 and side[0][0] == 1 or _weight(side) < 2**31:
                 continue
-            weights = [_scaled(abs(factor), f"ag_abs64({self.value(node)})") for factor, node in side if node.level <= ROW]
+            weights = [scaled(abs(factor), f"ag_abs64({self.value(node)})") for factor, node in side if node.level <= ROW]
             weights += [f"{abs(factor)}LL * {self.value(_KV_LEN)}" for factor, node in side if node.level > ROW]  # keys past the last are never kept
             self.holds[f"{' + '.join(weights)} < 2147483648LL"] = None
 
     def limit(self, terms: _Sum, plus: int, unit: Node | None) -> str:
         """``(sum of terms + plus) * unit`` as an int32; as the nearest one where it is none."""
-        texts = [_scaled(factor, operand(self.value(node))) for factor, node in terms] + [str(plus)] * (plus != 0)
-        text = " + ".join(texts).replace("+ -", "- ") or "0"
         # A first query at 2**31 - 1, which sees every key, is more than the call promises to serve, and costs nothing here.
         large = _weight(terms) + plus >= 2**31 or any("q" in node.symbols for _, node in terms)
-        if len(texts) > 1 and large or any(factor != 1 and _magnitude(node) >= _ANY for factor, node in terms):
-            text = f"ag_limit({' + '.join(_scaled(factor, f'(int64_t){operand(self.value(node))}') for factor, node in terms)}{f' + {plus}' * (plus != 0)})"
-            text = text.replace("+ -", "- ")
+        wide = len(terms) + (plus != 0) > 1 and large or any(factor != 1 and _magnitude(node) >= _ANY for factor, node in terms)
+        cast = "(int64_t)" if wide else ""
+        text = sum_text(*(scaled(factor, cast + operand(self.value(node))) for factor, node in terms), str(plus) if plus else "")
+        text = f"ag_limit({text})" if wide else text
         return text if unit is None else f"ag_limit((int64_t){operand(text)} * {operand(self.value(unit))})"
 
     # ---- packed bits
@@ -221,10 +220,6 @@ def _magnitude(node: Node) -> int:
 
 def _weight(terms: _Sum) -> int:
     return sum(abs(factor) * _magnitude(node) for factor, node in terms)
-
-
-def _scaled(factor: int, text: str) -> str:
-    return text if factor == 1 else f"-{text}" if factor == -1 else f"{factor} * {text}"
 
 
 def _skeleton(mask: Node) -> tuple[list[Node], Counter[Node]]:

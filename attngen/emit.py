@@ -33,7 +33,7 @@ from .expr import (
     walk,
     where,
 )
-from .ops import BOOL, F32, I32, OPS, c_text, operand
+from .ops import BOOL, F32, I32, OPS, c_text, operand, scaled, sum_text
 from .records import record
 from .spec import Trace
 
@@ -459,8 +459,8 @@ class _Emitter:
         def key(limit: str) -> str:
             return f"({limit}) * {unit}" if unit else limit
 
-        best = _sum(_scaled(cq, at("q_hi" if cq > 0 else "q_lo")), rest)
-        worst = _sum(_scaled(cq, at("q_lo" if cq > 0 else "q_hi")), _scaled(ck, at("k_lo" if ck > 0 else "k_hi")), rest)
+        best = sum_text(scaled(cq, at("q_hi" if cq > 0 else "q_lo")), rest)
+        worst = sum_text(scaled(cq, at("q_lo" if cq > 0 else "q_hi")), scaled(ck, at("k_lo" if ck > 0 else "k_hi")), rest)
         begin = end = ""
         if ck > 0:
             begin = _guarded(guard, key(f"-({best})" if ck == 1 else f"ag_ceildiv64(-({best}), {ck})"), "0")
@@ -480,9 +480,9 @@ class _Emitter:
             return (str(constant) if constant else ""), ""
         texts = [(sign, f"(int64_t)({self.expression(node, TILE) if node.args else self.leaf(node, TILE)})")
                  for sign, node in others]  # fmt: skip
-        total = " + ".join([str(constant), *(_scaled(sign, text) for sign, text in texts)])
+        total = " + ".join([str(constant), *(scaled(sign, text) for sign, text in texts)])
         weight = [str(sum(abs(sign * node.attr) for sign, node in bound.terms if node.op == "const"))]
-        weight += [f"ag_abs64({_scaled(sign, text)})" for sign, text in texts]
+        weight += [f"ag_abs64({scaled(sign, text)})" for sign, text in texts]
         weight += [f"{bound.wq} * (ag_abs64(q_offset) + q_len)", f"{bound.wk} * (int64_t)kv_len"]
         ok, rest = self.name("bound_ok"), self.name("bound")
         tests = " && ".join([*positive, f"{' + '.join(weight)} < 2147483648LL"])
@@ -542,16 +542,6 @@ def literal(node: Node) -> str:
     text = f"{node.attr:.9g}"
     text = text if any(ch in text for ch in ".e") else text + ".0"
     return f"{text}f" if node.attr >= 0 and not text.startswith("-") else f"({text}f)"
-
-
-def _scaled(factor: int, text: str) -> str:
-    if factor == 0:
-        return ""
-    return text if factor == 1 else f"{factor} * {text}" if factor != -1 else f"-{text}"
-
-
-def _sum(*parts: str) -> str:
-    return " + ".join(p for p in parts if p).replace("+ -", "- ") or "0"
 
 
 def _guarded(guard: str, text: str, otherwise: str) -> str:

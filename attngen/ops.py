@@ -191,3 +191,15 @@ def is_operand(text: str) -> bool:
 def operand(text: str) -> str:
     """C text, in parentheses where an operator beside it would need them."""
     return text if is_operand(text) else f"({text})"
+
+
+def scaled(factor: int, text: str) -> str:
+    """A C operand times a constant; '' for 0."""
+    if factor == 0:
+        return ""
+    return text if factor == 1 else f"{factor} * {text}" if factor != -1 else f"-{text}"
+
+
+def sum_text(*parts: str) -> str:
+    """The sum of C texts, of which empty ones are 0."""
+    return " + ".join(p for p in parts if p).replace("+ -", "- ") or "0"
