@@ -69,8 +69,9 @@ _BUFFERS = ((4, 2), (3, 2), (2, 2), (2, 1))
 # (groups, block_n), best first, by the larger of head_dim and head_dim_v up to a bound; measured on an H100, see
 # docs/perf-log.md. Blocks longer than these gain at 16k keys what they lose at 1k: a sequence's last block is emptier. Those after
 # the first are for `attngen tune`, and for hooks that need much of each key.
-_ALONE = {64: (64, 128, 96), 96: (64, 96, 80), 128: (64, 96, 80)}  # of one group, by the same bounds
 _SHAPES = {64: ((3, 128), (2, 128), (2, 192)), 96: ((2, 128), (2, 96)), 128: ((2, 128), (2, 176), (2, 96)), 192: ((2, 112), (2, 96)), 256: ((2, 80), (2, 64))}
+# The same for tiles of 64 rows. Above 128 attention_sm80 serves them.
+_SHAPES_OF_64 = {64: ((1, 64), (1, 128), (1, 96)), 96: ((1, 64), (1, 96), (1, 80)), 128: ((1, 64), (1, 96), (1, 80))}
 
 
 def choose_hopper(
@@ -88,14 +89,12 @@ def choose_hopper(
     if why := unserved(problem, arch_name, hooks, page_size):
         raise UnsupportedError(f"the Hopper kernel: {why}.\n  do: use attention_sm80, which serves it")
     wide = max(d, dv)
-    if alone := most_rows == 64:
-        shapes = next((tuple((1, block_n) for block_n in found) for bound, found in _ALONE.items() if wide <= bound), ())
-        if not shapes:
-            raise UnsupportedError(f"the Hopper kernel with tiles of 64 rows: head_dim {d}/{dv} is above 128.\n  do: use attention_sm80")
-    else:
-        shapes = next(shapes for bound, shapes in _SHAPES.items() if wide <= bound)
-        if d == 192 and dv <= 128:
-            shapes = ((2, 128), *shapes)
+    alone = most_rows == 64
+    shapes = next((shapes for bound, shapes in (_SHAPES_OF_64 if alone else _SHAPES).items() if wide <= bound), ())
+    if not shapes:
+        raise UnsupportedError(f"the Hopper kernel with tiles of 64 rows: head_dim {d}/{dv} is above 128.\n  do: use attention_sm80")
+    if not alone and d == 192 and dv <= 128:
+        shapes = ((2, 128), *shapes)
     blocks = 2 if alone else 1
     most_smem = min(gpu.smem_per_block, gpu.smem_per_sm // blocks - SMEM_RESERVED)
     candidates: list[HopperCandidate] = []
