@@ -39,6 +39,14 @@ QUEUE_ATTENTION_FIELDS: tuple[tuple[str, str], ...] = tuple(
     field for found in ATTENTION_FIELDS for field in _QUEUED.get(found[1], (found,))
 ) + (("int32_t", "q_boxes"), ("int32_t", "box_rows"), ("TensorMap", "q_map"), ("TensorMap", "k_map"), ("TensorMap", "v_map"))
 
+# Beside those of the Hopper kernel, where its rows are of several requests: of each row of a node (shared.py) the query token and its
+# position.
+MIXED_FIELDS: tuple[tuple[str, str], ...] = (("const int2*", "members"),)
+
+# Beside those of a decode kernel that joins what shared prefixes give: of each request its first rows in up to ROUNDS nodes, the
+# nodes' output and base-2 LSE, [rows, heads, head_dim_v] and [rows, heads]. Null shared_rows: there are none.
+JOIN_FIELDS: tuple[tuple[str, str], ...] = (("const int4*", "shared_rows"), ("const float*", "node_out"), ("const float*", "node_lse"))
+
 # At most this many row-tile classes share a plan.
 MAX_CLASSES = 4
 
@@ -57,6 +65,26 @@ PLAN_FIELDS: tuple[tuple[str, str], ...] = (
     *((("int32_t"), f"{name}{i}") for i in range(MAX_CLASSES) for name in ("num_workers", "max_tiles", "max_slots")),
     *_SHAPE, ("int32_t", "num_requests"), ("int32_t", "q_len"), ("int32_t", "kv_len"), ("int32_t", "max_q_tokens"),
     ("int32_t", "max_q_len"), ("int32_t", "max_kv_len"),
+)  # fmt: skip
+
+# Beside those of a planner that has a mixed class, its last: the lists of that class; what share.cu found, shared_tokens null where
+# requests keep all of their keys.
+MIXED_PLAN_FIELDS: tuple[tuple[str, str], ...] = (
+    ("QueuedRequest*", "requests_nodes"), ("int32_t*", "unit_starts_nodes"), ("Queue*", "queue_nodes"), ("int32_t*", "counters_nodes"),
+    ("const int32_t*", "shared_tokens"), ("const Node*", "nodes"), ("const int32_t*", "num_nodes"),
+    ("int32_t", "num_workers_nodes"), ("int32_t", "max_slots_nodes"),
+)  # fmt: skip
+
+# share: finds what requests share, from their lengths as the planner takes them and their page table. groups, where they are
+# given: the number of each request's group, negative for none.
+SHARE_FIELDS: tuple[tuple[str, str], ...] = (
+    ("const int32_t*", "q_indptr"), ("const int32_t*", "q_lens"), ("const int32_t*", "q_positions"),
+    ("const int32_t*", "kv_indptr"), ("const int32_t*", "kv_last_page_len"), ("const int32_t*", "kv_lens"),
+    ("const int32_t*", "kv_starts"), ("const int32_t*", "page_table"), ("const int32_t*", "groups"),
+    ("Node*", "nodes"), ("int32_t*", "num_nodes"), ("int32_t*", "shared_tokens"), ("int4*", "shared_rows"), ("int2*", "members"),
+    ("int32_t*", "status"), ("int64_t", "block_table_stride"), ("int64_t", "kv_capacity"), ("int64_t", "least_gain"),
+    ("int32_t", "page_size"), ("int32_t", "num_requests"), ("int32_t", "q_len"), ("int32_t", "kv_len"), ("int32_t", "max_q_tokens"),
+    ("int32_t", "max_q_len"), ("int32_t", "max_kv_len"), ("int32_t", "group"), ("int32_t", "most_rows"),
 )  # fmt: skip
 
 # append_kv: new keys and values, packed [tokens, kv_heads, head_dim | head_dim_v], into the pages of a cache. A token goes

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.compiler import is_dynamo_compiling
 
+from .choose_cuda import MOST_REQUESTS
 from .devices import as_device, cuda_index
 from .engine import CudaEngine, Facts, Plan, Site
 from .errors import ParameterError, UnsupportedError
@@ -66,6 +67,9 @@ class BatchAttention:
         max_kv_len: the longest request under batch_invariant, which sizes its workspace; default all of the capacity.
         storage: stored dtype of tensor parameters, by name; default that of a bound tensor, else float32, int32 or bool.
         scale: of the logits; default the variant's, else head_dim ** -0.5.
+        shared_prefix: requests whose page tables begin with the same pages can share the work on them (plan's shared_prefix): two
+            more kernels, and workspace. On CUDA it needs the Hopper kernel and a variant that reads no lengths; the CPU reads
+            such pages once a request.
 
     Raises:
         UnsupportedError, ParameterError: what is required, what was found, what to do.
@@ -95,6 +99,7 @@ class BatchAttention:
         max_kv_len: int | None = None,
         storage: Mapping[str, torch.dtype] | None = None,
         scale: float | None = None,
+        shared_prefix: bool = False,
     ) -> None:
         self.variant = as_variant(variant)
         self.device = _device(device)
@@ -137,6 +142,11 @@ class BatchAttention:
         self.max_kv_len = min(max_kv_len or capacity * (page_size or 1), _INT32_MAX)
         self.head_offset, self.total_heads = head_offset, all_heads
         self.scale = scale_of(self.variant, scale, head_dim)
+        if shared_prefix and page_size is None:
+            raise ParameterError("shared_prefix=True without page_size: prefixes are shared by pages")
+        if shared_prefix and max_requests > MOST_REQUESTS:
+            raise ParameterError(f"shared_prefix=True with max_requests {max_requests}: required at most {MOST_REQUESTS}")
+        self.shared_prefix = shared_prefix
         self._fields, self._free = dict(trace.used()), free_axes(self.variant)
         reads = trace.mask.params if trace.mask is not None else frozenset()
         self.plan_fields = {n: f for n, f in self._fields.items() if n in reads}
@@ -148,7 +158,7 @@ class BatchAttention:
                 max_q_tokens=max_q_tokens, max_q_len=self.max_q_len, capacity=capacity,
                 max_kv_len=max_kv_len or capacity * (page_size or 1), head_offset=head_offset,
                 total_heads=self.total_heads, batch_invariant=batch_invariant,
-                storage=tuple(sorted(stored_dtypes(self.variant, storage).items())), scale=self.scale,
+                storage=tuple(sorted(stored_dtypes(self.variant, storage).items())), scale=self.scale, shared_prefix=shared_prefix,
             ),
             workspace,
         )  # fmt: skip
@@ -185,6 +195,7 @@ class BatchAttention:
         q_positions: Any = None,
         kv_start: Any = None,
         max_q_len: int | None = None,
+        shared_prefix: Any = "auto",
         **params: Any,
     ) -> None:
         """Lay out a batch: one kernel on the current stream, without a sync.
@@ -202,6 +213,9 @@ class BatchAttention:
             kv_start: ``[requests]``, position of the first cached key, where older pages were dropped; default 0.
             max_q_len: the most query tokens of a request in this batch, a host-side bound that is verified on the device
                 and saves launches; default the object's.
+            shared_prefix: of an object made with shared_prefix=True: "auto" finds the prefixes that requests of few query tokens
+                share, on the device, and uses those that save time; "off" does not; int32 ``[requests]``: the number of
+                each one's group, negative for none, whose members share what their page tables have in common, whatever it saves.
             **params: values of the fields that the variant's mask reads.
         """
         if is_dynamo_compiling():
@@ -272,8 +286,19 @@ class BatchAttention:
             if table is not None and self._on_host(table):
                 self._top_page = self._largest_page(torch.as_tensor(table), seen)
         bound = self._bind("plan", self.plan_fields, params, requests)
+        shared = self._shared(shared_prefix, requests)
         self._plan_params = bound
-        self._planned = self.engine.plan(values, page_table, bound), requests, requests if q_indptr is None else rows
+        self._planned = self.engine.plan(values, page_table, bound, shared), requests, requests if q_indptr is None else rows
+
+    def _shared(self, given: Any, requests: int) -> Any:
+        """A checked ``shared_prefix``: "auto", "off" or a tensor."""
+        if isinstance(given, str):
+            if given not in ("auto", "off"):
+                raise ParameterError(f'shared_prefix {given!r}: required "auto", "off", or the number of each request\'s group')
+            return given if self.shared_prefix else "off"
+        if not self.shared_prefix:
+            raise ParameterError("plan of shared_prefix groups: make the object with shared_prefix=True, which has kernels and room for them")
+        return self._ints("shared_prefix", given, requests)
 
     # ---- run
     def run(

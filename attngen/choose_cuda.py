@@ -38,6 +38,8 @@ ARCHS = {
         Arch("120", 99 * _KB, 100 * _KB, True),
     )
 }
+MOST_REQUESTS = 1024  # of a batch in which shared prefixes are looked for
+MERGE_KEYS, NODE_KEYS = 64, 512  # what a row's part in a shared prefix costs beside its keys, and the prefix; in keys of one KV head
 SMEM_RESERVED = 1024  # of the SM's shared memory, for each block
 _OTHER_REGISTERS = 145  # of a decode thread, beside O and Q: scores, two cursors, addresses
 
@@ -122,6 +124,7 @@ class DecodeConfig(_WarpConfig):
     unit_cost: int  # fixed cost of a unit, in blocks of keys
     split: int  # keys of a fixed piece (batch_invariant); 0: pieces end where the workers' shares end
     smem_bytes: int
+    joins: bool = False  # rows have parts in shared prefixes, too
 
     template, kind = "decode", "slices"
     head_major = True  # workers a head apart read neighbouring rows of a page together
@@ -155,10 +158,10 @@ _PAIRED_SHAPES = tuple((warps, stages, 1) for warps in (8, 4) for stages in (8, 
 
 def choose_decode(
     problem: Problem, arch_name: str, hooks: Hooks, block_m: int = 16, paged: bool = True, split: int = 0,
-    prefer: Preference | None = None,
+    prefer: Preference | None = None, joins: bool = False,
 ) -> CudaChoice[DecodeConfig, DecodeCandidate]:  # fmt: skip
     """The decode kernel for ``problem`` on ``arch_name`` with tiles of ``block_m`` (16 or 32) rows. ``split``: keys of a fixed
-    piece, 0 for none; ``prefer``: a candidate to take if it fits."""
+    piece, 0 for none; ``prefer``: a candidate to take if it fits; ``joins``: with what shared prefixes give."""
     from .choose import settle
 
     gpu = arch(arch_name)
@@ -192,7 +195,7 @@ def choose_decode(
             f"  do: launch tiles of 64 rows instead"
         )
     listed, won, by = settle(candidates, possible, won, prefer)
-    config = DecodeConfig(arch_name, paged, block_m, won.warps, won.stages, won.blocks_per_sm, won.q_in_smem, 2, split, won.smem_bytes)
+    config = DecodeConfig(arch_name, paged, block_m, won.warps, won.stages, won.blocks_per_sm, won.q_in_smem, 2, split, won.smem_bytes, joins)
     return CudaChoice(config, listed, by)
 
 
@@ -358,10 +361,11 @@ class TileClass:
     row_bytes: int = 0  # of a key and its value
     l2_bytes: int = 64 << 20  # what keys and values of a section may take: more than an H100's L2, see docs/perf-log.md
     min_piece: int = 4  # blocks of a piece, at least
+    mixed: bool = False  # its requests are nodes: keys that several share (shared.py)
 
     def __str__(self) -> str:
         text = f"{self.bm}x{self.bn}+{self.unit_cost}" + (f"/{self.split}" if self.split else "") + ("h" if self.head_major else "")
-        return text if self.kind == "slices" else f"{text}:{self.kind},groups={self.groups},row_bytes={self.row_bytes}"
+        return text if self.kind == "slices" else f"{text}:{self.kind},groups={self.groups},row_bytes={self.row_bytes}" + (",mixed" if self.mixed else "")
 
 
 def tile_class(config: Any, problem: Problem) -> TileClass:
@@ -369,7 +373,8 @@ def tile_class(config: Any, problem: Problem) -> TileClass:
     shape = (config.block_m, config.block_n, config.unit_cost, config.split)
     if config.kind == "slices":
         return TileClass(*shape, head_major=config.head_major)
-    return TileClass(*shape, "queue", groups=config.groups, row_bytes=2 * (problem.head_dim + problem.head_dim_v))
+    row_bytes = 2 * (problem.head_dim + problem.head_dim_v)
+    return TileClass(*shape, "queue", groups=config.groups, row_bytes=row_bytes, mixed=config.mixed)
 
 
 @record
@@ -436,6 +441,23 @@ class AppendConfig(_GridConfig):
         part is no multiple of 16."""
         pairs = self.rotary_dim // 16 if self.rotary_dim % 16 == 0 else self.rotary_dim // 2
         return pairs + (self.head_dim - self.rotary_dim + self.head_dim_v) // 8
+
+
+@record
+class ShareConfig(_WarpConfig):
+    """The kernel that finds shared prefixes: one cluster of ``blocks``. Costs as in shared.py."""
+
+    arch: str
+    blocks: int = 8
+    warps: int = 16
+    requests: int = MOST_REQUESTS
+    merge_keys: int = MERGE_KEYS
+    node_keys: int = NODE_KEYS
+
+    @property
+    def smem_bytes(self) -> int:
+        """No less than the size of ``Shared`` in share.cu."""
+        return 192 * self.requests + 256
 
 
 @record

@@ -31,6 +31,7 @@ class HopperConfig(Printed):
     split: int  # keys of a fixed piece (batch_invariant), a multiple of block_n; 0: none
     smem_bytes: int
     blocks_per_sm: int = 1
+    mixed: bool = False  # rows are of several requests, which share the keys
 
     template, kind, head_major = "attention_sm90", "queue", False
 
@@ -76,11 +77,11 @@ _SHAPES_OF_64 = {64: ((1, 64), (1, 128), (1, 96)), 96: ((1, 64), (1, 96), (1, 80
 
 def choose_hopper(
     problem: Problem, arch_name: str, hooks: Hooks, page_size: int | None = None, split: int = 0, prefer: Preference | None = None,
-    most_rows: int = 0,
+    most_rows: int = 0, mixed: bool = False,
 ) -> CudaChoice[HopperConfig, HopperCandidate]:
     """The Hopper kernel for ``problem``. ``page_size``: of the KV cache, None without pages; any that it serves gives the same
     kernel. ``split``: keys of a fixed piece, 0 for none; ``prefer``: a candidate to take if it fits; ``most_rows``: of a tile, if
-    it is to be 64.
+    it is to be 64; ``mixed``: its rows are of several requests.
 
     Raises UnsupportedError where another kernel serves: other architectures, head sizes that are no multiples of 32, pages
     that are no multiples of 8, keys that the kernel would have to rotate.
@@ -124,7 +125,7 @@ def choose_hopper(
     listed, won, by = settle(candidates, possible, won, prefer)
     config = HopperConfig(
         arch_name, page_size is not None, won.groups, won.block_n, won.stages, won.q_buffers, won.ping_pong, *_REGISTERS[won.groups], 2, split,
-        won.smem_bytes, blocks,
+        won.smem_bytes, blocks, mixed,
     )  # fmt: skip
     return CudaChoice(config, listed, by)
 

@@ -17,7 +17,7 @@ import torch
 
 from . import cache, pins
 from .abi import Layout, parameter_fields
-from .abi_cuda import ATTENTION_FIELDS, CUDA_ABI, PLAN_FIELDS, QUEUE_ATTENTION_FIELDS, zone_fields
+from .abi_cuda import ATTENTION_FIELDS, CUDA_ABI, JOIN_FIELDS, MIXED_FIELDS, MIXED_PLAN_FIELDS, PLAN_FIELDS, QUEUE_ATTENTION_FIELDS, zone_fields
 from .choose_cuda import Arch, arch_of, cuda_flags
 from .errors import CacheError, MissingKernelError, UnsupportedError
 from .load import host, load_cubin
@@ -71,6 +71,9 @@ def specialise(name: str, title: str, trace: Trace, problem: Problem, config: An
         trace = Trace(mask=trace.mask, fields=trace.fields, where=trace.where)
     used = trace.used()
     base = PLAN_FIELDS if name == "plan" else QUEUE_ATTENTION_FIELDS if config.kind == "queue" else ATTENTION_FIELDS
+    if name == "plan" and config.classes[-1].mixed:
+        base += MIXED_PLAN_FIELDS
+    base += (MIXED_FIELDS if getattr(config, "mixed", False) else ()) + (JOIN_FIELDS if getattr(config, "joins", False) else ())
     hooks = emit(trace, storage, problem.head_dim, dialect="cuda", device_scalars=True, classes=name != "plan")
     zones = tuple(zone.name for zone in (config.zones if name == "plan" else hooks.zones))
     layout = Layout(base + parameter_fields(used, storage, device_scalars=True) + zone_fields(zones, name == "plan"))

@@ -23,7 +23,8 @@ import torch
 from . import cuda, pins, tuned
 from .boxes import Boxes
 from .cache import Entry
-from .choose_cuda import PlanConfig, ZoneMap, arch, arch_named, choose_attention, choose_decode, most_blocks, tile_class
+from .abi_cuda import SHARE_FIELDS
+from .choose_cuda import MOST_REQUESTS, PlanConfig, ShareConfig, ZoneMap, arch, arch_named, choose_attention, choose_decode, most_blocks, tile_class
 from .errors import ParameterError, UnsupportedError
 from .ops import I32_MAX
 from .params import DTYPE_NAMES, check_dtype
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 _FIXED_SPLIT = 2048  # keys of a piece under batch_invariant: long enough to hide a merge, short enough to fill a GPU
 PHASES = ("16 rows", "32 rows", "64 rows", "prefill")  # names of the row-tile classes, for what was measured of them
+_LEAST_GAIN = 24 << 20  # bytes of keys and values that shared prefixes must save to be worth a second kernel
 _MOST_ZONES = 64 << 20  # bytes of a zone map: of 8 million 32s
 POINTERS = struct.Struct("=5Q")  # q, k, v, out, lse: the first fields
 
@@ -66,6 +68,7 @@ class Facts:
     batch_invariant: bool
     storage: tuple[tuple[str, str], ...]
     scale: float
+    shared_prefix: bool = False
 
     @property
     def group(self) -> int:
@@ -92,6 +95,13 @@ class Kernels:
 
     classes: tuple[cuda.Specialised, ...]
     plan: cuda.Specialised
+    share: cuda.Specialised | None = None  # finds shared prefixes,
+    nodes: cuda.Specialised | None = None  # and attends to them
+
+    @property
+    def all(self) -> tuple[cuda.Specialised, ...]:
+        """Each of them."""
+        return tuple(x for x in (*self.classes, self.plan, self.share, self.nodes) if x is not None)
 
     def needed(self, most_rows: int) -> tuple[int, ...]:
         """The classes that requests of up to ``most_rows`` packed rows are planned into."""
@@ -104,7 +114,8 @@ class Kernels:
 
 
 def choices_of(
-    trace: Trace, problem: Problem, hooks: Hooks, *, page_size: int | None, batch_invariant: bool = False, most_rows: int = 0
+    trace: Trace, problem: Problem, hooks: Hooks, *, page_size: int | None, batch_invariant: bool = False, most_rows: int = 0,
+    joins: bool = False,
 ) -> dict[str, Any]:
     """A choice a row-tile class, smallest tile first, by the class's name: a configuration, and the candidates it was chosen from.
     Arguments as ``kernels_of``. What was measured (tuned.py) counts, but not under batch_invariant."""
@@ -122,9 +133,9 @@ def choices_of(
         return tuned.preference(structure, problem, phase, layout, sources)
 
     few, some, more, many = PHASES
-    choices: dict[str, Any] = {few: choose_decode(problem, name, hooks, paged=paged, prefer=prefer(few))}
+    choices: dict[str, Any] = {few: choose_decode(problem, name, hooks, paged=paged, prefer=prefer(few), joins=joins)}
     with contextlib.suppress(UnsupportedError):
-        choices[some] = choose_decode(problem, name, hooks, 32, paged=paged, prefer=prefer(some))
+        choices[some] = choose_decode(problem, name, hooks, 32, paged=paged, prefer=prefer(some), joins=joins)
     try:
         choices[more] = choose_hopper(problem, name, hooks, page_size, prefer=prefer(more), most_rows=64)
     except UnsupportedError:
@@ -138,25 +149,56 @@ def choices_of(
 
 
 def kernels_of(
-    variant: Variant, problem: Problem, *, page_size: int | None, batch_invariant: bool = False, most_rows: int = 0
+    variant: Variant, problem: Problem, *, page_size: int | None, batch_invariant: bool = False, most_rows: int = 0,
+    shared: bool = False,
 ) -> Kernels:
     """The kernels of ``variant`` for ``problem``, in their chosen configurations. All callers share them: of ``page_size`` it
     counts whether there are pages, and on Hopper whether they are multiples of 8; ``most_rows``, of a request, decides only
-    under batch_invariant."""
+    under batch_invariant; ``shared``: with those of shared prefixes."""
     trace, name = variant.trace, problem.isa
-    pinned = pins.pinned_cuda(trace.key(problem.head_dim), problem, page_size, batch_invariant, most_rows <= 16)
+    pinned = None if shared else pins.pinned_cuda(trace.key(problem.head_dim), problem, page_size, batch_invariant, most_rows <= 16)
     if pinned:
         *classes, plan = (cuda.from_entry(entry, problem) for entry in pinned)
         return Kernels(tuple(classes), plan)
     from .emit import emit
 
     hooks = emit(trace, dict(problem.storage), problem.head_dim, dialect="cuda", device_scalars=True)
-    choices = choices_of(trace, problem, hooks, page_size=page_size, batch_invariant=batch_invariant, most_rows=most_rows)
+    choices = choices_of(
+        trace, problem, hooks, page_size=page_size, batch_invariant=batch_invariant, most_rows=most_rows, joins=shared
+    )
     configs = [choice.config for choice in choices.values()]
+    if shared:
+        from .choose_hopper import choose_hopper
+
+        if why := unshared(trace, problem, hooks, page_size, batch_invariant):
+            raise UnsupportedError(f"shared prefixes: {why}.\n  do: leave out shared_prefix=True, each request then reads all of its keys")
+        configs.append(choose_hopper(problem, name, hooks, page_size, mixed=True).config)
     planned = PlanConfig(name, tuple(tile_class(c, problem) for c in configs), hooks.zones)
     named = [*((c.template, c) for c in configs), ("plan", planned)]
-    specials = [cuda.specialise(n, variant.name, trace, problem, c, name) for n, c in named]
-    return Kernels(tuple(specials[:-1]), specials[-1])
+    *specials, plan = (cuda.specialise(n, variant.name, trace, problem, c, name) for n, c in named)
+    if not shared:
+        return Kernels(tuple(specials), plan)
+    share = cuda.specialise_plain("share", "shared prefixes", ShareConfig(name), SHARE_FIELDS)
+    return Kernels(tuple(specials[:-1]), plan, share, specials[-1])
+
+
+def unshared(trace: Trace, problem: Problem, hooks: Hooks, page_size: int | None, batch_invariant: bool) -> str:
+    """Why requests cannot share the work on a prefix; empty where they can."""
+    from .choose_hopper import unserved
+
+    if page_size is None:
+        return "k and v have no pages"
+    if batch_invariant:
+        return "under batch_invariant a request's bits may not depend on others"
+    if why := unserved(problem, problem.isa, hooks, page_size):
+        return f"they are served by the Hopper kernel: {why}"
+    own = {"request", "q_len", "kv_len", "q_offset", "kv_token"}
+    for name, node in trace.roots().items():
+        if read := sorted(node.symbols & own):
+            return f"{name} reads {', '.join(read)}, which differs among the requests of a prefix"
+    if trace.rope and trace.rope.rope.needs_kv_lens:
+        return "its RoPE depends on a request's length"
+    return ""
 
 
 def build(specials: Sequence[cuda.Specialised]) -> list[Entry]:
@@ -208,16 +250,19 @@ class Loaded:
     """Kernels on a device: those of some row-tile classes, and the planner."""
 
     def __init__(self, kernels: Kernels, which: Sequence[int], device: torch.device) -> None:
-        build([*(kernels.classes[i] for i in which), kernels.plan])
+        build([s for s in kernels.all if s not in kernels.classes or kernels.classes.index(s) in which])
         self.kernels, self.which = kernels, tuple(which)
         self.zones: tuple[ZoneMap, ...] = kernels.plan.config.zones
-        self.blocks = len(kernels.classes) if self.zones else max(which) + 1  # of the planner, beside those that build zone maps
+        count = len(kernels.plan.config.classes)
+        self.blocks = count if self.zones or kernels.nodes else max(which) + 1  # of the planner, beside those that build zone maps
         self.plan = Launcher(kernels.plan, device.index)
+        self.share = Launcher(kernels.share, device.index) if kernels.share else None
         self.classes: dict[int, Launcher] = {}
-        self.workers = [0] * len(kernels.classes)
+        self.workers = [0] * count
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-        for i in which:
-            special = kernels.classes[i]
+        for i in (*which, *range(len(kernels.classes), count)):
+            special = kernels.classes[i] if i < len(kernels.classes) else kernels.nodes
+            assert special is not None
             found = self.classes[i] = Launcher(special, device.index)
             blocks = found.kernel.blocks_per_sm()
             if blocks == 0:
@@ -238,9 +283,19 @@ class Loaded:
             "partial_out": base + space.partial_out, "partial_state": base + space.partial_state, "status": base + space.status,
         }  # fmt: skip
 
-    def plan_lists(self, space: Workspace, base: int, active: Sequence[int]) -> dict[str, int]:
-        """The same for the planner, which plans for the classes ``active``."""
+    def shared_lists(self, space: Workspace, base: int) -> dict[str, int]:
+        """Where shared prefixes are, and what they gave; the lists of their class."""
+        assert space.shared is not None
+        lists = {name: base + at for name, at in space.shared.lists.items()}
+        return lists | {"node_out": base + space.shared.node_out, "node_lse": base + space.shared.node_lse}
+
+    def plan_lists(self, space: Workspace, base: int, active: Sequence[int], shared: bool = False) -> dict[str, int]:
+        """The same for the planner, which plans for the classes ``active``, and for shared prefixes."""
         values = {"status": base + space.status}
+        if shared:
+            part = space.classes[-1]
+            values |= {f"{name}_nodes": base + at for name, at in part.lists.items()} | self.shared_lists(space, base)
+            values |= {"num_workers_nodes": self.workers[-1], "max_slots_nodes": part.max_slots}
         for i in active:
             part = space.classes[i]
             values |= {f"{name}{i}": base + at for name, at in part.lists.items()}
@@ -289,6 +344,8 @@ def even_shares(workers: int) -> int:
 def space_of(kernels: Kernels, which: Sequence[int], multiprocessors: int, **capacities: Any) -> Workspace:
     """The workspace of the classes ``which`` on a GPU with so many multiprocessors; known before anything is built."""
     workers = [most_blocks(s.config) * multiprocessors if i in which else 0 for i, s in enumerate(kernels.classes)]
+    if kernels.nodes is not None:
+        workers.append(most_blocks(kernels.nodes.config) * multiprocessors)
     return workspace_layout(kernels.plan.config, workers, **capacities)
 
 
@@ -414,6 +471,7 @@ class Plan:
     active: tuple[int, ...]  # classes to launch
     bound: dict[str, Any]  # struct fields that plan decides
     held: tuple[Any, ...]  # alive as long as the plan
+    shares: bool = False  # prefixes, as far as there are any
     ran: bool = False  # a launch has waited for the planner
     templates: dict[tuple[Site, int, bool], tuple[bytes, Boxes | None]] = field(default_factory=dict)  # by site, class, ran
 
@@ -434,7 +492,7 @@ class CudaEngine:
         most_rows = facts.max_q_len * facts.group
         kernels = kernels_of(
             facts.variant, self.problem, page_size=facts.page_size, batch_invariant=facts.batch_invariant,
-            most_rows=most_rows,
+            most_rows=most_rows, shared=facts.shared_prefix,
         )  # fmt: skip
         self._loaded = Loaded(kernels, kernels.needed(most_rows), device)
         self._space = self._loaded.space(
@@ -468,14 +526,16 @@ class CudaEngine:
 
     # ---- plan
     def plan(
-        self, lengths: Mapping[str, Any], page_table: torch.Tensor | None, params: Mapping[str, Any]
-    ) -> Plan:
-        """One kernel on the current stream.
+        self, lengths: Mapping[str, Any], page_table: torch.Tensor | None, params: Mapping[str, Any],
+        shared: str | torch.Tensor = "off",
+    ) -> Plan:  # fmt: skip
+        """One kernel on the current stream, and one before it where prefixes are shared.
 
         Args:
             lengths: arguments of ``lengths.Lengths``; vectors are int32 tensors on the device.
             page_table: page numbers, int32 on the device.
             params: checked values of the fields that the mask reads: numbers and device tensors.
+            shared: "auto", "off", or the number of each request's group, int32 on the device.
         """
         facts, loaded = self.facts, self._loaded
         active = loaded.kernels.launched(lengths["max_q_len"] * facts.group)
@@ -483,15 +543,24 @@ class CudaEngine:
         zones, zone_blocks = zone_values(loaded.zones, places, params)
         bound = struct_values(params) | zones
         values = {n: x.data_ptr() if isinstance(x, torch.Tensor) else x for n, x in lengths.items()} | bound
-        values |= loaded.plan_lists(self._space, self._base, active)
+        shares = shared is not None and not (isinstance(shared, str) and shared == "off") and 1 < lengths["num_requests"] <= MOST_REQUESTS
+        values |= loaded.plan_lists(self._space, self._base, active, shares)
         values |= {
             "num_heads": facts.num_heads, "num_kv_heads": facts.num_kv_heads, "head_offset": facts.head_offset,
             "total_heads": facts.total_heads, "max_q_tokens": facts.max_q_tokens,
             "max_kv_len": min(facts.max_kv_len, I32_MAX),
         }  # fmt: skip
         self._planned_by[self._base] = self._token = object()
+        stream = cuda.current_stream(facts.device.index)
+        if shares:
+            assert loaded.share is not None and page_table is not None
+            found = {**values, **loaded.shared_lists(self._space, self._base), "page_table": page_table.data_ptr(), "group": facts.group}
+            found["groups"] = shared.data_ptr() if isinstance(shared, torch.Tensor) else 0
+            found["least_gain"] = _LEAST_GAIN // (2 * (facts.head_dim + facts.head_dim_v) * facts.num_kv_heads)
+            found["most_rows"] = max(k.config.block_m for k in (loaded.kernels.classes[i] for i in active) if k.name == "decode")
+            loaded.share.launch(bytearray(loaded.share.template(found)), {}, loaded.share.special.config.blocks, stream)
         if lengths["num_requests"]:
-            loaded.plan.launch(bytearray(loaded.plan.template(values)), {}, loaded.blocks + zone_blocks, cuda.current_stream(facts.device.index))
+            loaded.plan.launch(bytearray(loaded.plan.template(values)), {}, loaded.blocks + zone_blocks, stream)
         else:
             active = ()
         if page_table is not None:
@@ -503,7 +572,7 @@ class CudaEngine:
                 inv_freq, table = tables = rope_tables(self._rope, facts.head_dim, lengths)
                 bound["rope_table"] = table.data_ptr()
             bound["rope_inv_freq"] = inv_freq.data_ptr()
-        return Plan(active, bound, (lengths, page_table, params, tables))
+        return Plan(active, bound, (lengths, page_table, params, tables, shared), shares)
 
     # ---- run
     def launch(
@@ -521,7 +590,7 @@ class CudaEngine:
             bound["partial"] = 1
         pointers = (q_at, k_at, v_at, out.data_ptr(), 0 if lse is None else lse.data_ptr())
         stream = cuda.current_stream(self.facts.device.index)
-        for i in plan.active:
+        for i in (len(self._loaded.workers) - 1, *plan.active) if plan.shares else plan.active:
             template = plan.templates.get((site, i, plan.ran))
             if template is None:
                 if len(plan.templates) >= 1024:
@@ -529,8 +598,13 @@ class CudaEngine:
                 template = plan.templates[site, i, plan.ran] = self._template(i, site, plan)
             struct_bytes, boxes = template
             buffer = bytearray(struct_bytes)
-            POINTERS.pack_into(buffer, 0, *pointers)
             values = bound if boxes is None else bound | boxes.maps(q_at, k_at, v_at)
+            if i == len(self._loaded.kernels.classes):  # a state of its own, which the others join
+                part = self._space.shared
+                POINTERS.pack_into(buffer, 0, q_at, k_at, v_at, self._base + part.node_out, self._base + part.node_lse)
+                values = {**values, "partial": 1}
+            else:
+                POINTERS.pack_into(buffer, 0, *pointers)
             self._loaded.classes[i].launch(buffer, values, self._loaded.workers[i], stream)
         plan.ran = True
 
@@ -544,6 +618,13 @@ class CudaEngine:
             "rope_mscale": 1.0 if self._rope is None else self._rope.mscale,
         }  # fmt: skip
         boxes = launcher.boxes(values)
+        if plan.shares:
+            values |= self._loaded.shared_lists(self._space, self._base)
+        if i == len(self._loaded.kernels.classes):
+            part, width = self._space.shared, facts.num_heads * facts.head_dim_v
+            values |= {"out_stride_t": width, "out_stride_h": facts.head_dim_v, "lse_stride_t": facts.num_heads, "lse_stride_h": 1,
+                       "partial_out": self._base + part.partial_out, "partial_state": self._base + part.partial_state}  # fmt: skip
+            return launcher.template(values | boxes.fields | {"q_boxes": 0}), boxes
         return launcher.template(values if boxes is None else values | boxes.fields), boxes
 
     def status(self) -> Status:

@@ -59,8 +59,10 @@ class CpuEngine:
         self._rope = rope.rope if rope else None
 
     # ---- plan
-    def plan(self, lengths: Mapping[str, Any], page_table: torch.Tensor | None, params: Mapping[str, Any]) -> Plan:
-        """Read the lengths. Arguments as for CudaEngine, on the host."""
+    def plan(
+        self, lengths: Mapping[str, Any], page_table: torch.Tensor | None, params: Mapping[str, Any], shared: Any = "off"
+    ) -> Plan:
+        """Read the lengths. Arguments as for CudaEngine, on the host; what is ``shared`` changes no result."""
         facts = self.facts
         given = {name: x.tolist() if isinstance(x, torch.Tensor) else x for name, x in lengths.items()}
         requests, status = read_requests(Lengths(**given, max_q_tokens=facts.max_q_tokens, max_kv_len=facts.max_kv_len))

@@ -63,6 +63,7 @@ class Lengths:
     max_q_tokens: int = INT32_MAX
     max_q_len: int = INT32_MAX
     max_kv_len: int = INT32_MAX
+    shared_tokens: Sequence[int] | None = None  # keys of each request that are left to nodes (shared.py)
 
 
 def read_requests(batch: Lengths) -> tuple[list[Request], Status]:
@@ -150,8 +151,11 @@ def _read_request(b: Lengths, i: int) -> tuple[Request, Status]:
     if wrong:
         keys, base, kv_start = 0, -1, 0
     kv_len, q_len = kv_start + keys, q1 - q0
+    token -= kv_start
+    if b.shared_tokens is not None and not wrong:
+        kv_start, base = kv_start + b.shared_tokens[i], base + b.shared_tokens[i] // b.page_size
     q_offset = b.q_positions[i] if b.q_positions is not None else kv_len - q_len
-    return Request(q0, q_len, kv_len, kv_start, q_offset, token - kv_start, base), wrong
+    return Request(q0, q_len, kv_len, kv_start, q_offset, token, base), wrong
 
 
 # ---------------------------------------------------------------- which keys a row tile reaches

@@ -36,12 +36,13 @@ class QueuedRequest:
     slot0: int
     counter0: int
     unit0: int
+    q_last: int = 0  # of a node: the largest position of its rows
 
     def pack(self) -> bytes:
         """As in queue.cuh."""
         return QUEUED_REQUEST.pack(
             self.request.pack(), self.index, self.rows, self.tiles, self.pieces, self.piece0, self.piece_slots,
-            self.section_heads, self.slot0, self.counter0, self.unit0, 0, 0,
+            self.section_heads, self.slot0, self.counter0, self.unit0, self.q_last, 0,
         )  # fmt: skip
 
     def unit(self, number: int, num_kv_heads: int) -> tuple[int, int, int]:

@@ -22,6 +22,7 @@ from .errors import ParameterError
 from .lengths import Lengths, Reach, Request, read_requests
 from .queued import QueuePlan, plan_queue
 from .records import record
+from .shared import Node, plan_nodes
 from .space import INT32_MAX, SLOTS_PER_WORKER, TILE, WORKER
 from .status import Status, Wrong
 
@@ -198,7 +199,7 @@ def class_of(classes: Sequence[TileClass], launched: Sequence[bool], rows: int) 
     largest launched one."""
     found = -1
     for i, on in enumerate(launched):
-        if on and (found < 0 or rows > classes[found].bm):
+        if on and not classes[i].mixed and (found < 0 or rows > classes[found].bm):
             found = i
     return found
 
@@ -210,6 +211,7 @@ def plan(
     num_workers: Sequence[int],
     max_tiles: Sequence[int] | None = None,
     max_slots: Sequence[int] | None = None,
+    nodes: Sequence[Node] = (),
 ) -> tuple[list[ClassPlan | QueuePlan], Status]:
     """The work lists of all classes, and what is wrong with the batch.
 
@@ -218,6 +220,7 @@ def plan(
         max_tiles: capacity of each class's tile list; None: unlimited.
         max_slots: partial results that a class of kind "queue" has room for; None: as many as ``workspace`` gives to one
             without a fixed split, else unlimited.
+        nodes: what requests share, the work of a class that is mixed.
     """
     if len(num_workers) != len(config.classes) or not any(num_workers):
         raise ParameterError(
@@ -230,10 +233,13 @@ def plan(
     for i, shape in enumerate(config.classes):
         mine = [
             (index, r) for index, r in enumerate(requests)
-            if launched[i] and r.q_len and class_of(config.classes, launched, r.q_len * reach.group) == i
+            if launched[i] and not shape.mixed and r.q_len and class_of(config.classes, launched, r.q_len * reach.group) == i
         ]  # fmt: skip
         if shape.kind == "queue":
             slots = max_slots[i] if max_slots is not None else INT32_MAX if shape.split else SLOTS_PER_WORKER * num_workers[i]
+            if shape.mixed:
+                plans.append(plan_nodes(shape, nodes if launched[i] else (), reach, num_workers[i], slots))
+                continue
             made, over = plan_queue(shape, mine, reach, num_workers[i], slots)
             status = status or over
             plans.append(made)

@@ -14,12 +14,17 @@ TILE = struct.Struct("=32s10iq")
 WORKER = struct.Struct("=3q6i80s")
 QUEUED_REQUEST = struct.Struct("=32s12i")
 QUEUE = struct.Struct("=4i")
+NODE = struct.Struct("=32s4i")
 assert (REQUEST.size, TILE.size, WORKER.size) == (32, 80, 128)  # as work.cuh asserts
-assert (QUEUED_REQUEST.size, QUEUE.size) == (80, 16)  # as queue.cuh asserts
+assert (QUEUED_REQUEST.size, QUEUE.size, NODE.size) == (80, 16, 48)  # as queue.cuh and work.cuh assert
 
 # Partial results of a worker that a queue without a fixed split has room for: it cuts tiles into fewer pieces rather than
 # need more.
 SLOTS_PER_WORKER = 4
+
+
+ROUNDS = 3  # shared prefixes of a request, at most
+MOST_SHARED_ROWS = 32  # packed rows of a request that takes part: those of the decode kernels, which join what nodes give
 
 
 class ClassSpace(NamedTuple):
@@ -34,6 +39,17 @@ class ClassSpace(NamedTuple):
     max_slots: int
 
 
+class SharedSpace(NamedTuple):
+    """Byte offsets of what is there for shared prefixes: the lists that share.cu makes, by the names of struct fields, the nodes'
+    results, and the partial results of their kernel, which the next may run beside."""
+
+    lists: Mapping[str, int]
+    node_out: int
+    node_lse: int
+    partial_out: int
+    partial_state: int
+
+
 class Workspace(NamedTuple):
     """Byte offsets of everything that plan and run write, beside the outputs. Partial results are shared by the classes,
     whose kernels run one after another."""
@@ -44,6 +60,7 @@ class Workspace(NamedTuple):
     partial_state: int
     num_bytes: int
     zones: tuple[tuple[int, int], ...] = ()  # offset and size of each zone map
+    shared: SharedSpace | None = None
 
 
 def max_tiles(shape: TileClass, max_requests: int, max_q_tokens: int, group: int, max_kv_len: int) -> int:
@@ -74,8 +91,21 @@ def workspace(
         start, offset = offset, offset + -(-size // 256) * 256
         return start
 
-    classes, rows = [], 0
+    classes, rows, shared = [], 0, None
     for shape, workers in zip(config.classes, num_workers):
+        if shape.mixed:
+            of_round = min(max_q_tokens, max_requests * max(1, MOST_SHARED_ROWS // (num_heads // num_kv_heads)))
+            nodes, node_rows, slots = ROUNDS * max_requests // 2, ROUNDS * of_round, SLOTS_PER_WORKER * workers
+            sizes = {"requests": QUEUED_REQUEST.size * nodes, "unit_starts": 4 * (nodes + 1), "queue": QUEUE.size,
+                     "counters": 4 * (slots // 2 * shape.groups)}  # fmt: skip
+            classes.append(ClassSpace({name: take(size) for name, size in sizes.items()}, workers, nodes, slots))
+            sizes = {"nodes": NODE.size * nodes, "num_nodes": 4, "shared_tokens": 4 * max_requests, "shared_rows": 16 * max_requests,
+                     "members": 8 * node_rows}  # fmt: skip
+            shared = SharedSpace(
+                {name: take(size) for name, size in sizes.items()}, take(4 * node_rows * num_heads * head_dim_v),
+                take(4 * node_rows * num_heads), take(4 * slots * shape.bm * head_dim_v), take(8 * slots * shape.bm),
+            )  # fmt: skip
+            continue
         tiles = max_tiles(shape, max_requests, max_q_tokens, num_heads // num_kv_heads, max_kv_len) if workers else 0
         if shape.kind == "queue":
             requests = max_requests if workers else 0
@@ -90,4 +120,4 @@ def workspace(
         classes.append(ClassSpace({name: take(size) for name, size in sizes.items()}, workers, tiles, slots))
     partial_out, partial_state = take(4 * rows * head_dim_v), take(8 * rows)
     zones = tuple((take(size), size) for size in zone_bytes)
-    return Workspace(tuple(classes), 0, partial_out, partial_state, offset, zones)
+    return Workspace(tuple(classes), 0, partial_out, partial_state, offset, zones, shared)

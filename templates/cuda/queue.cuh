@@ -29,7 +29,8 @@ struct alignas(16) QueuedRequest {
   int32_t slot0;          // cut: its first partial result
   int32_t counter0;       // cut: its first arrival counter
   int32_t unit0;          // units before its first one in the queue
-  int32_t reserved[2];
+  int32_t q_last;         // of a node: the largest position of its rows
+  int32_t reserved;
 };
 static_assert(sizeof(QueuedRequest) == 80, "the planner in attngen/queued.py writes the same layout");
 

@@ -30,6 +30,17 @@ struct alignas(16) Request {
   int64_t kv_base;   // paged: index of its first page in the page table; else the row of its first cached key
 };
 
+constexpr int ROUNDS = 3;  // shared prefixes of a request, at most
+
+// Keys that several requests share (shared.py). Its rows are numbers in a list of query tokens.
+struct alignas(16) Node {
+  Request request;  // the keys, and as query tokens the rows; q_offset is their least position
+  int32_t q_last;   // and the largest
+  int32_t leader;   // the request whose page table is read
+  int32_t reserved[2];
+};
+static_assert(sizeof(Node) == 48, "attngen/shared.py has the same layout");
+
 struct alignas(16) WorkTile {
   Request request;
   int32_t request_index;  // negative: the request is bad, its rows become NaN
