@@ -40,12 +40,16 @@ QUEUE_ATTENTION_FIELDS: tuple[tuple[str, str], ...] = tuple(
 ) + (("int32_t", "q_boxes"), ("int32_t", "box_rows"), ("TensorMap", "q_map"), ("TensorMap", "k_map"), ("TensorMap", "v_map"))
 
 # Beside those of the Hopper kernel, where its rows are of several requests: of each row of a node (shared.py) the query token and its
-# position.
-MIXED_FIELDS: tuple[tuple[str, str], ...] = (("const int2*", "members"),)
+# position. All results are partial: first node_rows rows, [node row, head], of nodes that are one piece, then pieces of tiles.
+MIXED_FIELDS: tuple[tuple[str, str], ...] = (("const int2*", "members"), ("int64_t", "node_rows"))
 
-# Beside those of a decode kernel that joins what shared prefixes give: of each request its first rows in up to ROUNDS nodes, the
-# nodes' output and base-2 LSE, [rows, heads, head_dim_v] and [rows, heads]. Null shared_rows: there are none.
-JOIN_FIELDS: tuple[tuple[str, str], ...] = (("const int4*", "shared_rows"), ("const float*", "node_out"), ("const float*", "node_lse"))
+# Beside those of a decode kernel that joins what shared prefixes give: of each request and round its node, or -1, the node's first row,
+# and among its rows that of the request's first query token; of each node its pieces and their first slot; their results.
+# Null shared_rows: there are none.
+JOIN_FIELDS: tuple[tuple[str, str], ...] = (
+    ("const int4*", "shared_rows"), ("const int2*", "node_parts"), ("const float*", "node_out"), ("const float2*", "node_state"),
+    ("int64_t", "node_rows"),
+)  # fmt: skip
 
 # At most this many row-tile classes share a plan.
 MAX_CLASSES = 4
@@ -71,7 +75,7 @@ PLAN_FIELDS: tuple[tuple[str, str], ...] = (
 # requests keep all of their keys.
 MIXED_PLAN_FIELDS: tuple[tuple[str, str], ...] = (
     ("QueuedRequest*", "requests_nodes"), ("int32_t*", "unit_starts_nodes"), ("Queue*", "queue_nodes"), ("int32_t*", "counters_nodes"),
-    ("const int32_t*", "shared_tokens"), ("const Node*", "nodes"), ("const int32_t*", "num_nodes"),
+    ("const int32_t*", "shared_tokens"), ("const Node*", "nodes"), ("const int32_t*", "num_nodes"), ("int2*", "node_parts"),
     ("int32_t", "num_workers_nodes"), ("int32_t", "max_slots_nodes"),
 )  # fmt: skip
 

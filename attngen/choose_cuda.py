@@ -124,7 +124,7 @@ class DecodeConfig(_WarpConfig):
     unit_cost: int  # fixed cost of a unit, in blocks of keys
     split: int  # keys of a fixed piece (batch_invariant); 0: pieces end where the workers' shares end
     smem_bytes: int
-    joins: bool = False  # rows have parts in shared prefixes, too
+    joins: int = 0  # rows have parts in shared prefixes, too: packed rows of a tile there
 
     template, kind = "decode", "slices"
     head_major = True  # workers a head apart read neighbouring rows of a page together
@@ -158,10 +158,11 @@ _PAIRED_SHAPES = tuple((warps, stages, 1) for warps in (8, 4) for stages in (8, 
 
 def choose_decode(
     problem: Problem, arch_name: str, hooks: Hooks, block_m: int = 16, paged: bool = True, split: int = 0,
-    prefer: Preference | None = None, joins: bool = False,
+    prefer: Preference | None = None, joins: int = 0,
 ) -> CudaChoice[DecodeConfig, DecodeCandidate]:  # fmt: skip
     """The decode kernel for ``problem`` on ``arch_name`` with tiles of ``block_m`` (16 or 32) rows. ``split``: keys of a fixed
-    piece, 0 for none; ``prefer``: a candidate to take if it fits; ``joins``: with what shared prefixes give."""
+    piece, 0 for none; ``prefer``: a candidate to take if it fits; ``joins``: with what shared prefixes give in tiles of
+    so many rows."""
     from .choose import settle
 
     gpu = arch(arch_name)
@@ -204,7 +205,7 @@ def decode_smem_bytes(d: int, dv: int, block_m: int, warps: int, stages: int, st
     ring = warps * 16 // block_m * stages * 32 * (d + dv)
     queries = staged_queries * 2 * block_m * d
     meet = warps * 8 * (4 * dv + (8 if softmax else 0))
-    return -(-(ring + queries + meet + 128 + 112 + 32) // 128) * 128
+    return -(-(ring + queries + meet + 128 + 112 + 32 + 48) // 128) * 128
 
 
 def most_blocks(config: Any) -> int:
@@ -457,7 +458,7 @@ class ShareConfig(_WarpConfig):
     @property
     def smem_bytes(self) -> int:
         """No less than the size of ``Shared`` in share.cu."""
-        return 192 * self.requests + 256
+        return 208 * self.requests + 256
 
 
 @record

@@ -115,7 +115,7 @@ class Kernels:
 
 def choices_of(
     trace: Trace, problem: Problem, hooks: Hooks, *, page_size: int | None, batch_invariant: bool = False, most_rows: int = 0,
-    joins: bool = False,
+    joins: int = 0,
 ) -> dict[str, Any]:
     """A choice a row-tile class, smallest tile first, by the class's name: a configuration, and the candidates it was chosen from.
     Arguments as ``kernels_of``. What was measured (tuned.py) counts, but not under batch_invariant."""
@@ -163,16 +163,18 @@ def kernels_of(
     from .emit import emit
 
     hooks = emit(trace, dict(problem.storage), problem.head_dim, dialect="cuda", device_scalars=True)
-    choices = choices_of(
-        trace, problem, hooks, page_size=page_size, batch_invariant=batch_invariant, most_rows=most_rows, joins=shared
-    )
-    configs = [choice.config for choice in choices.values()]
+    nodes: list[Any] = []
     if shared:
         from .choose_hopper import choose_hopper
 
         if why := unshared(trace, problem, hooks, page_size, batch_invariant):
             raise UnsupportedError(f"shared prefixes: {why}.\n  do: leave out shared_prefix=True, each request then reads all of its keys")
-        configs.append(choose_hopper(problem, name, hooks, page_size, mixed=True).config)
+        nodes = [choose_hopper(problem, name, hooks, page_size, mixed=True).config]
+    choices = choices_of(
+        trace, problem, hooks, page_size=page_size, batch_invariant=batch_invariant, most_rows=most_rows,
+        joins=nodes[0].block_m if nodes else 0,
+    )  # fmt: skip
+    configs = [*(choice.config for choice in choices.values()), *nodes]
     planned = PlanConfig(name, tuple(tile_class(c, problem) for c in configs), hooks.zones)
     named = [*((c.template, c) for c in configs), ("plan", planned)]
     *specials, plan = (cuda.specialise(n, variant.name, trace, problem, c, name) for n, c in named)
@@ -287,7 +289,8 @@ class Loaded:
         """Where shared prefixes are, and what they gave; the lists of their class."""
         assert space.shared is not None
         lists = {name: base + at for name, at in space.shared.lists.items()}
-        return lists | {"node_out": base + space.shared.node_out, "node_lse": base + space.shared.node_lse}
+        results = {"node_out": base + space.shared.out, "node_state": base + space.shared.state, "node_rows": space.shared.node_rows}
+        return lists | results
 
     def plan_lists(self, space: Workspace, base: int, active: Sequence[int], shared: bool = False) -> dict[str, int]:
         """The same for the planner, which plans for the classes ``active``, and for shared prefixes."""
@@ -599,12 +602,7 @@ class CudaEngine:
             struct_bytes, boxes = template
             buffer = bytearray(struct_bytes)
             values = bound if boxes is None else bound | boxes.maps(q_at, k_at, v_at)
-            if i == len(self._loaded.kernels.classes):  # a state of its own, which the others join
-                part = self._space.shared
-                POINTERS.pack_into(buffer, 0, q_at, k_at, v_at, self._base + part.node_out, self._base + part.node_lse)
-                values = {**values, "partial": 1}
-            else:
-                POINTERS.pack_into(buffer, 0, *pointers)
+            POINTERS.pack_into(buffer, 0, *pointers)
             self._loaded.classes[i].launch(buffer, values, self._loaded.workers[i], stream)
         plan.ran = True
 
@@ -621,9 +619,7 @@ class CudaEngine:
         if plan.shares:
             values |= self._loaded.shared_lists(self._space, self._base)
         if i == len(self._loaded.kernels.classes):
-            part, width = self._space.shared, facts.num_heads * facts.head_dim_v
-            values |= {"out_stride_t": width, "out_stride_h": facts.head_dim_v, "lse_stride_t": facts.num_heads, "lse_stride_h": 1,
-                       "partial_out": self._base + part.partial_out, "partial_state": self._base + part.partial_state}  # fmt: skip
+            values |= {"partial_out": values["node_out"], "partial_state": values["node_state"]}
             return launcher.template(values | boxes.fields | {"q_boxes": 0}), boxes
         return launcher.template(values if boxes is None else values | boxes.fields), boxes
 

@@ -48,13 +48,14 @@ class Shared:
     Attributes:
         nodes: of all rounds.
         tokens: keys of each request, from its first, that are in nodes.
-        rows: of each request and round the node row of its first query token, or -1.
+        parts: of each request and round its node, the node's first row, and among its rows that of the request's first query
+            token; (-1, 0, 0) where there is none.
         members: query token and position of each node row.
     """
 
     nodes: tuple[Node, ...] = ()
     tokens: tuple[int, ...] = ()
-    rows: tuple[tuple[int, ...], ...] = ()
+    parts: tuple[tuple[tuple[int, int, int], ...], ...] = ()
     members: tuple[tuple[int, int], ...] = ()
 
     def pack(self) -> dict[str, bytes]:
@@ -63,7 +64,7 @@ class Shared:
             "nodes": b"".join(node.pack() for node in self.nodes),
             "num_nodes": struct.pack("=i", len(self.nodes)),
             "shared_tokens": struct.pack(f"={len(self.tokens)}i", *self.tokens),
-            "shared_rows": b"".join(struct.pack("=4i", *row, -1) for row in self.rows),
+            "shared_rows": b"".join(struct.pack("=4i", *part, 0) for parts in self.parts for part in parts),
             "members": b"".join(struct.pack("=2i", *member) for member in self.members),
         }
 
@@ -116,18 +117,18 @@ def find_shared(
 
     nodes: list[Node] = []
     tokens: list[tuple[int, int]] = []
-    rows = [[-1] * ROUNDS for _ in range(n)]
+    parts = [[(-1, 0, 0)] * ROUNDS for _ in range(n)]
     for number, begin, end, members in found:
         first, r = len(tokens), requests[members[0]]
         for i in members:
-            rows[i][number] = len(tokens)
+            parts[i][number] = len(nodes), first, len(tokens) - first
             tokens += [(requests[i].q_start + t, requests[i].q_offset + t) for t in range(requests[i].q_len)]
         positions = [position for _, position in tokens[first:]]
         keys = Request(
             first, len(tokens) - first, r.kv_start + end * page_size, r.kv_start + begin * page_size, min(positions), 0, r.kv_base + begin
         )
         nodes.append(Node(keys, max(positions), members[0]))
-    return Shared(tuple(nodes), tuple(x * page_size for x in start), tuple(map(tuple, rows)), tuple(tokens))
+    return Shared(tuple(nodes), tuple(x * page_size for x in start), tuple(map(tuple, parts)), tuple(tokens))
 
 
 def _in_common(requests: Sequence[Request], pages: Sequence[int], leader: int, other: int, begin: int, end: int) -> int:

@@ -40,14 +40,13 @@ class ClassSpace(NamedTuple):
 
 
 class SharedSpace(NamedTuple):
-    """Byte offsets of what is there for shared prefixes: the lists that share.cu makes, by the names of struct fields, the nodes'
-    results, and the partial results of their kernel, which the next may run beside."""
+    """Byte offsets of what is there for shared prefixes: the lists that share.cu and the planner make, by the names of struct fields,
+    and results, which another kernel reads: first ``node_rows`` packed rows of nodes in one piece, then those of pieces."""
 
     lists: Mapping[str, int]
-    node_out: int
-    node_lse: int
-    partial_out: int
-    partial_state: int
+    out: int
+    state: int
+    node_rows: int
 
 
 class Workspace(NamedTuple):
@@ -99,12 +98,11 @@ def workspace(
             sizes = {"requests": QUEUED_REQUEST.size * nodes, "unit_starts": 4 * (nodes + 1), "queue": QUEUE.size,
                      "counters": 4 * (slots // 2 * shape.groups)}  # fmt: skip
             classes.append(ClassSpace({name: take(size) for name, size in sizes.items()}, workers, nodes, slots))
-            sizes = {"nodes": NODE.size * nodes, "num_nodes": 4, "shared_tokens": 4 * max_requests, "shared_rows": 16 * max_requests,
-                     "members": 8 * node_rows}  # fmt: skip
-            shared = SharedSpace(
-                {name: take(size) for name, size in sizes.items()}, take(4 * node_rows * num_heads * head_dim_v),
-                take(4 * node_rows * num_heads), take(4 * slots * shape.bm * head_dim_v), take(8 * slots * shape.bm),
-            )  # fmt: skip
+            sizes = {"nodes": NODE.size * nodes, "num_nodes": 4, "shared_tokens": 4 * max_requests, "shared_rows": 16 * ROUNDS * max_requests,
+                     "members": 8 * node_rows, "node_parts": 8 * nodes}  # fmt: skip
+            lists, node_rows = {name: take(size) for name, size in sizes.items()}, node_rows * num_heads
+            rows_of_all = node_rows + slots * shape.bm
+            shared = SharedSpace(lists, take(4 * rows_of_all * head_dim_v), take(8 * rows_of_all), node_rows)
             continue
         tiles = max_tiles(shape, max_requests, max_q_tokens, num_heads // num_kv_heads, max_kv_len) if workers else 0
         if shape.kind == "queue":
