@@ -106,14 +106,29 @@ class Kernels:
         """Each of them."""
         return tuple(x for x in (*self.classes, self.plan, self.share, self.nodes) if x is not None)
 
+    def holding(self, rows: int) -> int:
+        """The class of a request of so many packed rows: the smallest that holds them in a tile, else the last."""
+        return next((i for i, special in enumerate(self.classes) if rows <= special.config.block_m), len(self.classes) - 1)
+
+    def instead(self, i: int) -> int | None:
+        """The class that serves rows of class ``i`` better where units are many: Hopper's tiles of 64 in place of decode's of 32, whose
+        arithmetic does not keep up with memory. Where units are few decode has the even shares."""
+        if i > 0 and i + 1 < len(self.classes) and self.classes[i].name == "decode" and self.classes[i + 1].config.kind == "queue":
+            return i + 1 if self.classes[i + 1].key else None  # a set may lack it
+        return None
+
     def needed(self, most_rows: int) -> tuple[int, ...]:
         """The classes that requests of up to ``most_rows`` packed rows are planned into."""
-        return tuple(i for i in range(len(self.classes)) if i == 0 or most_rows > self.classes[i - 1].config.block_m)
+        last = self.holding(most_rows)
+        return tuple(range(last + 1 if self.instead(last) is None else last + 2))
 
-    def launched(self, most_rows: int) -> tuple[int, ...]:
-        """Those that a batch of such requests launches: decode with more rows is worth a launch only where it serves the longest."""
-        needed = self.needed(most_rows)
-        return tuple(i for i in needed if i in (0, needed[-1]) or self.classes[i].name != "decode")
+    def launched(self, most_rows: int, spread: bool = False) -> tuple[int, ...]:
+        """Those that a batch of such requests launches: decode with more rows is worth a launch only where it serves the longest, and
+        units are not ``spread`` over all of the GPU."""
+        last = self.holding(most_rows)
+        if spread:
+            last = self.instead(last) or last
+        return tuple(i for i in range(last + 1) if i in (0, last) or self.classes[i].name != "decode")
 
 
 def choices_of(
@@ -558,8 +573,11 @@ class CudaEngine:
             shared: "auto", "off", or the number of each request's group, int32 on the device.
         """
         facts, loaded = self.facts, self._loaded
-        active = loaded.kernels.launched(lengths["max_q_len"] * facts.group) if lengths["num_requests"] else ()
-        if active and not (isinstance(shared, str) and shared == "off") and 1 < lengths["num_requests"] <= MOST_REQUESTS:
+        rows, requests = lengths["max_q_len"] * facts.group, lengths["num_requests"]
+        other = None if facts.shared_prefix else loaded.kernels.instead(loaded.kernels.holding(rows))
+        spread = other is not None and 2 * requests * facts.num_kv_heads >= loaded.workers[other]
+        active = loaded.kernels.launched(rows, spread) if requests else ()
+        if active and not (isinstance(shared, str) and shared == "off") and 1 < requests <= MOST_REQUESTS:
             active = (self._nodes, *active)
         self.calls.claim()
         if active:

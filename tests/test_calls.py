@@ -233,6 +233,17 @@ def test_classes_that_a_later_plan_launches(monkeypatch):
     assert len(names) > 1
 
 
+def test_tiles_of_32_rows_are_decodes_where_units_are_few():
+    """2 blocks on each of 3 multiprocessors are 6 workers."""
+    lengths, q, kv = batch(16)
+    attn = make(max_q_len=16)
+    for requests, wanted in ((1, "decode 32"), (4, "attention_sm90 64"), (1, "decode 32"), (3, "attention_sm90 64"), (4, "attention_sm90 64")):
+        attn.plan(lengths[0][: requests + 1], lengths[1][: requests + 1], *lengths[2:3], lengths[3][:requests])
+        attn.run(q[: 16 * requests], kv)
+        assert [name for name, *_ in taken()] == ["plan ", "decode 16", wanted]
+    assert [name for name, *_ in (attn.plan(*lengths, max_q_len=8), attn.run(q, kv), taken())[2]] == ["plan ", "decode 16"]
+
+
 def test_partial_states(monkeypatch):
     lengths, q, kv = batch(2)
     attn = make()
