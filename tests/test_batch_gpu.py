@@ -88,6 +88,19 @@ def test_short_appends_of_other_heads(d, dv):
     assert all(torch.equal(o, outs[0][0]) for o, _ in outs)
 
 
+def test_short_appends_of_many_requests():
+    """More units than half the blocks of the GPU: tiles of 64 rows, on Hopper, in place of decode's of 32."""
+    rng = random.Random(9)
+    batch = Batch([rng.choice((8, 8, 5, 1)) for _ in range(150)], [rng.randint(0, 300) for _ in range(150)])
+    attn = make(variants.Causal(), batch, max_q_len=8, max_requests=150)
+    attn.plan(*batch.pages())
+    out, lse = attn.run(batch.q, (batch.k, batch.v), return_lse=True)
+    attn.check()
+    judge(out, lse, batch, variants.Causal())
+    loaded = attn.engine._loaded
+    assert ({loaded.kernels.classes[i].config.block_m for i in attn._planned[0].active} == {16, 64}) == (loaded.kernels.instead(1) is not None)
+
+
 @pytest.mark.parametrize("layout", ["NHD", "HND"])
 @pytest.mark.parametrize("style", ["block_table", "one tensor"])
 def test_index_styles_and_layouts(layout, style):
