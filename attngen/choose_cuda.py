@@ -445,20 +445,29 @@ class AppendConfig(_GridConfig):
 
 
 @record
-class ShareConfig(_WarpConfig):
+class ShareConfig(Printed):
     """The kernel that finds shared prefixes: one cluster of ``blocks``. Costs as in shared.py."""
 
     arch: str
+    requests: int = MOST_REQUESTS  # of a batch: each has a thread
     blocks: int = 8
-    warps: int = 16
-    requests: int = MOST_REQUESTS
     merge_keys: int = MERGE_KEYS
     node_keys: int = NODE_KEYS
 
     @property
+    def warps(self) -> int:
+        """Of a block: page tables are compared by all warps of all blocks."""
+        return max(self.requests // 32, 16)
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 32 * self.warps
+
+    @property
     def smem_bytes(self) -> int:
         """No less than the size of ``Shared`` in share.cu."""
-        return 208 * self.requests + 256
+        return 160 * self.requests + 512
 
 
 @record

@@ -150,11 +150,12 @@ def choices_of(
 
 def kernels_of(
     variant: Variant, problem: Problem, *, page_size: int | None, batch_invariant: bool = False, most_rows: int = 0,
-    shared: bool = False,
+    shared: int = 0,
 ) -> Kernels:
     """The kernels of ``variant`` for ``problem``, in their chosen configurations. All callers share them: of ``page_size`` it
     counts whether there are pages, and on Hopper whether they are multiples of 8; ``most_rows``, of a request, decides only
-    under batch_invariant; ``shared``: with those of shared prefixes."""
+    under batch_invariant; ``shared``: with those of shared prefixes, in batches of so many
+    requests at most."""
     trace, name = variant.trace, problem.isa
     pinned = None if shared else pins.pinned_cuda(trace.key(problem.head_dim), problem, page_size, batch_invariant, most_rows <= 16)
     if pinned:
@@ -180,7 +181,8 @@ def kernels_of(
     *specials, plan = (cuda.specialise(n, variant.name, trace, problem, c, name) for n, c in named)
     if not shared:
         return Kernels(tuple(specials), plan)
-    share = cuda.specialise_plain("share", "shared prefixes", ShareConfig(name), SHARE_FIELDS)
+    requests = next(n for n in (256, 512, MOST_REQUESTS) if shared <= n)
+    share = cuda.specialise_plain("share", "shared prefixes", ShareConfig(name, requests), SHARE_FIELDS)
     return Kernels(tuple(specials[:-1]), plan, share, specials[-1])
 
 
@@ -430,6 +432,7 @@ def workspace_bytes(
     batch_invariant: bool = False,
     max_kv_len: int | None = None,
     storage: Mapping[str, torch.dtype] | None = None,
+    shared_prefix: bool = False,
     arch: str | None = None,
     multiprocessors: int | None = None,
 ) -> int:
@@ -453,7 +456,9 @@ def workspace_bytes(
     stored = tuple(sorted(stored_dtypes(variant, storage).items()))
     problem = cuda_problem(arch_named(arch).name, dtype, head_dim, head_dim_v or head_dim, stored)
     rows = min(max_q_len or max_q_tokens, max_q_tokens) * (num_heads // num_kv_heads)
-    kernels = kernels_of(variant, problem, page_size=page_size, batch_invariant=batch_invariant, most_rows=rows)
+    kernels = kernels_of(
+        variant, problem, page_size=page_size, batch_invariant=batch_invariant, most_rows=rows, shared=max_requests if shared_prefix else 0
+    )
     return space_of(
         kernels, kernels.needed(rows), multiprocessors, max_requests=max_requests, max_q_tokens=max_q_tokens,
         max_kv_len=max_kv_len or most_keys, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim_v=head_dim_v or head_dim,
@@ -495,7 +500,7 @@ class CudaEngine:
         most_rows = facts.max_q_len * facts.group
         kernels = kernels_of(
             facts.variant, self.problem, page_size=facts.page_size, batch_invariant=facts.batch_invariant,
-            most_rows=most_rows, shared=facts.shared_prefix,
+            most_rows=most_rows, shared=facts.max_requests if facts.shared_prefix else 0,
         )  # fmt: skip
         self._loaded = Loaded(kernels, kernels.needed(most_rows), device)
         self._space = self._loaded.space(
