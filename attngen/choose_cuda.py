@@ -454,20 +454,12 @@ class ShareConfig(Printed):
     merge_keys: int = MERGE_KEYS
     node_keys: int = NODE_KEYS
 
-    @property
-    def warps(self) -> int:
-        """Of a block: page tables are compared by all warps of all blocks."""
-        return max(self.requests // 32, 16)
-
-    @property
-    def threads(self) -> int:
-        """Threads of a block."""
-        return 32 * self.warps
+    threads = 1024  # of a block: page tables are compared by all warps of all blocks
 
     @property
     def smem_bytes(self) -> int:
         """No less than the size of ``Shared`` in share.cu."""
-        return 160 * self.requests + 512
+        return 176 * self.requests + 512
 
 
 @record

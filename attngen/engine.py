@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 _FIXED_SPLIT = 2048  # keys of a piece under batch_invariant: long enough to hide a merge, short enough to fill a GPU
 PHASES = ("16 rows", "32 rows", "64 rows", "prefill")  # names of the row-tile classes, for what was measured of them
-_LEAST_GAIN = 24 << 20  # bytes of keys and values that shared prefixes must save to be worth a second kernel
+_LEAST_GAIN = 120 << 20  # bytes of keys and values that shared prefixes must save to be worth a second kernel: 30-40 us of HBM
 _MOST_ZONES = 64 << 20  # bytes of a zone map: of 8 million 32s
 POINTERS = struct.Struct("=5Q")  # q, k, v, out, lse: the first fields
 
@@ -551,7 +551,7 @@ class CudaEngine:
         zones, zone_blocks = zone_values(loaded.zones, places, params)
         bound = struct_values(params) | zones
         values = {n: x.data_ptr() if isinstance(x, torch.Tensor) else x for n, x in lengths.items()} | bound
-        shares = shared is not None and not (isinstance(shared, str) and shared == "off") and 1 < lengths["num_requests"] <= MOST_REQUESTS
+        shares = self._shares(shared, lengths, page_table)
         values |= loaded.plan_lists(self._space, self._base, active, shares)
         values |= {
             "num_heads": facts.num_heads, "num_kv_heads": facts.num_kv_heads, "head_offset": facts.head_offset,
@@ -581,6 +581,16 @@ class CudaEngine:
                 bound["rope_table"] = table.data_ptr()
             bound["rope_inv_freq"] = inv_freq.data_ptr()
         return Plan(active, bound, (lengths, page_table, params, tables, shared), shares)
+
+    def _shares(self, shared: str | torch.Tensor, lengths: Mapping[str, Any], page_table: torch.Tensor | None) -> bool:
+        """Whether prefixes are looked for: not where the whole page table is of fewer bytes than they must save."""
+        if isinstance(shared, torch.Tensor):
+            return 1 < lengths["num_requests"]
+        facts = self.facts
+        if shared == "off" or page_table is None or lengths["num_requests"] < 2:
+            return False
+        keys = page_table.numel() * lengths["page_size"] * facts.num_kv_heads * 2 * (facts.head_dim + facts.head_dim_v)
+        return keys > _LEAST_GAIN
 
     # ---- run
     def launch(
