@@ -67,3 +67,8 @@ class Boxes:
                 self._cache.clear()
             self._cache[q_at, k_at, v_at] = found
         return found
+
+    def packed(self, q_at: int, k_at: int, v_at: int) -> bytes:
+        """The same as they stand in the struct."""
+        maps = self.maps(q_at, k_at, v_at)
+        return b"".join(maps[name] for name in ("q_map", "k_map", "v_map"))

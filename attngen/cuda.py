@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 import time
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -187,9 +188,8 @@ def refuse_capture(device: int, what: str, do: str) -> None:
             raise UnsupportedError(f"{what} is not loaded on cuda:{device}, whose stream is being captured.\n  do: {do}")
 
 
-def current_stream(device: int) -> int:
-    """The current stream of CUDA device ``device``, as ``CudaKernel.launch`` takes it."""
-    return torch._C._cuda_getCurrentRawStream(device)
+# The current stream of a CUDA device, given by its index, as ``CudaKernel.launch`` takes it. Builds of torch without CUDA have none.
+current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
 
 
 @lru_cache(maxsize=None)

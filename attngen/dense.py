@@ -206,5 +206,5 @@ def _load(variant: Variant, problem: Problem, device: torch.device, rows: int) -
         )  # fmt: skip
         with _lock:
             kernels = kernels_of(variant, problem, page_size=None)
-            found = _loaded[ident] = Loaded(kernels, (kernels.needed(rows)[-1],), device)
+            found = _loaded[ident] = Loaded(kernels, (kernels.holding(rows),), device)
     return found

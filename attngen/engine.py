@@ -5,6 +5,8 @@
     engine = Engine(Facts, workspace)              kernels built and loaded, memory allocated
     plan = engine.plan(lengths, page_table, params)
     engine.launch(plan, site, q_at, k_at, v_at, out, lse, params, partial)
+    engine.calls                                   host().Calls, which repeats plans and runs; None: nothing does
+    engine.remember_plan(...), engine.remember_run(...)
     engine.status()                                what the device found wrong, a status.Status
     engine.workspace_bytes, engine.problem
 """
@@ -16,7 +18,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -26,7 +28,8 @@ from .cache import Entry
 from .abi_cuda import SHARE_FIELDS
 from .choose_cuda import MOST_REQUESTS, PlanConfig, ShareConfig, ZoneMap, arch, arch_named, choose_attention, choose_decode, most_blocks, tile_class
 from .errors import ParameterError, UnsupportedError
-from .ops import I32_MAX
+from .load import host
+from .ops import F32, I32_MAX
 from .params import DTYPE_NAMES, check_dtype
 from .records import record
 from .run import stored_dtypes
@@ -103,14 +106,29 @@ class Kernels:
         """Each of them."""
         return tuple(x for x in (*self.classes, self.plan, self.share, self.nodes) if x is not None)
 
+    def holding(self, rows: int) -> int:
+        """The class of a request of so many packed rows: the smallest that holds them in a tile, else the last."""
+        return next((i for i, special in enumerate(self.classes) if rows <= special.config.block_m), len(self.classes) - 1)
+
+    def instead(self, i: int) -> int | None:
+        """The class that serves rows of class ``i`` better where units are many: Hopper's tiles of 64 in place of decode's of 32, whose
+        arithmetic does not keep up with memory. Where units are few decode has the even shares."""
+        if i > 0 and i + 1 < len(self.classes) and self.classes[i].name == "decode" and self.classes[i + 1].config.kind == "queue":
+            return i + 1 if self.classes[i + 1].key else None  # a set may lack it
+        return None
+
     def needed(self, most_rows: int) -> tuple[int, ...]:
         """The classes that requests of up to ``most_rows`` packed rows are planned into."""
-        return tuple(i for i in range(len(self.classes)) if i == 0 or most_rows > self.classes[i - 1].config.block_m)
+        last = self.holding(most_rows)
+        return tuple(range(last + 1 if self.instead(last) is None else last + 2))
 
-    def launched(self, most_rows: int) -> tuple[int, ...]:
-        """Those that a batch of such requests launches: decode with more rows is worth a launch only where it serves the longest."""
-        needed = self.needed(most_rows)
-        return tuple(i for i in needed if i in (0, needed[-1]) or self.classes[i].name != "decode")
+    def launched(self, most_rows: int, spread: bool = False) -> tuple[int, ...]:
+        """Those that a batch of such requests launches: decode with more rows is worth a launch only where it serves the longest, and
+        units are not ``spread`` over all of the GPU."""
+        last = self.holding(most_rows)
+        if spread:
+            last = self.instead(last) or last
+        return tuple(i for i in range(last + 1) if i in (0, last) or self.classes[i].name != "decode")
 
 
 def choices_of(
@@ -244,10 +262,15 @@ class Launcher:
 
     def launch(self, buffer: bytearray, values: Mapping[str, Any], blocks: int, stream: int) -> None:
         """Fills in ``values`` and launches."""
-        for name, value in values.items():
-            code, offset = self.slots[name]
-            code.pack_into(buffer, offset, value)
+        self.fill(buffer, values)
         self.kernel.launch(buffer, blocks, 1, stream)
+
+    def fill(self, buffer: bytearray, values: Mapping[str, Any]) -> None:
+        """Those of ``values`` that the struct has."""
+        for name, value in values.items():
+            if name in self.slots:
+                code, offset = self.slots[name]
+                code.pack_into(buffer, offset, value)
 
 
 class Loaded:
@@ -476,18 +499,18 @@ def workspace_bytes(
 class Plan:
     """What plan leaves for launch."""
 
-    active: tuple[int, ...]  # classes to launch
-    bound: dict[str, Any]  # struct fields that plan decides
+    active: tuple[int, ...]  # classes to launch, that of shared prefixes first
+    bound: dict[str, Any] | None  # struct fields that plan decides; None: a repeated plan, which ``calls`` holds
     held: tuple[Any, ...]  # alive as long as the plan
-    shares: bool = False  # prefixes, as far as there are any
-    ran: bool = False  # a launch has waited for the planner
-    templates: dict[tuple[Site, int, bool], tuple[bytes, Boxes | None]] = field(default_factory=dict)  # by site, class, ran
+
+
+# plan's tensors in the order of its arguments, by the names of the planner's struct fields; None: attention kernels read them.
+PLANNED = ("q_indptr", "kv_indptr", None, "kv_last_page_len", None, "kv_lens", "q_positions", "kv_starts", "groups")
+TABLES = 2, 4  # of these, kv_indices and block_table
 
 
 class CudaEngine:
     """Plans and runs batches on one CUDA device. See BatchAttention for ``workspace``."""
-
-    _planned_by: ClassVar[dict[int, object]] = {}  # by a workspace's address: the last plan's token
 
     stride_multiple, alignment = 8, 16  # what copies of 16 bytes need: strides in elements, addresses in bytes
 
@@ -518,7 +541,7 @@ class CudaEngine:
                 f"workspace of {workspace.numel() * workspace.element_size()} bytes on {workspace.device}: required "
                 f"{self.workspace_bytes} bytes on {device}"
             )
-        self._workspace, self._token = workspace, object()
+        self._workspace = workspace
         self._base = workspace.data_ptr()
         if self._base % 256:
             raise ParameterError("workspace starts at an address that is no multiple of 256: give a tensor of its own")
@@ -526,6 +549,15 @@ class CudaEngine:
         self._status.zero_()
         self._rope = trace.rope.rope if trace.rope else None
         self._inv_freq = None if self._rope is None else self._rope.inv_freq(facts.head_dim, device)
+        reads = trace.mask.params if trace.mask is not None else frozenset()
+        self._fields = trace.used()
+        self._plan_names = tuple(n for n in self._fields if n in reads)
+        self._run_names = tuple(n for n in self._fields if n not in reads)
+        self._decided = {i: self._decided_by_plan(launcher) for i, launcher in self._loaded.classes.items()}
+        self._images: dict[tuple[Site, int], tuple[bytes, Boxes | None]] = {}
+        self._nodes = len(kernels.classes)  # the class of shared prefixes, if there is one. Others join the states that it leaves
+        self.calls = host().Calls(self._base, device.index or 0, device, cuda.current_stream, self._plan_names, self._run_names,
+                                  facts.variant.__dict__, self.alignment)  # fmt: skip
 
     @property
     def workspace_bytes(self) -> int:
@@ -546,41 +578,74 @@ class CudaEngine:
             shared: "auto", "off", or the number of each request's group, int32 on the device.
         """
         facts, loaded = self.facts, self._loaded
-        active = loaded.kernels.launched(lengths["max_q_len"] * facts.group)
-        places = [(self._base + at, room) for at, room in self._space.zones]
-        zones, zone_blocks = zone_values(loaded.zones, places, params)
-        bound = struct_values(params) | zones
-        values = {n: x.data_ptr() if isinstance(x, torch.Tensor) else x for n, x in lengths.items()} | bound
-        shares = self._shares(shared, lengths, page_table)
-        values |= loaded.plan_lists(self._space, self._base, active, shares)
+        rows, requests = lengths["max_q_len"] * facts.group, lengths["num_requests"]
+        other = None if facts.shared_prefix else loaded.kernels.instead(loaded.kernels.holding(rows))
+        spread = other is not None and 2 * requests * facts.num_kv_heads >= loaded.workers[other]
+        active = loaded.kernels.launched(rows, spread) if requests else ()
+        if active and self._shares(shared, lengths, page_table):
+            active = (self._nodes, *active)
+        self.calls.claim()
+        if active:
+            stream = cuda.current_stream(facts.device.index)
+            for launcher, image, blocks in self._planners(lengths, page_table, params, active, shared):
+                launcher.kernel.launch(bytearray(image), blocks, 1, stream)
+        tables: tuple[Any, ...] = ()
+        if self._rope is not None and self._rope.needs_kv_lens:
+            tables = rope_tables(self._rope, facts.head_dim, lengths)
+        return Plan(active, self._bound(page_table, params, active, tables), (lengths, page_table, params, tables, shared))
+
+    def _planners(
+        self, lengths: Mapping[str, Any], page_table: torch.Tensor | None, params: Mapping[str, Any], active: Sequence[int],
+        shared: str | torch.Tensor,
+    ) -> list[tuple[Launcher, bytes, int]]:  # fmt: skip
+        """The kernels that plan, their structs and blocks: what finds shared prefixes comes first."""
+        facts, loaded = self.facts, self._loaded
+        zones, zone_blocks = self._zones(params)
+        shares, classes = self._nodes in active, [i for i in active if i != self._nodes]
+        values = {n: x.data_ptr() if isinstance(x, torch.Tensor) else x for n, x in lengths.items()} | struct_values(params) | zones
+        values |= loaded.plan_lists(self._space, self._base, classes, shares)
         values |= {
             "num_heads": facts.num_heads, "num_kv_heads": facts.num_kv_heads, "head_offset": facts.head_offset,
             "total_heads": facts.total_heads, "max_q_tokens": facts.max_q_tokens,
             "max_kv_len": min(facts.max_kv_len, I32_MAX),
         }  # fmt: skip
-        self._planned_by[self._base] = self._token = object()
-        stream = cuda.current_stream(facts.device.index)
+        planners = [(loaded.plan, loaded.plan.template(values), loaded.blocks + zone_blocks)]
         if shares:
             assert loaded.share is not None and page_table is not None
             found = {**values, **loaded.shared_lists(self._space, self._base), "page_table": page_table.data_ptr(), "group": facts.group}
             found["groups"] = shared.data_ptr() if isinstance(shared, torch.Tensor) else 0
             found["least_gain"] = _LEAST_GAIN // (2 * (facts.head_dim + facts.head_dim_v) * facts.num_kv_heads)
-            found["most_rows"] = max(k.config.block_m for k in (loaded.kernels.classes[i] for i in active) if k.name == "decode")
-            loaded.share.launch(bytearray(loaded.share.template(found)), {}, loaded.share.special.config.blocks, stream)
-        if lengths["num_requests"]:
-            loaded.plan.launch(bytearray(loaded.plan.template(values)), {}, loaded.blocks + zone_blocks, stream)
-        else:
-            active = ()
+            found["most_rows"] = max(k.config.block_m for k in (loaded.kernels.classes[i] for i in classes) if k.name == "decode")
+            planners.insert(0, (loaded.share, loaded.share.template(found), loaded.share.special.config.blocks))
+        return planners
+
+    def _zones(self, params: Mapping[str, Any]) -> tuple[dict[str, int], int]:
+        return zone_values(self._loaded.zones, [(self._base + at, room) for at, room in self._space.zones], params)
+
+    def _bound(
+        self, page_table: torch.Tensor | None, params: Mapping[str, Any], active: Sequence[int], tables: tuple[Any, ...] = ()
+    ) -> dict[str, Any]:
+        """What a plan decides of the classes' structs."""
+        bound = struct_values(params) | self._zones(params)[0]
+        if self._nodes in active:
+            bound |= self._loaded.shared_lists(self._space, self._base)
         if page_table is not None:
             bound["page_table"] = page_table.data_ptr()
-        tables: tuple[Any, ...] = ()
+        if tables:
+            bound["rope_table"] = tables[1].data_ptr()
         if self._rope is not None:
-            inv_freq = self._inv_freq
-            if self._rope.needs_kv_lens:
-                inv_freq, table = tables = rope_tables(self._rope, facts.head_dim, lengths)
-                bound["rope_table"] = table.data_ptr()
-            bound["rope_inv_freq"] = inv_freq.data_ptr()
-        return Plan(active, bound, (lengths, page_table, params, tables, shared), shares)
+            bound["rope_inv_freq"] = (tables[0] if tables else self._inv_freq).data_ptr()
+        return bound
+
+    def _decided_by_plan(self, launcher: Launcher) -> list[tuple[str, struct.Struct, int]]:
+        """Name, code and offset of the fields of a class's struct that a plan decides."""
+        names = {"page_table", "rope_table", "rope_inv_freq"}
+        names |= {f"{x}_{zone.name}" for zone in self._loaded.zones for x in ("zones", "zone_count")}
+        names |= set(self._loaded.shared_lists(self._space, self._base)) if self._space.shared else set()
+        for n in self._plan_names:
+            axes = range(len(self._fields[n].axes)) if self._fields[n].kind == "tensor" else ()
+            names |= {f"param_{n}", f"at_{n}", *(f"{x}{i}_{n}" for i in axes for x in ("stride", "size"))}
+        return [(n, *slot) for n, slot in launcher.slots.items() if n in names]
 
     def _shares(self, shared: str | torch.Tensor, lengths: Mapping[str, Any], page_table: torch.Tensor | None) -> bool:
         """Whether prefixes are looked for: not where the whole page table is of fewer bytes than they must save."""
@@ -599,44 +664,96 @@ class CudaEngine:
     ) -> None:  # fmt: skip
         """The planned batch, on the current stream; q_at, k_at, v_at: addresses. ``params``: checked values of the fields that the mask does not read;
         ``partial`` as BatchAttention.run."""
-        if self._planned_by.get(self._base) is not self._token:
+        if not self.calls.owns():
             raise ParameterError(
                 "another object has planned since in the workspace that both use: plan again before run, or give each its own"
             )
-        bound = struct_values(params) if params else {}
-        if partial:
-            bound["partial"] = 1
+        bound = plan.bound
+        if bound is None:
+            given, planned = self.calls.held
+            table = next((given[i] for i in TABLES if given[i] is not None), None)
+            bound = self._bound(table, dict(zip(self._plan_names, planned)), plan.active)
+        bound = bound | struct_values(params) | {"partial": partial, "ran": self.calls.ran}
         pointers = (q_at, k_at, v_at, out.data_ptr(), 0 if lse is None else lse.data_ptr())
         stream = cuda.current_stream(self.facts.device.index)
-        for i in (len(self._loaded.workers) - 1, *plan.active) if plan.shares else plan.active:
-            template = plan.templates.get((site, i, plan.ran))
-            if template is None:
-                if len(plan.templates) >= 1024:
-                    plan.templates.clear()
-                template = plan.templates[site, i, plan.ran] = self._template(i, site, plan)
-            struct_bytes, boxes = template
-            buffer = bytearray(struct_bytes)
+        for i in plan.active:
+            image, boxes = self._image(i, site)
+            buffer = bytearray(image)
             values = bound if boxes is None else bound | boxes.maps(q_at, k_at, v_at)
             POINTERS.pack_into(buffer, 0, *pointers)
             self._loaded.classes[i].launch(buffer, values, self._loaded.workers[i], stream)
-        plan.ran = True
+        self.calls.set_ran()
 
-    def _template(self, i: int, site: Site, plan: Plan) -> tuple[bytes, Boxes | None]:
-        """A class's parameter struct, but for pointers and the parameters of run; how the copy engine sees the site."""
-        facts, launcher = self.facts, self._loaded.classes[i]
-        values = {
-            **site.strides, **plan.bound, **self._loaded.lists(i, self._space, self._base), "num_heads": facts.num_heads,
-            "num_kv_heads": facts.num_kv_heads, "head_offset": facts.head_offset, "total_heads": facts.total_heads,
-            "page_size": facts.page_size or 1, "scale": facts.scale, "ran": plan.ran,
-            "rope_mscale": 1.0 if self._rope is None else self._rope.mscale,
-        }  # fmt: skip
-        boxes = launcher.boxes(values)
-        if plan.shares:
-            values |= self._loaded.shared_lists(self._space, self._base)
-        if i == len(self._loaded.kernels.classes):
-            values |= {"partial_out": values["node_out"], "partial_state": values["node_state"]}
-            return launcher.template(values | boxes.fields | {"q_boxes": 0}), boxes
-        return launcher.template(values if boxes is None else values | boxes.fields), boxes
+    def _image(self, i: int, site: Site) -> tuple[bytes, Boxes | None]:
+        """A class's parameter struct, but for pointers and what plan and the parameters of run decide; how the copy engine sees the
+        site."""
+        found = self._images.get((site, i))
+        if found is None:
+            if len(self._images) >= 1024:
+                self._images.clear()
+            facts, launcher = self.facts, self._loaded.classes[i]
+            values = {
+                **site.strides, **self._loaded.lists(i, self._space, self._base), "num_heads": facts.num_heads,
+                "num_kv_heads": facts.num_kv_heads, "head_offset": facts.head_offset, "total_heads": facts.total_heads,
+                "page_size": facts.page_size or 1, "scale": facts.scale,
+                "rope_mscale": 1.0 if self._rope is None else self._rope.mscale,
+            }  # fmt: skip
+            boxes = launcher.boxes(values)
+            if boxes is not None:
+                values |= boxes.fields
+            if i == self._nodes:
+                lists = self._loaded.shared_lists(self._space, self._base)
+                values |= {"partial_out": lists["node_out"], "partial_state": lists["node_state"], "q_boxes": 0}
+            found = self._images[site, i] = launcher.template(values), boxes
+        return found
+
+    # ---- calls that repeat
+    def remember_plan(
+        self, given: Sequence[torch.Tensor | None], options: tuple[Any, ...], lengths: Mapping[str, Any], params: Mapping[str, Any],
+        plan: Plan, shared: str | torch.Tensor, rows: int, top_page: int, result: Any,
+    ) -> None:  # fmt: skip
+        """That ``plan`` was made. ``given``: plan's tensors, if all are where the kernels read them: then ``calls.plan`` makes others like
+        it, with equal ``options`` and with ``result``."""
+        assert plan.bound is not None
+        place, write = host().Place, host().Write
+        writes = [write(i, offset, code.pack(plan.bound.get(n, 0))) for i in plan.active for n, code, offset in self._decided[i]]
+        self.calls.planned(writes, plan.active, rows, lengths["num_requests"], top_page, plan.held)
+        if not given or not plan.active or self._rope is not None and self._rope.needs_kv_lens:
+            return
+        page_table = next((given[i] for i in TABLES if given[i] is not None), None)
+        planners = self._planners(lengths, page_table, params, plan.active, shared)
+        structs = {i: self._loaded.classes[i].slots for i in plan.active}
+        structs |= {-1 - i: launcher.slots for i, (launcher, *_) in enumerate(planners)}
+        names = [*("page_table" if n is None else n for n in PLANNED), *map(param_field, params, params.values())]
+        places = [[place(i, slots[n][1]) for i, slots in structs.items() if n in slots] for n in names]
+        launches = [(launcher.kernel, image, blocks) for launcher, image, blocks in planners]
+        self.calls.add_plan(tuple(given), options, tuple(params.values()), places, self._floats(len(given), params), launches, writes,
+                            plan.active, rows, lengths["num_requests"], result)  # fmt: skip
+
+    def remember_run(
+        self, site: Site, q: torch.Tensor, kv: Any, given_out: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor | None,
+        return_lse: bool, partial: bool, params: Mapping[str, Any], requests: int,
+    ) -> None:  # fmt: skip
+        """That a run was good: ``calls.run`` makes others like it. ``requests``: that a plan must have, or -1."""
+        classes, fixed = [], struct_values(params) | {"partial": partial}
+        for i, launcher in self._loaded.classes.items():
+            try:
+                image, boxes = self._image(i, site)
+            except ParameterError:  # the copy engine does not read such tensors, and no plan has asked for it yet
+                continue
+            buffer, slots = bytearray(image), launcher.slots
+            launcher.fill(buffer, fixed)
+            maps_at = -1 if boxes is None else slots["q_map"][1]
+            classes.append((i, launcher.kernel, bytes(buffer), self._loaded.workers[i], slots["ran"][1], maps_at,
+                            None if boxes is None else boxes.packed))  # fmt: skip
+        names = [*map(param_field, params, params.values())]
+        places = [[host().Place(i, x.slots[n][1]) for i, x in self._loaded.classes.items() if n in x.slots] for n in names]
+        self.calls.add_run(q, kv, given_out, return_lse, partial, tuple(params.values()), places, self._floats(0, params), tuple(out.shape),
+                           None if lse is None else tuple(lse.shape), out.dtype, site.second, (*site.extents, out.nbytes),
+                           site.strides["num_pages"], requests, classes)  # fmt: skip
+
+    def _floats(self, before: int, params: Mapping[str, Any]) -> list[bool]:
+        return [False] * before + [self._fields[n].dtype == F32 for n in params]
 
     def status(self) -> Status:
         """Waits for the device; what it found wrong since the last call."""
@@ -649,16 +766,17 @@ class CudaEngine:
 # ---------------------------------------------------------------- struct fields
 
 
+def param_field(name: str, value: Any) -> str:
+    """The struct field that takes a parameter's value or address."""
+    return f"at_{name}" if isinstance(value, torch.Tensor) and value.dim() == 0 else f"param_{name}"
+
+
 def struct_values(params: Mapping[str, Any]) -> dict[str, Any]:
     """The struct fields of checked parameter values."""
     values: dict[str, Any] = {}
     for name, value in params.items():
-        if not isinstance(value, torch.Tensor):
-            values[f"param_{name}"] = value
-        elif value.dim() == 0:
-            values[f"at_{name}"] = value.data_ptr()
-        else:
-            values[f"param_{name}"] = value.data_ptr()
+        values[param_field(name, value)] = value.data_ptr() if isinstance(value, torch.Tensor) else value
+        if isinstance(value, torch.Tensor):
             for i, (stride, size) in enumerate(zip(value.stride(), value.shape)):
                 values[f"stride{i}_{name}"], values[f"size{i}_{name}"] = stride, size
     return values

@@ -2,18 +2,19 @@
 
     python benchmarks/gpu.py [SECTION ...]
 
-Sections: decode skew append append_kv merge_states variants prefill plan host (all by default). FlashInfer is timed where it is installed,
+Sections: decode skew append append_kv merge_states variants prefill mma plan host (all by default). FlashInfer is timed where it is installed,
 FlashAttention-2 through torch. Both sides are replayed as CUDA graphs over rotating copies of the KV cache, 256 MB or more
 in all, so that L2 is cold; medians. Planning is timed by itself.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -203,41 +204,87 @@ def variants(bandwidth: float) -> None:
             print(f"decode {name:11} bs={bs} ctx={ctx} h=32/8 | {us:8.1f} us | {us / plain:.3f}x plain", flush=True)
 
 
+class Prompts:
+    """Prompts of one length, 16k tokens in all: ragged, and in pages in random order."""
+
+    def __init__(self, d: int, h: int, s: int) -> None:
+        self.d, self.h, self.s, self.b = d, h, s, 16384 // s
+        b, tokens = self.b, 16384
+        self.q, self.k, self.v = (torch.randn(tokens, h, d, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+        self.dense = [t.view(b, s, h, d).transpose(1, 2) for t in (self.q, self.k, self.v)]
+        self.out, self.indptr = torch.empty_like(self.q), ints(range(0, tokens + 1, s))
+        self.pages = tokens // PAGE
+        self.table = torch.randperm(self.pages, device="cuda").int()
+        self.cache = tuple(torch.empty(self.pages, PAGE, h, d, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        for to, t in zip(self.cache, (self.k, self.v)):
+            to[self.table.long()] = t.view(self.pages, PAGE, h, d)
+        self.given = dict(num_heads=h, num_kv_heads=h, head_dim=d, max_requests=b, max_q_tokens=tokens)
+
+    def ragged(self, variant: ag.Variant, plan: dict, run: dict) -> float:
+        attn = ag.BatchAttention(variant, max_kv_tokens=16384, **self.given)
+        attn.plan(self.indptr, self.indptr, **plan)
+        params = {n: torch.randn(self.h, device="cuda") for n in run}
+        us = graph_us([lambda: attn.run(self.q, (self.k, self.v), out=self.out, **params)] * 3)
+        attn.check()
+        return us
+
+    def paged(self, variant: ag.Variant) -> float:
+        attn = ag.BatchAttention(variant, max_pages=self.pages, page_size=PAGE, **self.given)
+        attn.plan(self.indptr, ints(range(0, self.pages + 1, self.s // PAGE)), self.table, ints([PAGE] * self.b))
+        return graph_us([lambda: attn.run(self.q, self.cache, out=self.out)] * 3)
+
+    def fa2(self, causal: bool) -> float:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return graph_us([lambda: F.scaled_dot_product_attention(*self.dense, is_causal=causal)] * 3)
+
+    def text(self, name: str, us: float, causal: bool) -> str:
+        flops = 4 * self.b * self.h * self.s * self.s * self.d / (2 if causal else 1)
+        return (f"{name:11} b={self.b} h={self.h}/{self.h} s={self.s} d={self.d} bf16 | {us:8.1f} us | {flops / us / 1e6:5.0f} TFLOP/s"
+                f"{' of the causal half' if causal else ''}")  # fmt: skip
+
+
 def prefill(bandwidth: float) -> None:
     for d, h in ((128, 16), (64, 32), (256, 8)):
         for s in (1024, 4096, 8192):
-            b = 16384 // s
-            q, k, v = (torch.randn(b * s, h, d, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-            dense = [t.view(b, s, h, d).transpose(1, 2) for t in (q, k, v)]
-            out, indptr = torch.empty_like(q), ints(range(0, b * s + 1, s))
-            pages = b * s // PAGE
-            table = torch.randperm(pages, device="cuda").int()
-            cache = tuple(torch.empty(pages, PAGE, h, d, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-            for to, t in zip(cache, (k, v)):
-                to[table.long()] = t.view(pages, PAGE, h, d)
-            given = dict(num_heads=h, num_kv_heads=h, head_dim=d, max_requests=b, max_q_tokens=b * s)
+            batch = Prompts(d, h, s)
             for causal in (False, True):
                 chosen = {n: x for n, x in VARIANTS.items() if n == "causal"} if causal else {"full": (ag.Variant(), {}, {})}
                 if causal and (d, s) == (128, 4096):
                     chosen = VARIANTS
-                plain = None
-                with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-                    peer = graph_us([lambda: F.scaled_dot_product_attention(*dense, is_causal=causal)] * 3)
+                plain, peer = None, batch.fa2(causal)
                 for name, (variant, plan, run) in chosen.items():
-                    attn = ag.BatchAttention(variant, max_kv_tokens=b * s, **given)
-                    attn.plan(indptr, indptr, **plan)
-                    params = {n: torch.randn(h, device="cuda") for n in run}
-                    us = graph_us([lambda: attn.run(q, (k, v), out=out, **params)] * 3)
-                    attn.check()
-                    paged = ""
-                    if name in ("full", "causal"):
-                        attn = ag.BatchAttention(variant, max_pages=pages, page_size=PAGE, **given)
-                        attn.plan(indptr, ints(range(0, pages + 1, s // PAGE)), table, ints([PAGE] * b), **plan)
-                        paged = f" | pages of {PAGE}: {graph_us([lambda: attn.run(q, cache, out=out)] * 3) / us:.3f}x"
+                    us = batch.ragged(variant, plan, run)
+                    paged = f" | pages of {PAGE}: {batch.paged(variant) / us:.3f}x" if name in ("full", "causal") else ""
                     plain = plain or us
-                    flops = 4 * b * h * s * s * d / (2 if causal else 1)
-                    print(f"prefill {name:11} b={b} h={h}/{h} s={s} d={d} bf16 | {us:8.1f} us | {flops / us / 1e6:5.0f} TFLOP/s"
-                          f"{' of the causal half' if causal else ''} | {us / plain:.2f}x plain | {us / peer:.2f}x fa2{paged}", flush=True)  # fmt: skip
+                    print(f"prefill {batch.text(name, us, causal)} | {us / plain:.2f}x plain | {us / peer:.2f}x fa2{paged}", flush=True)
+
+
+@contextlib.contextmanager
+def without_hopper() -> Iterator[None]:
+    """Objects made meanwhile get the kernels of other GPUs: mma.sync instead of wgmma."""
+    from attngen import choose_hopper
+    from attngen.errors import UnsupportedError
+
+    def refuse(*_: object, **__: object) -> None:
+        raise UnsupportedError("left out")
+
+    kept, choose_hopper.choose_hopper = choose_hopper.choose_hopper, refuse
+    try:
+        yield
+    finally:
+        choose_hopper.choose_hopper = kept
+
+
+def mma(bandwidth: float) -> None:
+    with without_hopper():
+        for d, h in ((128, 16), (64, 32), (256, 8)):
+            for s in (1024, 4096, 8192):
+                batch = Prompts(d, h, s)
+                for name, variant in (("full", ag.Variant()), ("causal", Causal())):
+                    causal = name == "causal"
+                    us = batch.ragged(variant, {}, {})
+                    print(f"mma.sync {batch.text(name, us, causal)} | {us / batch.fa2(causal):.2f}x fa2 | pages of {PAGE}: "
+                          f"{batch.paged(variant) / us:.3f}x", flush=True)  # fmt: skip
 
 
 def plan(bandwidth: float) -> None:
@@ -277,7 +324,7 @@ def host(bandwidth: float) -> None:
     print("host " + ", ".join(f"{name} {us:.1f} us" for name, us in figures.items()), flush=True)
 
 
-SECTIONS = (decode, skew, append, append_kv, merge_states, variants, prefill, plan, host)
+SECTIONS = (decode, skew, append, append_kv, merge_states, variants, prefill, mma, plan, host)
 
 if __name__ == "__main__":
     torch.manual_seed(0)

@@ -41,6 +41,7 @@ inline int __syncthreads_count(int x) {
 }
 inline int __syncthreads_and(int x) { return __syncthreads_count(x) == (int)fibers.size(); }
 inline Meeting& warp() { return of_warp[threadIdx.x / 32]; }
+inline void __syncwarp() { meet(warp(), 32); }
 template <typename T> inline T exchange(T x, int lane) {
   memcpy(&given[threadIdx.x], &x, sizeof(T));
   meet(warp(), 32);
@@ -83,7 +84,6 @@ SHARED = """#pragma once  // of kernels that use shared memory by address
 static char shared_memory[1 << 18] __attribute__((aligned(1024)));
 inline uint32_t smem_address(const void* p) { return (uint32_t)((const char*)p - shared_memory); }
 inline int __any_sync(unsigned mask, int x) { return __ballot_sync(mask, x) != 0; }
-inline void __syncwarp() { meet(warp(), 32); }
 inline float __fmul_rz(float a, float b) {
   const double exact = (double)a * b;
   const float near = (float)exact;

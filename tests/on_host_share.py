@@ -28,7 +28,6 @@ template <typename T> inline unsigned __match_any_sync(unsigned, T x) {
 template <typename T> inline void __match_all_sync(unsigned mask, T x, int* all) { *all = __match_any_sync(mask, x) == ~0u; }
 inline int __all_sync(unsigned, int x) { return __ballot_sync(~0u, !x) == 0; }
 inline int __syncthreads_or(int x) { return __syncthreads_count(x) != 0; }
-inline void __syncwarp() { meet(warp(), 32); }
 """
 # Whole warps take part; the mask says whose values count.
 REDUCE = """

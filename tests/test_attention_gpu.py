@@ -394,7 +394,7 @@ def test_the_device_plans_what_the_python_twin_plans():
                 lengths["q_indptr"] = [*lengths["q_indptr"][: bad + 1], *(x + 4000 for x in lengths["q_indptr"][bad + 1 :])]
         window = rng.choice((1, 17, 500, 10**6))
         attn.plan(ints(lengths["q_indptr"]), *tables, max_q_len=most, window=window, **given)
-        active = loaded.kernels.launched(most * 4)
+        active = attn._planned[0].active
         reach = Reach(analyse(variant.trace.mask), {"window": window}, 8, 2)
         workers = [w if i in active else 0 for i, w in enumerate(loaded.workers)]
         plans, status = plan(loaded.kernels.plan.config, Lengths(**lengths), reach, workers,

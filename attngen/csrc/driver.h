@@ -8,6 +8,7 @@
 #include <array>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <stdexcept>
 #include <string>
 
@@ -148,10 +149,8 @@ class CudaKernel {
         return blocks;
     }
 
-    // Launches on `stream` (a cudaStream_t as an integer). The struct is copied: the buffer may change at once.
-    void launch(py::handle params, unsigned grid_x, unsigned grid_y, std::uintptr_t stream) const {
-        Py_buffer view;
-        if (PyObject_GetBuffer(params.ptr(), &view, PyBUF_SIMPLE) != 0) throw py::error_already_set();
+    // Launches on `stream` (a cudaStream_t as an integer). The struct is copied: it may change at once.
+    void launch(const void* params, unsigned grid_x, unsigned grid_y, std::uintptr_t stream) const {
         LaunchAttribute attributes[2];
         unsigned count = 0;
         if (dependent_) {
@@ -164,14 +163,16 @@ class CudaKernel {
         }
         const LaunchConfig config{{grid_x, grid_y, 1}, {(unsigned)threads_, 1, 1}, (unsigned)shared_,
                                   reinterpret_cast<Stream>(stream), attributes, count};
-        void* arguments[] = {view.buf};
-        Status status;
-        {
-            Scope scope(context_);
-            status = api().launch(&config, function_, arguments, nullptr);
-        }
-        PyBuffer_Release(&view);
-        check(status, "cuLaunchKernelEx");
+        void* arguments[] = {const_cast<void*>(params)};
+        Scope scope(context_);
+        check(api().launch(&config, function_, arguments, nullptr), "cuLaunchKernelEx");
+    }
+
+    void launch_buffer(py::handle params, unsigned grid_x, unsigned grid_y, std::uintptr_t stream) const {
+        Py_buffer view;
+        if (PyObject_GetBuffer(params.ptr(), &view, PyBUF_SIMPLE) != 0) throw py::error_already_set();
+        const std::unique_ptr<Py_buffer, void (*)(Py_buffer*)> held(&view, PyBuffer_Release);
+        launch(view.buf, grid_x, grid_y, stream);
     }
 
   private:
@@ -215,7 +216,7 @@ inline void bind(py::module_& m) {
              py::arg("cubin"), py::arg("symbol"), py::arg("device"), py::arg("threads"), py::arg("shared_bytes"),
              py::arg("cluster") = std::array<int, 3>{1, 1, 1}, py::arg("dependent") = false)
         .def("blocks_per_sm", &CudaKernel::blocks_per_sm)
-        .def("launch", &CudaKernel::launch, py::arg("params"), py::arg("grid_x"), py::arg("grid_y"), py::arg("stream"));
+        .def("launch", &CudaKernel::launch_buffer, py::arg("params"), py::arg("grid_x"), py::arg("grid_y"), py::arg("stream"));
 }
 
 }  // namespace driver

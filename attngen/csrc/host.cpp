@@ -5,6 +5,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include "calls.h"
 #include "driver.h"
 
 #include <condition_variable>
@@ -128,5 +129,6 @@ PYBIND11_MODULE(_host, m) {
     m.def("load_cpu", &load_cpu, py::arg("path"), py::arg("abi"));
     m.def("launch_cpu", &launch_cpu, py::arg("kernel"), py::arg("params"));
     driver::bind(m);
+    calls::bind(m);
     pthread_atfork(nullptr, nullptr, after_fork_in_child);
 }
