@@ -66,6 +66,7 @@ _LATE = {
     "check_masks": "masks", "custom_mask": "masks", "packbits": "masks", "segment_packbits": "masks",
     "flex_attention": "flex", "from_flex": "flex",
     "DynamicNTK": "rope", "Linear": "rope", "Llama3": "rope", "LongRoPE": "rope", "Proportional": "rope", "RoPE": "rope", "YaRN": "rope",
+    "ComposedAttention": "levels", "join_levels": "levels",
     "merge_states": "merge", "workspace_bytes": "engine", "load_set": "start", "warmup": "start", "LoadedSet": "start",
 }  # fmt: skip
 
@@ -86,9 +87,9 @@ if _os.environ.get("ATTNGEN_LOG"):
     _configure(_os.environ["ATTNGEN_LOG"])
 
 __all__ = [
-    "AttngenError", "BatchAttention", "BlockSparseAttention", "BuildError", "BuildRecord", "CacheError", "CacheWarning", "Const", "DynamicNTK", "JitWarning", "Kernel",
+    "AttngenError", "BatchAttention", "BlockSparseAttention", "BuildError", "BuildRecord", "CacheError", "CacheWarning", "ComposedAttention", "Const", "DynamicNTK", "JitWarning", "Kernel",
     "Linear", "Llama3", "LoadError", "LoadedSet", "LongRoPE", "MissingKernelError", "ParameterError", "Proportional", "RoPE", "Scalar", "Tensor", "UnsupportedError", "VariableBlockSparseAttention", "Variant",
     "VariantError", "YaRN", "abs", "append_kv", "append_positions", "attention", "build_log", "cast", "check_append",
-    "check_masks", "compile", "compose", "custom_mask", "exp", "exp2", "flex_attention", "floor", "from_flex", "load_set", "log", "log2", "max", "merge_states", "min", "over_blocks", "over_pages", "packbits", "reference", "rsqrt",
+    "check_masks", "compile", "compose", "custom_mask", "exp", "exp2", "flex_attention", "floor", "from_flex", "join_levels", "load_set", "log", "log2", "max", "merge_states", "min", "over_blocks", "over_pages", "packbits", "reference", "rsqrt",
     "segment_packbits", "sigmoid", "sqrt", "stats", "tanh", "warmup", "where", "workspace_bytes",
 ]  # fmt: skip

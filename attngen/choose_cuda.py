@@ -446,20 +446,21 @@ class AppendConfig(_GridConfig):
 
 
 @record
-class ShareConfig(_WarpConfig):
+class ShareConfig(Printed):
     """The kernel that finds shared prefixes: one cluster of ``blocks``. Costs as in shared.py."""
 
     arch: str
+    requests: int = MOST_REQUESTS  # of a batch: each has a thread
     blocks: int = 8
-    warps: int = 16
-    requests: int = MOST_REQUESTS
     merge_keys: int = MERGE_KEYS
     node_keys: int = NODE_KEYS
+
+    threads = 1024  # of a block: page tables are compared by all warps of all blocks
 
     @property
     def smem_bytes(self) -> int:
         """No less than the size of ``Shared`` in share.cu."""
-        return 208 * self.requests + 256
+        return 176 * self.requests + 512
 
 
 @record

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 _FIXED_SPLIT = 2048  # keys of a piece under batch_invariant: long enough to hide a merge, short enough to fill a GPU
 PHASES = ("16 rows", "32 rows", "64 rows", "prefill")  # names of the row-tile classes, for what was measured of them
-_LEAST_GAIN = 24 << 20  # bytes of keys and values that shared prefixes must save to be worth a second kernel
+_LEAST_GAIN = 120 << 20  # bytes of keys and values that shared prefixes must save to be worth a second kernel: 30-40 us of HBM
 _MOST_ZONES = 64 << 20  # bytes of a zone map: of 8 million 32s
 POINTERS = struct.Struct("=5Q")  # q, k, v, out, lse: the first fields
 
@@ -168,11 +168,12 @@ def choices_of(
 
 def kernels_of(
     variant: Variant, problem: Problem, *, page_size: int | None, batch_invariant: bool = False, most_rows: int = 0,
-    shared: bool = False,
+    shared: int = 0,
 ) -> Kernels:
     """The kernels of ``variant`` for ``problem``, in their chosen configurations. All callers share them: of ``page_size`` it
     counts whether there are pages, and on Hopper whether they are multiples of 8; ``most_rows``, of a request, decides only
-    under batch_invariant; ``shared``: with those of shared prefixes."""
+    under batch_invariant; ``shared``: with those of shared prefixes, in batches of so many
+    requests at most."""
     trace, name = variant.trace, problem.isa
     pinned = None if shared else pins.pinned_cuda(trace.key(problem.head_dim), problem, page_size, batch_invariant, most_rows <= 16)
     if pinned:
@@ -198,7 +199,8 @@ def kernels_of(
     *specials, plan = (cuda.specialise(n, variant.name, trace, problem, c, name) for n, c in named)
     if not shared:
         return Kernels(tuple(specials), plan)
-    share = cuda.specialise_plain("share", "shared prefixes", ShareConfig(name), SHARE_FIELDS)
+    requests = next(n for n in (256, 512, MOST_REQUESTS) if shared <= n)
+    share = cuda.specialise_plain("share", "shared prefixes", ShareConfig(name, requests), SHARE_FIELDS)
     return Kernels(tuple(specials[:-1]), plan, share, specials[-1])
 
 
@@ -453,6 +455,7 @@ def workspace_bytes(
     batch_invariant: bool = False,
     max_kv_len: int | None = None,
     storage: Mapping[str, torch.dtype] | None = None,
+    shared_prefix: bool = False,
     arch: str | None = None,
     multiprocessors: int | None = None,
 ) -> int:
@@ -476,7 +479,9 @@ def workspace_bytes(
     stored = tuple(sorted(stored_dtypes(variant, storage).items()))
     problem = cuda_problem(arch_named(arch).name, dtype, head_dim, head_dim_v or head_dim, stored)
     rows = min(max_q_len or max_q_tokens, max_q_tokens) * (num_heads // num_kv_heads)
-    kernels = kernels_of(variant, problem, page_size=page_size, batch_invariant=batch_invariant, most_rows=rows)
+    kernels = kernels_of(
+        variant, problem, page_size=page_size, batch_invariant=batch_invariant, most_rows=rows, shared=max_requests if shared_prefix else 0
+    )
     return space_of(
         kernels, kernels.needed(rows), multiprocessors, max_requests=max_requests, max_q_tokens=max_q_tokens,
         max_kv_len=max_kv_len or most_keys, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim_v=head_dim_v or head_dim,
@@ -518,7 +523,7 @@ class CudaEngine:
         most_rows = facts.max_q_len * facts.group
         kernels = kernels_of(
             facts.variant, self.problem, page_size=facts.page_size, batch_invariant=facts.batch_invariant,
-            most_rows=most_rows, shared=facts.shared_prefix,
+            most_rows=most_rows, shared=facts.max_requests if facts.shared_prefix else 0,
         )  # fmt: skip
         self._loaded = Loaded(kernels, kernels.needed(most_rows), device)
         self._space = self._loaded.space(
@@ -577,7 +582,7 @@ class CudaEngine:
         other = None if facts.shared_prefix else loaded.kernels.instead(loaded.kernels.holding(rows))
         spread = other is not None and 2 * requests * facts.num_kv_heads >= loaded.workers[other]
         active = loaded.kernels.launched(rows, spread) if requests else ()
-        if active and not (isinstance(shared, str) and shared == "off") and 1 < requests <= MOST_REQUESTS:
+        if active and self._shares(shared, lengths, page_table):
             active = (self._nodes, *active)
         self.calls.claim()
         if active:
@@ -641,6 +646,16 @@ class CudaEngine:
             axes = range(len(self._fields[n].axes)) if self._fields[n].kind == "tensor" else ()
             names |= {f"param_{n}", f"at_{n}", *(f"{x}{i}_{n}" for i in axes for x in ("stride", "size"))}
         return [(n, *slot) for n, slot in launcher.slots.items() if n in names]
+
+    def _shares(self, shared: str | torch.Tensor, lengths: Mapping[str, Any], page_table: torch.Tensor | None) -> bool:
+        """Whether prefixes are looked for: not where the whole page table is of fewer bytes than they must save."""
+        if isinstance(shared, torch.Tensor):
+            return 1 < lengths["num_requests"]
+        facts = self.facts
+        if shared == "off" or page_table is None or lengths["num_requests"] < 2:
+            return False
+        keys = page_table.numel() * lengths["page_size"] * facts.num_kv_heads * 2 * (facts.head_dim + facts.head_dim_v)
+        return keys > _LEAST_GAIN
 
     # ---- run
     def launch(

@@ -6,8 +6,8 @@
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-// Writes a word at an address of this block's shared memory into that of block `rank`.
-__device__ __forceinline__ void cluster_store(uint32_t address, uint32_t rank, int32_t value) {
-  asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\nst.shared::cluster.b32 [there], %2;\n}"
+// The least of a word at an address of this block's shared memory in block `rank` and a value, there.
+__device__ __forceinline__ void cluster_min(uint32_t address, uint32_t rank, int32_t value) {
+  asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\nred.relaxed.cluster.shared::cluster.min.s32 [there], %2;\n}"
                ::"r"(address), "r"(rank), "r"(value) : "memory");
 }
