@@ -44,3 +44,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if not torch.cuda.is_available():
             for item in marked:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        elif os.environ.get("PYTEST_XDIST_WORKER"):
+            torch.set_num_threads(1)  # of the oracle: workers times cores of them would wait for each other

@@ -6,6 +6,7 @@ What must not be read holds NaN, and so does every output before a call.
 from __future__ import annotations
 
 import itertools
+import os
 import random
 from concurrent.futures import ThreadPoolExecutor
 
@@ -86,7 +87,9 @@ HEAD_DIMS = [(64, 64), (128, 128), (256, 256), (192, 128)]
 
 @pytest.fixture(scope="module", autouse=True)
 def built():
-    """Builds the kernels of the grids on all cores."""
+    """Builds the kernels of the grids on all cores; workers of xdist are parallel already."""
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        return
     jobs = [(variant, dtype, 64, 64) for variant, dtype in VARIANTS.values()]
     jobs += [(variants.Causal(), BF16, d, dv) for d, dv in HEAD_DIMS] + [(Biased(), BF16, 64, 64)]
     with ThreadPoolExecutor(len(jobs)) as pool:

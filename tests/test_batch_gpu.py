@@ -5,6 +5,7 @@ Every cache slot that must not be read, and every output before a run, holds NaN
 
 from __future__ import annotations
 
+import os
 import random
 from concurrent.futures import ThreadPoolExecutor
 
@@ -20,7 +21,10 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture(scope="module", autouse=True)
 def built():
-    """Compiles every kernel of the grid on all cores."""
+    """Compiles every kernel of the grid on all cores. Workers of xdist are parallel already, and what each of them loads here counts in
+    the time of its first test."""
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        return
     batch = Batch([1], [1])
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda name: make(variants.library()[name](), batch), variants.library()))
