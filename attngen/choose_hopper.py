@@ -75,6 +75,7 @@ class HopperCandidate:
 # Registers of a thread, feeding and computing, by computing warpgroups: the sums over an SM are 64 K or less. Of one there are two
 # blocks an SM.
 _REGISTERS = {1: (56, 200), 2: (48, 224), 3: (32, 160)}
+_REGISTERS_GATHER = {1: (56, 200), 2: (56, 224), 3: (32, 160)}
 
 # (stages, q_buffers), best first: two of queries let a unit begin while the one before ends, more stages bring its keys by then.
 _BUFFERS = ((4, 2), (3, 2), (2, 2), (2, 1))
@@ -88,8 +89,8 @@ _SHAPES_OF_64 = {64: ((1, 64), (1, 128), (1, 96)), 96: ((1, 64), (1, 96), (1, 80
 
 # With a warpgroup that turns keys, whose registers are the third of these, there are two that compute. A block of 512 threads starts with
 # 128 registers each, and no product's output may be larger: head sizes up to 128. Longer blocks would spill.
-_SHAPES_ROTATING = {64: ((2, 128), (2, 96)), 128: ((2, 96), (2, 112), (2, 80))}
-_REGISTERS_ROTATING = {64: (56, 192, 72), 128: (32, 216, 48)}
+_SHAPES_ROTATING = {64: ((2, 128), (2, 96)), 128: ((2, 80), (2, 64))}
+_REGISTERS_ROTATING = {64: (56, 192, 72), 128: (40, 208, 56)}
 
 
 def choose_hopper(
@@ -142,7 +143,7 @@ def choose_hopper(
             + "; ".join(f"{c.groups * 64}x{c.block_n}: {c.lost}" for c in candidates) + "\n  do: use attention_sm80"
         )  # fmt: skip
     listed, won, by = settle(candidates, possible, won, prefer)
-    registers = next(r for bound, r in _REGISTERS_ROTATING.items() if wide <= bound) if rotates else _REGISTERS[won.groups]
+    registers = next(r for bound, r in _REGISTERS_ROTATING.items() if wide <= bound) if rotates else (_REGISTERS_GATHER if gather else _REGISTERS)[won.groups]
     config = HopperConfig(
         arch_name, page_size is not None, won.groups, won.block_n, won.stages, won.q_buffers, won.ping_pong, *registers[:2], 2, split,
         won.smem_bytes, blocks, gather, *registers[2:],
