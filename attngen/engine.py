@@ -212,7 +212,7 @@ def unshared(trace: Trace, problem: Problem, hooks: Hooks, page_size: int | None
         return "k and v have no pages"
     if batch_invariant:
         return "under batch_invariant a request's bits may not depend on others"
-    if why := unserved(problem, problem.isa, hooks, page_size):
+    if why := unserved(problem, problem.isa, hooks):
         return f"they are served by the Hopper kernel: {why}"
     own = {"request", "q_len", "kv_len", "q_offset", "kv_token"}
     for name, node in trace.roots().items():
