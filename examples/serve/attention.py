@@ -358,12 +358,17 @@ class _Blocks:
         """Say which pages, int32 [requests, max_pages], how many keys, and where the first queries are."""
         self.kv_lens.copy_(kv_lens)
         self.first.copy_(first)
-        places = torch.arange(tables.shape[1], dtype=torch.int32, device=tables.device).expand_as(tables)
+        places = torch.arange(tables.shape[1], dtype=torch.int32, device=tables.device)
         # Entries past a request's end are page 0, which no request has: its place may be anything.
-        self.logical.scatter_(1, tables.long(), places)
-        used = (kv_lens + page_size - 1) // page_size
-        self.mask.kv_num_blocks.copy_(used[:, None, None].expand_as(self.mask.kv_num_blocks))
-        self.mask.kv_indices[..., : tables.shape[1]] = tables[:, None, None]
+        self.logical.scatter_(1, tables.long(), places.expand_as(tables))
+        whole = (first + 1) // page_size  # pages that every query sees all of: no mask is evaluated there
+        others = (kv_lens + page_size - 1) // page_size - whole
+        after = (whole[:, None] + places).clamp_max(tables.shape[1] - 1)
+        mask = self.mask
+        mask.full_kv_num_blocks.copy_(whole[:, None, None].expand_as(mask.full_kv_num_blocks))
+        mask.full_kv_indices[..., : tables.shape[1]] = tables[:, None, None]
+        mask.kv_num_blocks.copy_(others[:, None, None].expand_as(mask.kv_num_blocks))
+        mask.kv_indices[..., : tables.shape[1]] = tables.gather(1, after.long())[:, None, None]
 
 
 class Flex(_Gathering):
@@ -400,9 +405,10 @@ class Flex(_Gathering):
                 return (position <= first[b] + q) & (position < kv_lens[b])
 
             q_blocks = -(-rows // 128)
+            counts, lists = (requests, 1, q_blocks), (requests, 1, q_blocks, pages)
             block_mask = self._block_mask(
-                seq_lengths=(rows, pages * size), kv_num_blocks=ints(requests, 1, q_blocks), kv_indices=ints(requests, 1, q_blocks, pages),
-                full_kv_num_blocks=None, full_kv_indices=None, q_num_blocks=None, q_indices=None, full_q_num_blocks=None,
+                seq_lengths=(rows, pages * size), kv_num_blocks=ints(*counts), kv_indices=ints(*lists),
+                full_kv_num_blocks=ints(*counts), full_kv_indices=ints(*lists), q_num_blocks=None, q_indices=None, full_q_num_blocks=None,
                 full_q_indices=None, BLOCK_SIZE=(128, size), mask_mod=mask,
             )  # fmt: skip
             made = self._made[requests, rows, which] = _Blocks(block_mask, kv_lens, first, logical)

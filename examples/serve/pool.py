@@ -118,12 +118,19 @@ class PagePool:
             key = (node, block)
             found = self._tree.get(key)
             if found is None:
-                if page in self._key_of or self._holders[page] == 0:
-                    raise ValueError(f"page {page} is not held, or keeps another prefix: it cannot be published for this one")
-                self._nodes += 1
-                found = self._tree[key] = (self._nodes, page)
-                self._key_of[page] = key
+                self._register(page, key)
+                found = self._tree[key]
             node = found[0]
+
+    def _register(self, page: int, key: tuple[int, bytes]) -> None:
+        before = self._key_of.get(page)
+        if self._holders[page] == 0 or before is not None and before[1] != key[1]:
+            raise ValueError(f"page {page} is not held, or keeps other tokens: it cannot be published for these")
+        if before is not None:  # its prefix was another's page, which is gone: nobody could find this one any more
+            del self._tree[before]
+        self._nodes += 1
+        self._tree[key] = self._nodes, page
+        self._key_of[page] = key
 
     def _blocks(self, tokens: np.ndarray) -> Iterable[bytes]:
         size = self.page_size
