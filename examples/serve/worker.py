@@ -48,14 +48,14 @@ class Stream:
             self._close(choice)
             self._worker.cancel(request, choice - self._first[request])
 
-    def cancel(self) -> None:
-        """All choices are over, and `next` raises Cancelled."""
+    def cancel(self, why: Exception | None = None) -> None:
+        """All choices are over, and `next` raises ``why``, else Cancelled, after the tokens that have come."""
         if self._open:
             self._open.clear()
             self._worker.forget(self)
             for request in self.requests:
                 self._worker.cancel(request)
-            self._events.put_nowait(Cancelled("the request was cancelled"))
+            self._events.put_nowait(why or Cancelled("the request was cancelled"))
 
     # ---- from the worker, in the loop's thread
     def token(self, request: Request, index: int, token: int, reason: str | None) -> None:
@@ -64,12 +64,6 @@ class Stream:
             self._events.put_nowait((choice, token, reason))
             if reason:
                 self._close(choice)
-
-    def fail(self, error: Exception) -> None:
-        if self._open:
-            self.cancel()
-            self._events.get_nowait()
-            self._events.put_nowait(error)
 
     def _close(self, choice: int) -> None:
         self._open.discard(choice)
@@ -85,13 +79,12 @@ class Worker(threading.Thread):
 
     def __init__(self, engine: Engine, observe: Callable[[Stream, int, float], None] = lambda *_: None) -> None:
         super().__init__(name="engine", daemon=True)
-        self.engine, self.lost = engine, None
-        self._observe = observe
+        self.engine, self._observe = engine, observe
+        self.lost: Exception | None = None  # why nothing can be served any more
         self._wake = threading.Condition()
         self._cancels: list[tuple[Request, int | None]] = []
         self._closing = False
         self._live: set[Stream] = set()
-        self.lost: Exception | None
 
     def start_in(self, loop: asyncio.AbstractEventLoop) -> None:
         """Start, and give tokens to streams of this loop."""
@@ -161,8 +154,8 @@ class Worker(threading.Thread):
                 self._observe(stream, stream._first[sample.request] + sample.index, now)
                 stream.token(sample.request, sample.index, token, reasons.get(sample))
             for request, error in outputs.failed:
-                request.tag.fail(error)
+                request.tag.cancel(error)
 
     def _end(self, error: Exception) -> None:
         for stream in list(self._live):
-            stream.fail(error)
+            stream.cancel(error)
