@@ -145,8 +145,9 @@ class Attngen(Backend):
 
     def plan(self, batch: Batch) -> None:
         self._slots = batch.slots
+        longest = None if batch.q_lens is None else int(batch.q_lens.max())  # saves launches of kernels for more rows
         for attn in self._objects.values():
-            attn.plan(batch.q_indptr, block_table=batch.device_tables, kv_lens=batch.device_kv_lens, **self._options)
+            attn.plan(batch.q_indptr, block_table=batch.device_tables, kv_lens=batch.device_kv_lens, max_q_len=longest, **self._options)
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         pages = self.cache[layer, 0], self.cache[layer, 1]
@@ -228,8 +229,8 @@ class FlashInfer(Backend):
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         pages = self.cache[layer, 0], self.cache[layer, 1]
-        self._fi.append_paged_kv_cache(k, v, self._request_of, self._positions, pages, *self._paged)
-        return self._wrappers[self.layers[layer]].run(q, pages)
+        self._fi.append_paged_kv_cache(k.contiguous(), v.contiguous(), self._request_of, self._positions, pages, *self._paged)
+        return self._wrappers[self.layers[layer]].run(q.contiguous(), pages)
 
 
 # ---------------------------------------------------------------- torch SDPA
@@ -280,22 +281,23 @@ class Sdpa(_Gathering):
     """
 
     name = "sdpa"
+    _LEAST = 16  # pages
 
     def __init__(self, layers: Sequence[Layer], cache: torch.Tensor, sizes: Sizes) -> None:
         super().__init__(layers, cache, sizes)
         self._refuse(softcap=True)
 
     def _width(self, kv_lens: np.ndarray) -> int:
-        """Pages that the longest request is padded to."""
+        """Pages that the longest request is padded to: one of few, since each is a graph of its own."""
         pages = -(-int(kv_lens.max()) // self.sizes.page_size)
-        return min(1 << (pages - 1).bit_length(), self.sizes.max_pages)
+        return min(max(_power_of_two(pages), self._LEAST), self.sizes.max_pages)
 
     def graph_key(self, kv_lens: np.ndarray) -> int:
         return self._width(kv_lens)
 
     def graph_keys(self) -> list[int]:
-        powers = [1 << i for i in range(self.sizes.max_pages.bit_length())]
-        return sorted({min(width, self.sizes.max_pages) for width in powers})
+        powers = [1 << i for i in range(self.sizes.max_pages.bit_length() + 1)]
+        return sorted({min(width, self.sizes.max_pages) for width in powers if width >= self._LEAST})
 
     def longest_of(self, key: Hashable) -> int:
         assert isinstance(key, int)
@@ -337,9 +339,9 @@ class Sdpa(_Gathering):
         kind, (table, masks) = self.layers[layer], chunk
         k, v = self._gather(layer, table[None])
         n, group = len(q), kind.num_heads // kind.num_kv_heads
-        rows = q.view(n, kind.num_kv_heads, group, kind.head_dim).permute(1, 2, 0, 3).reshape(1, kind.num_kv_heads, group * n, kind.head_dim)
+        rows = q.reshape(n, kind.num_kv_heads, group, -1).permute(1, 2, 0, 3).reshape(1, kind.num_kv_heads, group * n, -1)
         out = F.scaled_dot_product_attention(rows, k, v, masks[kind][None, None], scale=kind.scale)
-        return out.view(kind.num_kv_heads, group, n, kind.head_dim).permute(2, 0, 1, 3).reshape(q.shape)
+        return out.view(kind.num_kv_heads, group, n, -1).permute(2, 0, 1, 3).reshape(q.shape)
 
 
 # ---------------------------------------------------------------- FlexAttention
@@ -424,22 +426,32 @@ class Flex(_Gathering):
     def _plan_decodes(self, batch: Batch) -> None:
         n = batch.num_decodes
         if n:
-            self._decode_blocks = self._blocks(n, 1)
-            self._decode_blocks.fill(batch.device_tables[:n], batch.device_kv_lens[:n], batch.positions[:n], self.sizes.page_size)
+            more = _power_of_two(n) - n  # rows of padding, of one key of page 0: few shapes, each compiled once
+            self._decode_blocks = self._blocks(n + more, 1)
+            tables, kv_lens, positions = batch.device_tables[:n], batch.device_kv_lens[:n], batch.positions[:n]
+            if more:
+                tables, kv_lens, positions = F.pad(tables, (0, 0, 0, more)), F.pad(kv_lens, (0, more), value=1), F.pad(positions, (0, more))
+            self._decode_blocks.fill(tables, kv_lens, positions, self.sizes.page_size)
 
     def _plan_chunk(self, batch: Batch, request: int, rows: slice) -> _Blocks:
-        padded = max(128, 1 << (rows.stop - rows.start - 1).bit_length())  # few shapes, each compiled once
+        padded = max(128, _power_of_two(rows.stop - rows.start))
         blocks, one = self._blocks(1, padded, request - batch.num_decodes), slice(request, request + 1)
         blocks.fill(batch.device_tables[one], batch.device_kv_lens[one], batch.positions[rows][:1], self.sizes.page_size)
         return blocks
 
     def _attend_decodes(self, layer: int, q: torch.Tensor) -> torch.Tensor:
-        return self._call(layer, q[:, :, None], self._decode_blocks)[:, :, 0]
+        padded = F.pad(q, (0, 0, 0, 0, 0, len(self._decode_blocks.kv_lens) - len(q)))
+        return self._call(layer, padded[:, :, None], self._decode_blocks)[: len(q), :, 0]
 
     def _attend_chunk(self, layer: int, q: torch.Tensor, chunk: _Blocks) -> torch.Tensor:
         rows = chunk.mask.seq_lengths[0]
         padded = F.pad(q.transpose(0, 1)[None], (0, 0, 0, rows - len(q)))
         return self._call(layer, padded, chunk)[0, :, : len(q)].transpose(0, 1)
+
+
+def _power_of_two(n: int) -> int:
+    """The next one that is at least n."""
+    return 1 << (n - 1).bit_length()
 
 
 def _softcap(cap: float) -> Callable[..., torch.Tensor]:

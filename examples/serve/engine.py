@@ -113,6 +113,8 @@ class Stats:
     refused_requests: int = 0
     failed_steps: int = 0
     device_seconds: float = 0.0  # where steps are timed
+    host_seconds: float = 0.0  # of decode steps that a graph repeats, without its launch and without waiting for tokens
+    host_steps: int = 0  # how many those are
 
 
 class Engine:
@@ -178,6 +180,7 @@ class Engine:
         self._decode_slots = _NONE
         self._changed = True  # whether _decoding is other than _decode_slots
         self._step_mode = GREEDY
+        self._waited = 0.0  # for tokens, in this step
         self._may_admit = True  # whether anything changed since admission last failed
 
     # ---- requests
@@ -240,6 +243,7 @@ class Engine:
     # ---- a step
     def step(self) -> list[Outputs]:
         """Admit, launch, and read what the step before (on a GPU) or this one (on the CPU) gave. Raises EngineLost only."""
+        begin, self._waited = time.perf_counter(), 0.0
         self._admit()
         chunks = self._next_chunks()
         if self._changed:
@@ -253,7 +257,11 @@ class Engine:
         except Exception as error:
             return self._alone(slots, chunks, error)
         self._note(step, chunks, launched)
-        return self._collect_until(self.lag)
+        outputs = self._collect_until(self.lag)
+        if step.repeats and self.runner.replay_seconds:
+            self.stats.host_seconds += time.perf_counter() - begin - self.runner.replay_seconds - self._waited
+            self.stats.host_steps += 1
+        return outputs
 
     def _admit(self) -> None:
         while self._may_admit and self.waiting:
@@ -380,7 +388,9 @@ class Engine:
     def _collect(self) -> Outputs:
         """The tokens of the oldest step that is still out."""
         launched, slots, uids = self._pending.popleft()
+        begin = time.perf_counter()
         tokens = launched.tokens()
+        self._waited += time.perf_counter() - begin
         if self._timed:
             self.stats.device_seconds += launched.device_seconds()
         alive = self._uid[slots] == uids

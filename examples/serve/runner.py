@@ -136,8 +136,7 @@ class Runner:
         self._tokens = [torch.empty(2 * sizes.max_tokens, dtype=torch.int32, pin_memory=True) for _ in range(4)] if on_cuda else []
         self._turn = 0
         self._uploaded = 0  # decodes that `_decode` holds, padding included
-        self._replay_seconds = 0.0  # of the last graph
-        self.host_seconds, self.host_steps = 0.0, 0  # of `launch` beside the graph's own, and of how many steps that repeat
+        self.replay_seconds = 0.0  # of the host, to launch the last step's graph; 0 where it had none
 
     # ---- sequences
     def admit(self, slot: int, pages: Sequence[int], temperature: float, top_p: float, seed: int) -> None:
@@ -159,7 +158,7 @@ class Runner:
     def launch(self, step: Step, timed: bool = False) -> Launched:
         """Start a step. On the CPU it is over when this returns. Where it raises, pages keep what they held at positions
         before the step's, so that it can be launched again."""
-        begin = time.perf_counter()
+        self.replay_seconds = 0.0
         start = end = None
         if self.device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=timed) for _ in range(2))
@@ -172,9 +171,6 @@ class Runner:
         host = self._tokens[self._turn][: len(tokens)]
         host.copy_(tokens, non_blocking=True)
         end.record()
-        if step.repeats:
-            self.host_seconds += time.perf_counter() - begin - self._replay_seconds
-            self.host_steps += 1
         return Launched(host, start if timed else None, end)
 
     def _run_decodes(self, step: Step) -> torch.Tensor:
@@ -197,7 +193,7 @@ class Runner:
         graph, tokens = self._graphs[key]
         begin = time.perf_counter()
         graph.replay()
-        self._replay_seconds = time.perf_counter() - begin
+        self.replay_seconds = time.perf_counter() - begin
         return tokens[:n]
 
     def _upload_decodes(self, slots: np.ndarray, positions: np.ndarray, padded: int) -> None:
