@@ -353,6 +353,7 @@ def compare(
     max_len: Annotated[int, typer.Option(help="tokens of a sequence")] = 4096,
     chunk: Annotated[int, typer.Option(help="prompt tokens of a step")] = 512,
     scale: Scale = 1.0,
+    lag: Annotated[Optional[int], typer.Option(help="steps launched ahead of the tokens read; default 1 on a GPU")] = None,
     device: Device = None,
     name: Name = "compare",
 ) -> None:
@@ -360,7 +361,7 @@ def compare(
     machine, results = Machine.of(shape, layers, device), []
     for backend in words(backends):
         try:
-            engine = machine.engine(backend, slots=slots, kv_tokens=kv_tokens, max_len=max_len, chunk=chunk)
+            engine = machine.engine(backend, slots=slots, kv_tokens=kv_tokens, max_len=max_len, chunk=chunk, lag=lag)
         except BackendError as error:
             console.print(f"[yellow]{error}[/yellow]", highlight=False)
             continue
@@ -370,7 +371,7 @@ def compare(
                 results.append(drive(engine, load, Result(backend, load_name, rate), limit))
                 brief(results[-1])
         free(engine)
-    facts = {**machine.facts, "slots": slots, "kv_tokens": kv_tokens, "chunk": chunk, "seconds": seconds, "scale": scale}
+    facts = {**machine.facts, "slots": slots, "kv_tokens": kv_tokens, "chunk": chunk, "seconds": seconds, "scale": scale, "lag": lag}
     order = {load_name: i for i, load_name in enumerate(words(loads))}
     results.sort(key=lambda r: (order[r.load], r.rate))
     show(results, f"{shape}, {machine.facts['layers']} layers, {machine.facts['device']}")

@@ -19,6 +19,7 @@ from rich.console import Console  # noqa: E402
 from .attention import BACKENDS, BackendError  # noqa: E402
 from .engine import Engine  # noqa: E402
 from .models import ModelError, load  # noqa: E402
+from .sampling import GREEDY, SAMPLE, TOP_P  # noqa: E402
 from .server import Server  # noqa: E402
 from .text import ByteTokenizer  # noqa: E402
 
@@ -56,7 +57,7 @@ def main(
                 loaded, backend=backend, page_size=page_size or (128 if backend == "flex" else 16), num_pages=pages, max_slots=slots,
                 max_waiting=waiting, max_len=max_len or 4096, max_chunk=chunk,
             )  # fmt: skip
-            engine.runner.warm_up()
+            engine.runner.warm_up((GREEDY, SAMPLE, TOP_P))
     except (BackendError, ModelError) as error:
         console.print(f"[red]serve:[/red] {error}", highlight=False)
         raise typer.Exit(1) from error

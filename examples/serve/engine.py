@@ -219,7 +219,7 @@ class Engine:
             raise Refused(problem, busy=False)
 
     def cancel(self, request: Request, index: int | None = None) -> None:
-        """End a request, or one of its samples, and return its pages. One that is over already stays so."""
+        """End a request, or one of its samples that has all that is wanted, and return its pages. What is over stays so."""
         with self._queue:
             waits = request in self.waiting
             if waits:
@@ -229,7 +229,8 @@ class Engine:
         for sample in ended:
             self._retire(sample)
         if waits or ended and not request.samples:
-            self.stats.cancelled_requests += 1
+            self.stats.cancelled_requests += index is None
+            self.stats.finished_requests += index is not None
 
     @property
     def has_work(self) -> bool:

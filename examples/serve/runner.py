@@ -59,7 +59,7 @@ class Launched:
 class _Staging:
     """Pinned buffers that take turns on the way to the device; one is reused when its copy has been made."""
 
-    def __init__(self, size: int, device: torch.device, turns: int = 8) -> None:
+    def __init__(self, size: int, device: torch.device, turns: int = 64) -> None:
         self.pinned = device.type == "cuda"
         self._buffers = [torch.empty(size, dtype=torch.int32, pin_memory=self.pinned) for _ in range(turns)]
         self._arrays = [buffer.numpy() for buffer in self._buffers]
@@ -118,7 +118,8 @@ class Runner:
         self.cache = torch.zeros(
             len(layers), 2, num_pages, page_size, layers[0].num_kv_heads, layers[0].head_dim, dtype=model.dtype, device=self.device
         )  # zeros: page 0 is read by padding, and must be finite
-        sizes = Sizes(max([max_slots, *self.graphs]), max_slots + max_chunk, self.max_pages, page_size)
+        most = max([max_slots, *self.graphs])
+        sizes = Sizes(most, most + max_chunk, self.max_pages, page_size)
         self.backend: Backend = make(backend, layers, self.cache, sizes, **options)
 
         def ints(*shape: int) -> torch.Tensor:

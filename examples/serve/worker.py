@@ -130,7 +130,7 @@ class Worker(threading.Thread):
                     self._loop.call_soon_threadsafe(self._deliver, outputs, time.perf_counter())
         except Exception as lost:
             log.exception("the engine is lost")
-            error = lost
+            error = lost if isinstance(lost, EngineLost) else EngineLost(f"the engine failed ({lost!r}): start the server again")
         self.lost = error
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._end, error)
