@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import inspect
 import json
 import statistics
 import sys
@@ -209,9 +208,9 @@ def drive(engine: Engine, load: Load, result: Result, limit: float) -> Result:
 
 
 def show(results: Sequence[Result], title: str) -> None:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title + "; times in ms", title_justify="left")
     columns = [("backend", "backend"), ("load", "load"), ("rate/s", "rate"), ("done", "finished"), ("tok/s", "tokens_per_s"),
-               *((f"{w.upper()} p{p} ms", f"{w}_p{p}_ms") for w in ("ttft", "itl") for p in (50, 90, 99)),
+               *((f"{w.upper()} p{p}", f"{w}_p{p}_ms") for w in ("ttft", "itl") for p in (50, 90, 99)),
                ("KV", "kv_used"), ("KV tokens", "kv_tokens"), ("GPU", "gpu_busy"), ("host us", "host_us")]  # fmt: skip
     for name, _ in columns:
         table.add_column(name, justify="left" if name in ("backend", "load") else "right")
@@ -353,6 +352,7 @@ def compare(
     max_len: Annotated[int, typer.Option(help="tokens of a sequence")] = 4096,
     chunk: Annotated[int, typer.Option(help="prompt tokens of a step")] = 512,
     scale: Scale = 1.0,
+    shared_prefix: Annotated[str, typer.Option(help="of attngen: auto or off")] = "auto",
     lag: Annotated[Optional[int], typer.Option(help="steps launched ahead of the tokens read; default 1 on a GPU")] = None,
     device: Device = None,
     name: Name = "compare",
@@ -361,7 +361,8 @@ def compare(
     machine, results = Machine.of(shape, layers, device), []
     for backend in words(backends):
         try:
-            engine = machine.engine(backend, slots=slots, kv_tokens=kv_tokens, max_len=max_len, chunk=chunk, lag=lag)
+            options = {"shared_prefix": shared_prefix} if backend == "attngen" else {}
+            engine = machine.engine(backend, slots=slots, kv_tokens=kv_tokens, max_len=max_len, chunk=chunk, lag=lag, **options)
         except BackendError as error:
             console.print(f"[yellow]{error}[/yellow]", highlight=False)
             continue
@@ -371,7 +372,7 @@ def compare(
                 results.append(drive(engine, load, Result(backend, load_name, rate), limit))
                 brief(results[-1])
         free(engine)
-    facts = {**machine.facts, "slots": slots, "kv_tokens": kv_tokens, "chunk": chunk, "seconds": seconds, "scale": scale, "lag": lag}
+    facts = {**machine.facts, "slots": slots, "kv_tokens": kv_tokens, "chunk": chunk, "seconds": seconds, "scale": scale, "lag": lag, "shared_prefix": shared_prefix}
     order = {load_name: i for i, load_name in enumerate(words(loads))}
     results.sort(key=lambda r: (order[r.load], r.rate))
     show(results, f"{shape}, {machine.facts['layers']} layers, {machine.facts['device']}")
@@ -394,14 +395,11 @@ def parallel(
     """n samples of each of some prompts of 2048 tokens, with shared prefixes planned as such and not."""
     machine, results = Machine.of(shape, layers, device), []
     counts = [int(word) for word in words(ns)]
-    has = "shared_prefix" in inspect.signature(ag.BatchAttention.plan).parameters
-    if backend == "attngen" and not has:
-        console.print("[yellow]this attngen's plan has no shared_prefix: every request reads its prefix by itself[/yellow]")
-    length = round(2048 * scale) + round(128 * scale) + 16
-    for shared in ("auto", "off") if backend == "attngen" and has else (None,):
+    each = round(128 * scale) + 160  # of a sample, with room to its page's end
+    for shared in ("auto", "off") if backend == "attngen" else (None,):
         engine = machine.engine(
-            backend, slots=groups * max(counts), kv_tokens=groups * (round(2048 * scale) + max(counts) * (round(128 * scale) + 160)) + 4096,
-            max_len=length, chunk=chunk, **({} if shared is None else {"shared_prefix": shared}),
+            backend, slots=groups * max(counts), kv_tokens=groups * (round(2048 * scale) + max(counts) * each) + 4096,
+            max_len=round(2048 * scale) + each, chunk=chunk, **({} if shared is None else {"shared_prefix": shared}),
         )  # fmt: skip
         for n in counts:
             load = make_load("parallel", rate=1.0, seconds=groups, vocab=machine.model.config.vocab_size, n=n, scale=scale)

@@ -10,7 +10,6 @@ The cache is [layers, 2, pages, page_size, kv_heads, head_dim], keys at 0 and va
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -120,34 +119,42 @@ class Backend(ABC):
 class Attngen(Backend):
     """One BatchAttention for each kind of layer; the whole plan is one kernel, on the device.
 
-    shared_prefix: given to plan where this attngen has it.
+    shared_prefix: "auto" lets the plan find prefixes that decodes share, where this GPU has kernels for it; or "off".
     """
 
     name = "attngen"
 
-    def __init__(self, layers: Sequence[Layer], cache: torch.Tensor, sizes: Sizes, *, shared_prefix: Any = "auto") -> None:
+    def __init__(self, layers: Sequence[Layer], cache: torch.Tensor, sizes: Sizes, *, shared_prefix: str = "auto") -> None:
         super().__init__(layers, cache, sizes)
         import attngen as ag
         from attngen import variants
 
-        self._append = ag.append_kv
-        self._objects = {}
+        self._append, self.shared_prefix, self._objects = ag.append_kv, shared_prefix, {}
         for kind in self._kinds():
             parts = [variants.Causal() if kind.window is None else variants.SlidingWindow(window=kind.window)]
             parts += [] if kind.softcap is None else [variants.SoftCap(cap=kind.softcap)]
-            self._objects[kind] = ag.BatchAttention(
-                ag.compose(*parts) if len(parts) > 1 else parts[0], num_heads=kind.num_heads, num_kv_heads=kind.num_kv_heads,
-                head_dim=kind.head_dim, scale=kind.scale, dtype=cache.dtype, device=cache.device, page_size=sizes.page_size,
-                max_requests=sizes.max_requests, max_q_tokens=sizes.max_tokens, max_pages=sizes.max_requests * sizes.max_pages,
+            given = dict(
+                num_heads=kind.num_heads, num_kv_heads=kind.num_kv_heads, head_dim=kind.head_dim, scale=kind.scale, dtype=cache.dtype,
+                device=cache.device, page_size=sizes.page_size, max_requests=sizes.max_requests, max_q_tokens=sizes.max_tokens,
+                max_pages=sizes.max_requests * sizes.max_pages,
             )  # fmt: skip
-        has = "shared_prefix" in inspect.signature(ag.BatchAttention.plan).parameters
-        self._options = {"shared_prefix": shared_prefix} if has else {}
+            variant = ag.compose(*parts) if len(parts) > 1 else parts[0]
+            wanted = shared_prefix == "auto" and cache.device.type == "cuda"
+            try:
+                self._objects[kind] = ag.BatchAttention(variant, shared_prefix=wanted, **given)
+            except ag.UnsupportedError:
+                if not wanted:
+                    raise
+                self._objects[kind] = ag.BatchAttention(variant, **given)
 
     def plan(self, batch: Batch) -> None:
         self._slots = batch.slots
         longest = None if batch.q_lens is None else int(batch.q_lens.max())  # saves launches of kernels for more rows
         for attn in self._objects.values():
-            attn.plan(batch.q_indptr, block_table=batch.device_tables, kv_lens=batch.device_kv_lens, max_q_len=longest, **self._options)
+            attn.plan(
+                batch.q_indptr, block_table=batch.device_tables, kv_lens=batch.device_kv_lens, max_q_len=longest,
+                shared_prefix=self.shared_prefix,
+            )  # fmt: skip
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         pages = self.cache[layer, 0], self.cache[layer, 1]
