@@ -30,7 +30,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -42,13 +42,13 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # examples/ is no package that is installed
 
-import attngen as ag  # noqa: E402
-from attngen import variants  # noqa: E402
-from examples.serve.attention import BACKENDS, Backend, BackendError, Batch, Layer, Sizes  # noqa: E402
-from examples.serve.engine import Engine, Outputs, Request  # noqa: E402
-from examples.serve.models import load as load_model  # noqa: E402
-from examples.serve.runner import Runner, Step  # noqa: E402
-from examples.serve.sampling import GREEDY  # noqa: E402
+import attngen as ag
+from attngen import variants
+from examples.serve.attention import BACKENDS, Backend, BackendError, Batch, Layer, Sizes
+from examples.serve.engine import Engine, Outputs, Request
+from examples.serve.models import load as load_model
+from examples.serve.runner import Runner, Step
+from examples.serve.sampling import GREEDY
 
 OUT = ROOT / "docs" / "serving"
 console = Console(width=None if sys.stdout.isatty() else 160)
@@ -259,7 +259,6 @@ def save(results: Sequence[Result], name: str, facts: dict[str, Any]) -> None:
             axis.legend()
     figure.savefig(OUT / f"{name}.png", dpi=110)
     plt.close(figure)
-    console.print(f"docs/serving/{name}.json, docs/serving/{name}.png")
 
 
 # ---------------------------------------------------------------- in process
@@ -326,9 +325,10 @@ def free(engine: Engine) -> None:
         torch.cuda.empty_cache()
 
 
+_CHOICES = {"attngen": "shared_prefix", "flashinfer": "prefill"}  # the option that a label's second half sets
 Shape = Annotated[str, typer.Option(help=f"of the model: {', '.join(SHAPES)}")]
-Layers = Annotated[Optional[int], typer.Option(help="layers of the model; default all")]
-Device = Annotated[Optional[str], typer.Option(help="cuda or cpu")]
+Layers = Annotated[int | None, typer.Option(help="layers of the model; default all")]
+Device = Annotated[str | None, typer.Option(help="cuda or cpu")]
 Seconds = Annotated[float, typer.Option(help="of arrivals")]
 Scale = Annotated[float, typer.Option(help="multiplies all lengths")]
 Name = Annotated[str, typer.Option(help="of the files under docs/serving")]
@@ -340,7 +340,8 @@ def words(text: str) -> list[str]:
 
 @app.command()
 def compare(
-    backends: Annotated[str, typer.Option(help=f"of {', '.join(BACKENDS)}")] = "attngen,flashinfer,sdpa,flex",
+    backends: Annotated[str, typer.Option(help=f"of {', '.join(BACKENDS)}; attngen:off shares no prefixes, flashinfer:fa3 takes minutes to build")]
+    = "attngen,flashinfer,sdpa,flex",
     loads: Annotated[str, typer.Option(help="of the table above")] = "streams,sharegpt,uniform",
     rates: Annotated[str, typer.Option(help="requests a second")] = "8",
     shape: Shape = "llama-3.1-8b",
@@ -352,32 +353,34 @@ def compare(
     max_len: Annotated[int, typer.Option(help="tokens of a sequence")] = 4096,
     chunk: Annotated[int, typer.Option(help="prompt tokens of a step")] = 512,
     scale: Scale = 1.0,
-    shared_prefix: Annotated[str, typer.Option(help="of attngen: auto or off")] = "auto",
-    lag: Annotated[Optional[int], typer.Option(help="steps launched ahead of the tokens read; default 1 on a GPU")] = None,
+    lag: Annotated[int | None, typer.Option(help="steps launched ahead of the tokens read; default 1 on a GPU")] = None,
     device: Device = None,
     name: Name = "compare",
 ) -> None:
     """Attention backends in one process, on the same weights, cache size and arrivals."""
     machine, results = Machine.of(shape, layers, device), []
-    for backend in words(backends):
+    facts = {**machine.facts, "slots": slots, "kv_tokens": kv_tokens, "chunk": chunk, "seconds": seconds, "scale": scale, "lag": lag}
+    cases = [(load, rate) for load in words(loads) for rate in ([0.0] if load == "streams" else map(float, words(rates)))]
+    made = [make_load(load, rate=rate, seconds=seconds, vocab=machine.model.config.vocab_size, streams=slots, scale=scale) for load, rate in cases]
+    for label in words(backends):
+        backend, _, choice = label.partition(":")
+        if choice and backend not in _CHOICES:
+            raise typer.BadParameter(f"{label}: a choice after the colon is for {', '.join(_CHOICES)} alone")
+        options = {_CHOICES[backend]: choice} if choice else {}
         try:
-            options = {"shared_prefix": shared_prefix} if backend == "attngen" else {}
             engine = machine.engine(backend, slots=slots, kv_tokens=kv_tokens, max_len=max_len, chunk=chunk, lag=lag, **options)
+            for load, (_, rate) in zip(made, cases):
+                results.append(drive(engine, load, Result(label, load.name, rate), limit))
+                brief(results[-1])
+            free(engine)
         except BackendError as error:
             console.print(f"[yellow]{error}[/yellow]", highlight=False)
-            continue
-        for load_name in words(loads):
-            for rate in [0.0] if load_name == "streams" else map(float, words(rates)):
-                load = make_load(load_name, rate=rate, seconds=seconds, vocab=machine.model.config.vocab_size, streams=slots, scale=scale)
-                results.append(drive(engine, load, Result(backend, load_name, rate), limit))
-                brief(results[-1])
-        free(engine)
-    facts = {**machine.facts, "slots": slots, "kv_tokens": kv_tokens, "chunk": chunk, "seconds": seconds, "scale": scale, "lag": lag, "shared_prefix": shared_prefix}
-    order = {load_name: i for i, load_name in enumerate(words(loads))}
-    results.sort(key=lambda r: (order[r.load], r.rate))
+        except Exception:  # time on a GPU is short: the others still run
+            console.print_exception()
+        if results:
+            save(results, name, facts)
+    results.sort(key=lambda r: cases.index((r.load, r.rate)))
     show(results, f"{shape}, {machine.facts['layers']} layers, {machine.facts['device']}")
-    if results:
-        save(results, name, facts)
 
 
 @app.command()
@@ -590,7 +593,8 @@ async def _drive_http(url: str, model: str, load: Load, result: Result) -> Resul
     async def one(client: httpx2.AsyncClient, prompt: np.ndarray, output: int, at: float) -> None:
         nonlocal refused
         await asyncio.sleep(max(0.0, start + at - time.perf_counter()))
-        body = dict(model=model, prompt=prompt.tolist(), max_tokens=output, n=load.n, temperature=0.0 if load.n == 1 else 0.8, ignore_eos=True, stream=True)
+        body = dict(model=model, prompt=prompt.tolist(), max_tokens=output, n=load.n, temperature=0.0 if load.n == 1 else 0.8,
+                    ignore_eos=True, stream=True)  # fmt: skip
         last: dict[int, float] = {}
         async with client.stream("POST", "/v1/completions", json=body) as answer:
             if answer.status_code != 200:

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -179,8 +180,9 @@ def test_32_concurrent_requests_get_what_generate_makes(backend: str, expected: 
 @pytest.mark.parametrize(
     ("kind", "backend", "others"),
     [
-        ("gemma2", "attngen", dict(sliding_window=20)),  # soft caps, windows in every other layer, a scale of its own
-        ("qwen3", "sdpa", dict(use_sliding_window=True, sliding_window=20, max_window_layers=1)),  # q and k norms
+        # soft caps, windows in every other layer, a scale of its own
+        ("gemma2", "attngen", dict(sliding_window=5, attn_logit_softcapping=2.0, query_pre_attn_scalar=4, tie_word_embeddings=False)),
+        ("qwen3", "sdpa", dict(use_sliding_window=True, sliding_window=5, max_window_layers=1)),  # q and k norms
     ],
 )
 def test_what_a_model_says_of_its_layers_is_honoured(kind: str, backend: str, others: dict[str, Any]) -> None:
@@ -211,6 +213,33 @@ def test_a_lagging_engine_gives_the_same(expected: list[tuple[list[int], list[in
     cut = [tokens[: tokens.index(end) + 1] if end in tokens else tokens for _, tokens in expected]
     assert tokens_of(engine, [Request(prompt, NEW) for prompt, _ in expected]) == [[tokens] for tokens in cut]
     assert engine.pool.held == 0 and any(len(tokens) < NEW for tokens in cut)
+
+
+@pytest.mark.parametrize("backend", ["attngen", "sdpa"])
+def test_a_replayed_step_needs_nothing_of_the_host(
+    backend: str, expected: list[tuple[list[int], list[int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a CUDA graph would do, in its place: the captured step again, with what the host knew at its capture."""
+
+    def capture(self: Runner, padded: int, mode: str, key: Any) -> None:
+        none = np.zeros(0, np.int32)
+        self._upload_decodes(none, none, padded)
+        views, kv_lens = (self._slots, self._positions, self._advance), np.full(padded, self.backend.longest_of(key), np.int32)
+
+        def again() -> torch.Tensor:
+            self._slots, self._positions, self._advance = views
+            return self._decode_forward(self._decode_batch(padded, kv_lens, none), mode)
+
+        tokens = again()
+        self._graphs[padded, mode, key] = SimpleNamespace(replay=lambda: tokens.copy_(again())), tokens
+
+    monkeypatch.setattr(Runner, "_capture", capture)
+    engine = Engine(model(), backend=backend, lag=1, **SIZES)
+    engine.runner.graphs = [1, 4, 12]  # most steps are padded
+    requests = [Request(prompt, NEW + i % 7, n=1 + i % 3) for i, (prompt, _) in enumerate(expected)]
+    found = tokens_of(engine, requests)
+    assert [[sample[:NEW] for sample in samples] for samples in found] == [[new] * (1 + i % 3) for i, (_, new) in enumerate(expected)]
+    assert engine.pool.held == 0 and len(engine.runner._graphs) == 3 and engine.stats.host_steps > 0
 
 
 # ---------------------------------------------------------------- parallel sampling
@@ -466,7 +495,7 @@ def test_backends_say_what_they_lack() -> None:
     with pytest.raises(BackendError, match="multiple of 128 required, its block; found 8"):
         Engine(model(), backend="flex", **SIZES)
     with pytest.raises(BackendError, match="sdpa has no soft cap, and the model asks for one of 50.0"):
-        Engine(model("gemma2", sliding_window=20), backend="sdpa", **SIZES)
+        Engine(model("gemma2", sliding_window=5), backend="sdpa", **SIZES)
 
 
 def test_models_that_ask_for_more_than_is_served() -> None:
@@ -491,4 +520,3 @@ def test_cancelling_a_prompts_reader_hands_it_over() -> None:
     while engine.has_work:
         found += [token for outputs in engine.step() for token in outputs.tokens.tolist()]
     assert found == generate(list(range(100))) and engine.pool.held == 0
-

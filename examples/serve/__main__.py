@@ -6,22 +6,22 @@ import os
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # read when transformers is imported: no progress bars beside ours
 
-import json  # noqa: E402
-import logging  # noqa: E402
-import resource  # noqa: E402
-from typing import Annotated, Optional  # noqa: E402
+import json
+import logging
+import resource
+from typing import Annotated
 
-import torch  # noqa: E402
-import typer  # noqa: E402
-import uvicorn  # noqa: E402
-from rich.console import Console  # noqa: E402
+import torch
+import typer
+import uvicorn
+from rich.console import Console
 
-from .attention import BACKENDS, BackendError  # noqa: E402
-from .engine import Engine  # noqa: E402
-from .models import ModelError, load  # noqa: E402
-from .sampling import GREEDY, SAMPLE, TOP_P  # noqa: E402
-from .server import Server  # noqa: E402
-from .text import ByteTokenizer  # noqa: E402
+from .attention import BACKENDS, BackendError
+from .engine import Engine
+from .models import ModelError, load
+from .sampling import GREEDY, SAMPLE, TOP_P
+from .server import Server
+from .text import ByteTokenizer
 
 console = Console(stderr=True)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -31,15 +31,15 @@ def main(
     model: Annotated[str, typer.Argument(help='"smollm2", a name or folder that transformers knows, or a configuration as JSON')] = "smollm2",
     host: str = "127.0.0.1",
     port: int = 8000,
-    device: Annotated[Optional[str], typer.Option(help="default: the GPU, or the CPU where there is none")] = None,
-    dtype: Annotated[Optional[str], typer.Option(help="float32, bfloat16 or float16; default bfloat16 on a GPU, float32 on the CPU")] = None,
+    device: Annotated[str | None, typer.Option(help="default: the GPU, or the CPU where there is none")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default bfloat16 on a GPU, float32 on the CPU")] = None,
     random_weights: Annotated[bool, typer.Option("--random", help="random weights in place of the model's")] = False,
     backend: Annotated[str, typer.Option(help=f"attention: {', '.join(BACKENDS)}")] = "attngen",
-    page_size: Annotated[Optional[int], typer.Option(help="tokens of a page; default 16, for flex 128")] = None,
-    pages: Annotated[Optional[int], typer.Option(help="pages of the KV cache; default: half of what all slots at full length need")] = None,
+    page_size: Annotated[int | None, typer.Option(help="tokens of a page; default 16, for flex 128")] = None,
+    pages: Annotated[int | None, typer.Option(help="pages of the KV cache; default: half of what all slots at full length need")] = None,
     slots: Annotated[int, typer.Option(help="sequences that run at once")] = 64,
     waiting: Annotated[int, typer.Option(help="requests that may wait; more get 429")] = 256,
-    max_len: Annotated[Optional[int], typer.Option(help="tokens of a sequence; default 4096, or the model's limit")] = None,
+    max_len: Annotated[int | None, typer.Option(help="tokens of a sequence; default 4096, or the model's limit")] = None,
     chunk: Annotated[int, typer.Option(help="tokens of prompts in a step")] = 512,
 ) -> None:
     """Serve a model: /v1/completions, /v1/models, /health, /metrics."""

@@ -196,7 +196,7 @@ class FlashInfer(Backend):
     def _decoder(self, requests: int, kind: Layer) -> Any:
         made = self._decode.get((requests, kind))
         if made is None:
-            empty = lambda n: torch.zeros(n, dtype=torch.int32, device=self.cache.device)  # noqa: E731
+            empty = lambda n: torch.zeros(n, dtype=torch.int32, device=self.cache.device)
             made = self._decode[requests, kind] = self._fi.BatchDecodeWithPagedKVCacheWrapper(
                 self._workspace, "NHD", use_cuda_graph=True, use_tensor_cores=kind.num_heads // kind.num_kv_heads >= 4,
                 paged_kv_indptr_buffer=empty(requests + 1), paged_kv_indices_buffer=empty(requests * self.sizes.max_pages),

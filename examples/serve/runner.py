@@ -167,7 +167,7 @@ class Runner:
                 start.record()
         tokens = self._run_mixed(step) if len(step.chunk_slots) else self._run_decodes(step)
         if end is None:
-            return Launched(tokens.to(torch.int32), None, None)
+            return Launched(tokens.clone(), None, None)
         self._turn = (self._turn + 1) % len(self._tokens)
         host = self._tokens[self._turn][: len(tokens)]
         host.copy_(tokens, non_blocking=True)
