@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -58,12 +58,13 @@ class Batch:
     kv_lens: np.ndarray  # [requests] on the host, the new tokens included
     q_lens: np.ndarray | None  # [requests] on the host; None: all 1
     tables_of: Callable[[], np.ndarray]  # gives [requests, max_pages] on the host
-    device_kv_lens: torch.Tensor  # [requests]
-    device_tables: torch.Tensor  # [requests, max_pages]
-    q_indptr: torch.Tensor | None  # [requests + 1]; None: one token each
-    positions: torch.Tensor  # [tokens]
-    request_of: torch.Tensor | None  # [tokens]; None: one token each
-    slots: torch.Tensor  # [tokens], page * page_size + place in the page
+    # What the device computes or is given, before `plan`:
+    device_kv_lens: torch.Tensor = field(init=False)  # [requests]
+    device_tables: torch.Tensor = field(init=False)  # [requests, max_pages]
+    positions: torch.Tensor = field(init=False)  # [tokens]
+    slots: torch.Tensor = field(init=False)  # [tokens], page * page_size + place in the page
+    q_indptr: torch.Tensor | None = field(default=None, init=False)  # [requests + 1]; None: one token each
+    request_of: torch.Tensor | None = field(default=None, init=False)  # [tokens]; None: one token each
 
     @cached_property
     def tables(self) -> np.ndarray:

@@ -162,8 +162,9 @@ class Runner:
         self.replay_seconds = 0.0
         start = end = None
         if self.device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=timed) for _ in range(2))
+            end = torch.cuda.Event(enable_timing=timed)
             if timed:
+                start = torch.cuda.Event(enable_timing=True)
                 start.record()
         tokens = self._run_mixed(step) if len(step.chunk_slots) else self._run_decodes(step)
         if end is None:
@@ -172,7 +173,7 @@ class Runner:
         host = self._tokens[self._turn][: len(tokens)]
         host.copy_(tokens, non_blocking=True)
         end.record()
-        return Launched(host, start if timed else None, end)
+        return Launched(host, start, end)
 
     def _run_decodes(self, step: Step) -> torch.Tensor:
         n = len(step.decode_slots)
@@ -214,7 +215,7 @@ class Runner:
             rows[: len(slots)] = slots
             return self._host_state[rows, : self.max_pages]
 
-        return Batch(padded, kv_lens, None, tables, None, None, None, None, None, None)  # type: ignore[arg-type]
+        return Batch(padded, kv_lens, None, tables)
 
     def _decode_forward(self, batch: Batch, mode: str) -> torch.Tensor:
         """A step of decodes on the device, without the host: what is captured."""
@@ -249,10 +250,10 @@ class Runner:
         ids, d_request_of, d_positions, d_rows, sample_slots, d_slots, d_kv_lens, d_q_indptr = views
         state = self._state.index_select(0, d_slots)
         pages = state[d_request_of.long(), (d_positions // self.page_size).long()]
-        batch = Batch(
-            n, kv_lens, q_lens, lambda: self._host_state[slots, : self.max_pages], d_kv_lens, state[:, : self.max_pages], d_q_indptr,
-            d_positions, d_request_of, pages.long() * self.page_size + d_positions % self.page_size,
-        )  # fmt: skip
+        batch = Batch(n, kv_lens, q_lens, lambda: self._host_state[slots, : self.max_pages])
+        batch.device_kv_lens, batch.device_tables, batch.q_indptr = d_kv_lens, state[:, : self.max_pages], d_q_indptr
+        batch.positions, batch.request_of = d_positions, d_request_of
+        batch.slots = pages.long() * self.page_size + d_positions % self.page_size
         if self.backend.on_host:
             self.backend.prepare(batch)
         self.backend.plan(batch)

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from .engine import Engine, EngineLost, Outputs, Request
+from .engine import Engine, EngineLost, Outputs, Request, Sample
 
 log = logging.getLogger("attngen.serve")
 Event = tuple[int, int, str | None]  # choice, token, why it ended
@@ -58,8 +58,10 @@ class Stream:
             self._events.put_nowait(why or Cancelled("the request was cancelled"))
 
     # ---- from the worker, in the loop's thread
-    def token(self, request: Request, index: int, token: int, reason: str | None) -> None:
-        choice = self._first[request] + index
+    def choice_of(self, sample: Sample) -> int:
+        return self._first[sample.request] + sample.index
+
+    def token(self, choice: int, token: int, reason: str | None) -> None:
         if choice in self._open:  # else a step was under way when it was stopped
             self._events.put_nowait((choice, token, reason))
             if reason:
@@ -98,7 +100,8 @@ class Worker(threading.Thread):
         stream = Stream(self, requests)
         self.engine.submit(*requests)
         self._live.add(stream)
-        self._notify()
+        with self._wake:
+            self._wake.notify()
         return stream
 
     def cancel(self, request: Request, index: int | None = None) -> None:
@@ -116,10 +119,6 @@ class Worker(threading.Thread):
             self._wake.notify()
         if self.is_alive():
             self.join()
-
-    def _notify(self) -> None:
-        with self._wake:
-            self._wake.notify()
 
     def run(self) -> None:
         error: Exception = EngineLost("the server is shutting down")
@@ -151,8 +150,9 @@ class Worker(threading.Thread):
             reasons = dict(outputs.finished)
             for sample, token in zip(outputs.samples, outputs.tokens.tolist()):
                 stream: Stream = sample.request.tag
-                self._observe(stream, stream._first[sample.request] + sample.index, now)
-                stream.token(sample.request, sample.index, token, reasons.get(sample))
+                choice = stream.choice_of(sample)
+                self._observe(stream, choice, now)
+                stream.token(choice, token, reasons.get(sample))
             for request, error in outputs.failed:
                 request.tag.cancel(error)
 
