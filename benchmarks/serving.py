@@ -40,7 +40,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # examples/ is no package that is installed
+sys.path.insert(0, str(ROOT))  # examples/ is not installed
 
 import attngen as ag
 from attngen import variants
