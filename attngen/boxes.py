@@ -30,7 +30,7 @@ class Boxes:
         box_rows = math.gcd(page_size, config.block_n) if config.paged else config.block_n
         self.fields = {"box_rows": box_rows, "q_boxes": 0}
         self._tensors: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], bool]] = {}
-        for x, dim in (("k", problem.head_dim), ("v", problem.head_dim_v)):
+        for x, dim in () if config.gather else (("k", problem.head_dim), ("v", problem.head_dim_v)):
             slots, blocks = (page_size, rows) if config.paged else (rows, batch)
             sizes = [slots, values["num_kv_heads"], blocks]
             strides = [values.get(f"{x}_stride_{d}", 0) for d in "shb"]

@@ -31,9 +31,22 @@ class HopperConfig(Printed):
     split: int  # keys of a fixed piece (batch_invariant), a multiple of block_n; 0: none
     smem_bytes: int
     blocks_per_sm: int = 1
+    gather: bool = False  # keys and values come row by row, by cp.async: pages that no box of the copy engine fits
+    rotating_registers: int = 0  # of a thread of the warpgroup that turns keys; 0: there is none
     mixed: bool = False  # rows are of several requests, which share the keys
 
     template, kind, head_major = "attention_sm90", "queue", False
+
+    def __str__(self) -> str:
+        unset = {f"{name}={getattr(HopperConfig, name)}" for name in ("gather", "rotating_registers")}
+        return " ".join(part for part in super().__str__().split() if part not in unset)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of the configuration may ask."""
+        gather = "gather: pages are no multiples of 8, so that no box of the copy engine fits them: rows come by cp.async"
+        rotating = "rotating_registers: a warpgroup turns queries and keys where they land, before the others multiply them"
+        return (gather,) * self.gather + (rotating,) * (self.rotating_registers > 0)
 
     @property
     def block_m(self) -> int:
@@ -42,8 +55,8 @@ class HopperConfig(Printed):
 
     @property
     def threads(self) -> int:
-        """Threads of a block: the computing warpgroups and the feeding one."""
-        return 128 * (self.groups + 1)
+        """Threads of a block: the computing warpgroups, the feeding one, and one that turns keys."""
+        return 128 * (self.groups + (2 if self.rotating_registers else 1))
 
 
 @record
@@ -63,6 +76,7 @@ class HopperCandidate:
 # Registers of a thread, feeding and computing, by computing warpgroups: the sums over an SM are 64 K or less. Of one there are two
 # blocks an SM.
 _REGISTERS = {1: (56, 200), 2: (48, 224), 3: (32, 160)}
+_REGISTERS_GATHER = {1: (56, 200), 2: (56, 224), 3: (32, 160)}
 
 # (stages, q_buffers), best first: two of queries let a unit begin while the one before ends, more stages bring its keys by then.
 _BUFFERS = ((4, 2), (3, 2), (2, 2), (2, 1))
@@ -74,24 +88,31 @@ _SHAPES = {64: ((3, 128), (2, 128), (2, 192)), 96: ((2, 128), (2, 96)), 128: ((2
 # The same for tiles of 64 rows. Above 128 attention_sm80 serves them.
 _SHAPES_OF_64 = {64: ((1, 64), (1, 128), (1, 96)), 96: ((1, 64), (1, 96), (1, 80)), 128: ((1, 64), (1, 96), (1, 80))}
 
+# With a warpgroup that turns keys, whose registers are the third of these, there are two that compute. A block of 512 threads starts with
+# 128 registers each, and no product's output may be larger: head sizes up to 128. Longer blocks would spill.
+_SHAPES_ROTATING = {64: ((2, 128), (2, 96)), 128: ((2, 80), (2, 64))}
+_REGISTERS_ROTATING = {64: (56, 192, 72), 128: (40, 208, 56)}
+
 
 def choose_hopper(
     problem: Problem, arch_name: str, hooks: Hooks, page_size: int | None = None, split: int = 0, prefer: Preference | None = None,
     most_rows: int = 0, mixed: bool = False,
 ) -> CudaChoice[HopperConfig, HopperCandidate]:
-    """The Hopper kernel for ``problem``. ``page_size``: of the KV cache, None without pages; any that it serves gives the same
-    kernel. ``split``: keys of a fixed piece, 0 for none; ``prefer``: a candidate to take if it fits; ``most_rows``: of a tile, if
-    it is to be 64; ``mixed``: its rows are of several requests.
+    """The Hopper kernel for ``problem``. ``page_size``: of the KV cache, None without pages; multiples of 8 give one kernel, all others
+    another, which gathers rows. ``split``: keys of a fixed piece, 0 for none; ``prefer``: a candidate to take if it fits; ``most_rows``: of
+    a tile, if it is to be 64; ``mixed``: its rows are of several requests.
 
-    Raises UnsupportedError where another kernel serves: other architectures, head sizes that are no multiples of 32, pages
-    that are no multiples of 8, keys that the kernel would have to rotate.
+    Raises UnsupportedError where another kernel serves: see ``unserved``.
     """
     gpu, d, dv = arch(arch_name), problem.head_dim, problem.head_dim_v
-    if why := unserved(problem, arch_name, hooks, page_size):
+    if why := unserved(problem, arch_name, hooks):
         raise UnsupportedError(f"the Hopper kernel: {why}.\n  do: use attention_sm80, which serves it")
     wide = max(d, dv)
     alone = most_rows == 64
-    shapes = next((shapes for bound, shapes in (_SHAPES_OF_64 if alone else _SHAPES).items() if wide <= bound), ())
+    rotates, gather = hooks.rope is not None and hooks.rope.rotate_keys, page_size is not None and page_size % 8 != 0
+    if alone and rotates:
+        raise UnsupportedError("the Hopper kernel with tiles of 64 rows: turning keys for so few takes longer.\n  do: use attention_sm80")
+    shapes = next((shapes for bound, shapes in (_SHAPES_OF_64 if alone else _SHAPES_ROTATING if rotates else _SHAPES).items() if wide <= bound), ())
     if not shapes:
         raise UnsupportedError(f"the Hopper kernel with tiles of 64 rows: head_dim {d}/{dv} is above 128.\n  do: use attention_sm80")
     if not alone and d == 192 and dv <= 128:
@@ -123,24 +144,27 @@ def choose_hopper(
             + "; ".join(f"{c.groups * 64}x{c.block_n}: {c.lost}" for c in candidates) + "\n  do: use attention_sm80"
         )  # fmt: skip
     listed, won, by = settle(candidates, possible, won, prefer)
+    registers = next(r for bound, r in _REGISTERS_ROTATING.items() if wide <= bound) if rotates else (_REGISTERS_GATHER if gather else _REGISTERS)[won.groups]
     config = HopperConfig(
-        arch_name, page_size is not None, won.groups, won.block_n, won.stages, won.q_buffers, won.ping_pong, *_REGISTERS[won.groups], 2, split,
-        won.smem_bytes, blocks, mixed,
+        arch_name, page_size is not None, won.groups, won.block_n, won.stages, won.q_buffers, won.ping_pong, *registers[:2], 2, split,
+        won.smem_bytes, blocks, gather, registers[2] if rotates else 0, mixed,
     )  # fmt: skip
     return CudaChoice(config, listed, by)
 
 
-def unserved(problem: Problem, arch_name: str, hooks: Hooks, page_size: int | None = None) -> str:
+def unserved(problem: Problem, arch_name: str, hooks: Hooks) -> str:
     """Why the Hopper kernel does not serve; empty where it does."""
-    d, dv = problem.head_dim, problem.head_dim_v
+    d, dv, rope = problem.head_dim, problem.head_dim_v, hooks.rope
     if arch_name != "90a":
         return f"sm_{arch_name} has no wgmma"
     if d % 32 or dv % 32:
         return f"head_dim {d}/{dv} is no multiple of 32"
-    if page_size is not None and page_size % 8:
-        return f"pages of {page_size} are no multiple of 8: a box of the copy engine is eight rows"
-    if hooks.rope and (hooks.rope.rotate_keys or len(hooks.rope.q_positions) > 1):
-        return "keys are rotated in the kernel, or queries in several ways"
+    if rope and len(rope.q_positions) > 1:
+        return "queries are rotated in several ways, and each key asks for one of them"
+    if rope and rope.rotate_keys and rope.rotary_dim % 16:
+        return f"keys are rotated in {rope.rotary_dim} elements, no multiple of 16: a thread turns eight pairs"
+    if rope and rope.rotate_keys and max(d, dv) > 128:
+        return f"keys are rotated and head_dim {d}/{dv} is above 128: a block with a warpgroup for it has too few registers"
     return ""
 
 
@@ -153,4 +177,5 @@ def hopper_smem_bytes(d: int, dv: int, groups: int, block_n: int, stages: int, q
     classes = hooks.classes
     ranges = 0 if classes is None else 272 + 8 * (groups + 1) * classes.rows.size
     units = 2 * (144 + 128 * groups + 8 * len(hooks.tile) + ranges)
-    return -(-(tiles + cols + units + 8 * len(hooks.call) + 384) // 1024) * 1024
+    landed = 8 * (stages + q_buffers * groups) if hooks.rope and hooks.rope.rotate_keys else 0
+    return -(-(tiles + cols + units + landed + 8 * len(hooks.call) + 384) // 1024) * 1024

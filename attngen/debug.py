@@ -89,7 +89,7 @@ def _candidates(kernel: Any, choice: Any) -> list[str]:
         elif kernel.name == "attention_sm80":
             choice = choose_attention(p, p.isa, kernel.hooks, c.block_m, paged=c.paged, split=c.split)
         elif kernel.name == "attention_sm90":
-            choice = choose_hopper(p, p.isa, kernel.hooks, 8 if c.paged else None, c.split, most_rows=c.block_m)
+            choice = choose_hopper(p, p.isa, kernel.hooks, (1 if c.gather else 8) if c.paged else None, c.split, most_rows=c.block_m)
     return [f"  {candidate}" for candidate in getattr(choice, "candidates", ())]
 
 

@@ -175,10 +175,10 @@ def kernels_of(
     under batch_invariant; ``shared``: with those of shared prefixes, in batches of so many
     requests at most."""
     trace, name = variant.trace, problem.isa
-    pinned = None if shared else pins.pinned_cuda(trace.key(problem.head_dim), problem, page_size, batch_invariant, most_rows <= 16)
+    pinned = pins.pinned_cuda(trace.key(problem.head_dim), problem, page_size, batch_invariant, most_rows <= 16, shared > 0)
     if pinned:
         *classes, plan = (cuda.from_entry(entry, problem) for entry in pinned)
-        return Kernels(tuple(classes), plan)
+        return Kernels(tuple(classes[:-1]), plan, share_kernel(name, shared), classes[-1]) if shared else Kernels(tuple(classes), plan)
     from .emit import emit
 
     hooks = emit(trace, dict(problem.storage), problem.head_dim, dialect="cuda", device_scalars=True)
@@ -199,9 +199,16 @@ def kernels_of(
     *specials, plan = (cuda.specialise(n, variant.name, trace, problem, c, name) for n, c in named)
     if not shared:
         return Kernels(tuple(specials), plan)
-    requests = next(n for n in (256, 512, MOST_REQUESTS) if shared <= n)
-    share = cuda.specialise_plain("share", "shared prefixes", ShareConfig(name, requests), SHARE_FIELDS)
-    return Kernels(tuple(specials[:-1]), plan, share, specials[-1])
+    return Kernels(tuple(specials[:-1]), plan, share_kernel(name, shared), specials[-1])
+
+
+SHARE_SIZES = 256, 512, MOST_REQUESTS  # requests of a batch, of which there is a kernel
+
+
+def share_kernel(arch_name: str, requests: int) -> cuda.Specialised:
+    """The kernel that finds what so many requests share."""
+    size = next(n for n in SHARE_SIZES if requests <= n)
+    return cuda.specialise_plain("share", "shared prefixes", ShareConfig(arch_name, size), SHARE_FIELDS)
 
 
 def unshared(trace: Trace, problem: Problem, hooks: Hooks, page_size: int | None, batch_invariant: bool) -> str:
@@ -212,7 +219,7 @@ def unshared(trace: Trace, problem: Problem, hooks: Hooks, page_size: int | None
         return "k and v have no pages"
     if batch_invariant:
         return "under batch_invariant a request's bits may not depend on others"
-    if why := unserved(problem, problem.isa, hooks, page_size):
+    if why := unserved(problem, problem.isa, hooks):
         return f"they are served by the Hopper kernel: {why}"
     own = {"request", "q_len", "kv_len", "q_offset", "kv_token"}
     for name, node in trace.roots().items():

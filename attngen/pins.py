@@ -41,10 +41,11 @@ def pinned_cpu(structure: str, problem: Problem) -> Entry | None:
 
 
 def pinned_cuda(
-    structure: str, problem: Problem, page_size: int | None, batch_invariant: bool, few_rows: bool
+    structure: str, problem: Problem, page_size: int | None, batch_invariant: bool, few_rows: bool, shared: bool
 ) -> tuple[Role, ...]:
-    """The kernels of the row-tile classes, then their planner; empty without a pin. Arguments as ``cuda_identity``."""
-    return _pinned.get(cuda_identity(structure, problem, page_size, batch_invariant, few_rows), ()) if _pinned else ()
+    """The kernels of the row-tile classes, that of shared prefixes if it is asked for, then their planner; empty without a pin.
+    Arguments as ``cuda_identity``."""
+    return _pinned.get(cuda_identity(structure, problem, page_size, batch_invariant, few_rows, shared), ()) if _pinned else ()
 
 
 def pinned_plain(name: str, config: Any) -> Entry | None:
@@ -65,11 +66,14 @@ def cpu_identity(structure: str, problem: Problem) -> str:
     return _hash("cpu", structure, _facts(problem))
 
 
-def cuda_identity(structure: str, problem: Problem, page_size: int | None, batch_invariant: bool, few_rows: bool) -> str:
+def cuda_identity(
+    structure: str, problem: Problem, page_size: int | None, batch_invariant: bool, few_rows: bool, shared: bool = False
+) -> str:
     """Of ``page_size`` it counts whether there are pages and, on Hopper, whether they are multiples of 8. ``few_rows``: of
-    batch-invariant kernels, those of requests of at most 16 rows."""
+    batch-invariant kernels, those of requests of at most 16 rows; ``shared``: with those of shared prefixes."""
     odd = page_size is not None and page_size % 8 and problem.isa == "90a"
     layout = "contiguous" if page_size is None else "paged-odd" if odd else "paged"
+    layout += "-shared" if shared else ""
     return _hash("cuda", structure, _facts(problem), layout, batch_invariant, batch_invariant and few_rows)
 
 

@@ -6,7 +6,8 @@
     dtypes = ["bfloat16"]                             of q, k and v; default bfloat16, on CPUs float32
     head_dims = [64, 128, "192x128"]                  or head_dim x head_dim_v; default 128
     layouts = ["paged", "contiguous"]                 of keys and values, the default; "paged-odd": pages that are no
-                                                      multiples of 8. The CPU's kernels serve all
+                                                      multiples of 8; "paged-shared": with shared_prefix=True. The CPU's
+                                                      kernels serve all
     phases = ["prefill", "decode", "append", "merge", "mask"] default prefill and decode; append needs no variant but its RoPE
     archs = ["9.0a", "8.0", "cpu"]                    GPUs by compute capability, CPUs as "cpu" or an instruction set; default cpu
     batch_invariant = false
@@ -37,7 +38,7 @@ from .params import DTYPE_NAMES
 LOCK_FORMAT = "attngen-lock-1"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STORED = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-PAGE_SIZES = {"paged": 16, "paged-odd": 1, "contiguous": None}  # one of each layout
+PAGE_SIZES = {"paged": 16, "paged-odd": 1, "paged-shared": 16, "contiguous": None}  # one of each layout
 _PHASES = ("prefill", "decode", "append", "merge", "mask")
 _KEYS = ("variants", "dtypes", "head_dims", "layouts", "phases", "archs", "batch_invariant", "storage")
 
@@ -123,7 +124,7 @@ _UNIT = {"identity": str, "variant": str, "backend": ("cpu", "cuda"), "arch": st
 _DTYPED = {"dtype": DTYPES, "head_dim_v": int}
 _UNITS = {
     "append_kv": {**_DTYPED, "head_dim": int, "rotary_dim": int, "interleaved": bool},
-    "merge_states": {**_DTYPED, "out_dtype": DTYPES}, "custom_mask": {}, "cpu": {**_DTYPED, "head_dim": int, "bind": dict},
+    "merge_states": {**_DTYPED, "out_dtype": DTYPES}, "custom_mask": {}, "shared prefixes": {}, "cpu": {**_DTYPED, "head_dim": int, "bind": dict},
     "cuda": {**_DTYPED, "head_dim": int, "bind": dict, "layout": PAGE_SIZES, "batch_invariant": bool},
 }  # fmt: skip
 

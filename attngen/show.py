@@ -61,7 +61,7 @@ def show_cuda(
         special = next((s for s, c in reversed(shown) if c is not None), shown[-1][0])  # the largest tile's
         files = render_cuda(special.name, special.hooks, special.config, special.layout, special.problem, special.title)
         return _show_source({"variant": variant.name, "key": special.key}, f"{special.name}.cu", files, as_json)
-    why = unserved(problem, problem.isa, hooks, page_size)
+    why = unserved(problem, problem.isa, hooks)
     if as_json:
         listed = [
             {"kernel": s.name, "key": s.key, "config": record(s.config), "candidates": [] if c is None else _choice(c)["candidates"],
@@ -101,7 +101,8 @@ def _show_choice(title: str, choice: Any) -> None:
         shown.add_row(*map(str, row.values()), escape(lost) if lost else "[green]chosen[/]")
     stdout().print(shown)
     by = "by rule: the first that fits" if choice.by == "rule" else f"as {choice.by}"
-    stdout().print(f"chosen {by}", markup=False, soft_wrap=True, highlight=False)
+    for line in (f"chosen {by}", *getattr(choice.config, "notes", ())):
+        stdout().print(line, markup=False, soft_wrap=True, highlight=False)
 
 
 def _show_source(facts: dict[str, Any], main: str, files: dict[str, str], as_json: bool) -> None:

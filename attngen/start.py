@@ -357,7 +357,8 @@ def _serves(unit: Mapping[str, Any], roles: Sequence[Mapping[str, Any]], path: P
         return False
     page_size, invariant = sets.PAGE_SIZES[unit["layout"]], bool(unit["batch_invariant"])
     few = (False, True) if invariant else (False,)
-    if unit["identity"] not in [pins.cuda_identity(structure, problem, page_size, invariant, x) for x in few]:
+    shared = unit["layout"] == "paged-shared"
+    if unit["identity"] not in [pins.cuda_identity(structure, problem, page_size, invariant, x, shared) for x in few]:
         return False
     # Layout and split are of the configuration, the tiles' rows what the planner counts on. Variants share planners.
     paged, planned = page_size is not None, [shape["fields"]["bm"] for shape in plan["choice"]["fields"]["classes"]]
@@ -413,6 +414,8 @@ def warmup(
                 _warm_merge(unit, device)
             elif unit["variant"] == "custom_mask":
                 _warm_mask(device)
+            elif unit["variant"] == "shared prefixes":
+                continue  # batches that share run it
             else:
                 variant = _variant_of(unit, loaded.folder, (variants or {}).get(unit["variant"]))
                 _warm_attention(unit, device, variant, (params or {}).get(unit["variant"]))
@@ -463,6 +466,7 @@ def _warm_attention(unit: Mapping[str, Any], device: torch.device, variant: Vari
                 variant, num_heads=heads, num_kv_heads=kv_heads, head_dim=unit["head_dim"], head_dim_v=unit["head_dim_v"],
                 page_size=keys if paged else None, dtype=dtype, max_requests=1, max_q_tokens=rows, max_pages=1,
                 max_kv_tokens=keys, device=device, batch_invariant=bool(unit.get("batch_invariant")),
+                shared_prefix=unit.get("layout") == "paged-shared",
                 storage={n: x.dtype for n, x in values.items() if isinstance(x, torch.Tensor)},
             )  # fmt: skip
             to_plan = {n: x for n, x in values.items() if n in attn.plan_fields}

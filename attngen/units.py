@@ -17,7 +17,7 @@ import torch
 from . import append, cuda, masks, merge, pins, run, tuned
 from .isa import host_isa
 from .choose_cuda import DecodeConfig, arch_named
-from .engine import cuda_problem, kernels_of
+from .engine import SHARE_SIZES, cuda_problem, kernels_of, share_kernel
 from .entry import FORMAT, Entry
 from .errors import ParameterError, UnsupportedError, VariantError
 from .find import load_variant
@@ -31,7 +31,7 @@ class Job:
 
     key: str
     title: str
-    name: str  # the template's: decode, attention_sm80, plan, attention, append, mask_rows, merge
+    name: str  # the template's: decode, attention_sm80, plan, share, attention, append, mask_rows, merge
     arch: str
     build: Callable[[], tuple[Entry, bool, float]] = field(compare=False, repr=False)
     config: Any = field(default=None, compare=False, repr=False)
@@ -82,10 +82,14 @@ def _units_of_table(table: Mapping[str, Any], folder: Path) -> Iterator[Unit]:
 
 
 def _plain_units(arch: str, dtypes: Sequence[str], table: Mapping[str, Any], folder: Path) -> Iterator[Unit]:
-    """append_kv for each rope of the variants, or none; merge_states to the dtype and from raw states; custom_mask."""
+    """append_kv for each rope of the variants, or none; merge_states to the dtype and from raw states; custom_mask; what finds shared
+    prefixes."""
     target = arch_named(gpu(arch)).name
     if "mask" in table["phases"]:
         yield _plain_unit("mask_rows", masks._specialise(target), {"backend": "cuda", "arch": target})
+    if "paged-shared" in table["layouts"]:
+        for size in SHARE_SIZES:
+            yield _plain_unit("share", share_kernel(target, size), {"backend": "cuda", "arch": target})
     for dtype in dtypes:
         for d, dv in table["head_dims"]:
             facts = {"backend": "cuda", "arch": target, "dtype": dtype, "head_dim": d, "head_dim_v": dv}
@@ -142,10 +146,11 @@ def _cuda_units(
     problem = cuda_problem(target, dtype, d, dv, tuple(sorted(stored.items())))
     invariant, phases = table["batch_invariant"], table["phases"]
     for layout in table["layouts"]:
+        shared = layout == "paged-shared"
         for most_rows in (16, 64) if invariant else (0,):
             with tuned.ignored():
                 kernels = kernels_of(
-                    variant, problem, page_size=PAGE_SIZES[layout], batch_invariant=invariant, most_rows=most_rows
+                    variant, problem, page_size=PAGE_SIZES[layout], batch_invariant=invariant, most_rows=most_rows, shared=int(shared)
                 )
             decodes = [isinstance(special.config, DecodeConfig) for special in kernels.classes]
             # A batch that prefills decodes too, with the smallest class. A decode-only object never needs the others.
@@ -154,14 +159,16 @@ def _cuda_units(
                 continue
             jobs = tuple(
                 Job(s.key, s.title, s.name, target, lambda s=s: cuda.build(s), s.config, _consts(variant, facts["bind"]))
-                for s in (*chosen, kernels.plan)
+                for s in (*chosen, *([kernels.nodes] if kernels.nodes else []), kernels.plan)
             )  # fmt: skip
-            identity = pins.cuda_identity(variant.trace.key(d), problem, PAGE_SIZES[layout], invariant, most_rows <= 16)
+            identity = pins.cuda_identity(variant.trace.key(d), problem, PAGE_SIZES[layout], invariant, most_rows <= 16, shared)
             more = {"layout": layout, "batch_invariant": invariant}
             roles = [
                 {"key": s.key} if s in chosen else {"name": s.name, "variant": s.title, "choice": pins.config_record(s.config)}
                 for s in kernels.classes
             ]  # fmt: skip
+            if kernels.nodes:
+                roles.append({"key": kernels.nodes.key})
             yield Unit(identity, {"backend": "cuda", "arch": target, **facts, **more}, jobs, (*roles, {"key": kernels.plan.key}))
 
 

@@ -34,6 +34,8 @@ SHIM = """
 #include <map>
 struct Dim { unsigned x, y; };
 static Dim gridDim;
+inline float __sinf(float x) { return sinf(x); }
+inline float __cosf(float x) { return cosf(x); }
 inline uint32_t __float_as_uint(float x) { uint32_t y; memcpy(&y, &x, 4); return y; }
 inline void yield() { swapcontext(&fibers[threadIdx.x].context, &turns); }
 
@@ -89,7 +91,15 @@ inline void mbarrier_arrive_expect(uint32_t at, uint32_t bytes) {
   barrier_at(at).bytes += bytes;
   mbarrier_arrive(at);
 }
-inline void cp_async_arrive(uint32_t at) { mbarrier_arrive(at); }
+// Copies of a thread land together, and then it arrives.
+static std::vector<std::function<void()>> begun[1024];
+inline void cp_async_arrive(uint32_t at) {
+  copies.push_back({draw(4) ? draw(6) : draw(40), [at, lands = std::move(begun[threadIdx.x])] {
+    for (const auto& land : lands) land();
+    mbarrier_arrive(at);
+  }});
+  begun[threadIdx.x].clear(), moved = true;
+}
 inline void mbarrier_wait(uint32_t at, uint32_t parity) {
   while ((barrier_at(at).phase & 1) == parity) yield();
 }
@@ -136,8 +146,8 @@ inline void copy_box(uint32_t smem, const TensorMap* map, uint32_t barrier, int3
 }
 inline void fence_async_proxy() {}
 inline void cp_async_16(uint32_t smem, const void* global, int bytes = 16) {
-  memset(shared_memory + smem, 0, 16);
-  memcpy(shared_memory + smem, global, bytes);
+  memset(shared_memory + smem, 0xff, 16);
+  begun[threadIdx.x].push_back([=] { memset(shared_memory + smem, 0, 16), memcpy(shared_memory + smem, global, bytes); });
 }
 
 // ---- wgmma.cuh

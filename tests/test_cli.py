@@ -136,7 +136,9 @@ def test_show_for_a_gpu(attngen):
     assert [k["kernel"] for k in shown["kernels"]] == ["decode", "decode", "attention_sm90", "attention_sm90", "plan"]
     assert shown["not_hopper"] == "" and all(sum(not c["lost"] for c in k["candidates"]) == 1 for k in shown["kernels"][:-1])
     status, out, _ = attngen("show", "StreamingLLM", "--stage", "config", "--arch", "9.0a", "--kernel", "attention_sm80")
-    assert status == 0 and "no attention_sm90: keys are rotated" in out and "decode" not in out
+    assert status == 0 and "no attention_sm90: queries are rotated in several ways" in out and "decode" not in out
+    status, out, _ = attngen("show", "Llama3RoPE", "--stage", "config", "--arch", "9.0a", "--head-dim", "128", "--page-size", "5", "--kernel", "attention_sm90")
+    assert status == 0 and "gather: pages are no multiples of 8" in out and "rotating_registers: a warpgroup turns" in out
     status, out, _ = attngen("show", "Causal", "--stage", "source", "--arch", "sm_80", "--page-size", "0", "--kernel", "decode")
     assert status == 0 and "__global__" in out and "page_table[" not in out
 

@@ -62,7 +62,7 @@ def check(variant: ag.Variant, q_lens, kv_lens, ragged: bool = False, **more) ->
     judge(out[:n], found[1][:n] if softmax else None, batch, variant, **params)
 
 
-SERVED = [name for name in VARIANTS if name not in ("Llama3RoPE", "StreamingLLM")]  # those rotate keys: attention_sm80
+SERVED = [name for name in VARIANTS if name != "StreamingLLM"]  # whose keys ask for one of two rotations: attention_sm80
 
 
 @pytest.mark.parametrize("name", SERVED)
@@ -105,6 +105,17 @@ def test_panels_of_two_widths(d, dv):
 @pytest.mark.parametrize("page_size, layout", [(8, "NHD"), (24, "HND"), (64, "NHD"), (256, "HND")])
 def test_pages(page_size, layout):
     check(variants.Causal(), [70, 3], [200, 90], page_size=page_size, layout=layout, d=64)
+
+
+@pytest.mark.parametrize("page_size, layout, d", [(1, "NHD", 64), (5, "HND", 128), (12, "NHD", 96), (3, "NHD", 256)])
+def test_gather(page_size, layout, d):
+    """Pages that no box of the copy engine fits: rows come by cp.async."""
+    check(variants.Causal(), [70, 3, 0], [200, 90, 7], page_size=page_size, layout=layout, d=d)
+
+
+@pytest.mark.parametrize("name", ["Document", "Gemma2", "ALiBi"])
+def test_gather_beside_hooks(name):
+    check(VARIANTS[name], [1, 64, 0, 130, 3, 1], [300, 64, 40, 200, 0, 17], page_size=4, d=64)
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(2, 2), (6, 2), (10, 2), (64, 1), (71, 1)])
@@ -151,6 +162,31 @@ class RotatedQueries(ag.Variant):
     rope = ag.RoPE(10_000.0)
 
 
+def turned(**more) -> ag.Variant:
+    """Causal over keys that the kernel rotates."""
+    return ag.compose(variants.Causal(), type("Turned", (ag.Variant,), {"rope": ag.RoPE(10_000.0, keys="rotate", **more)})())
+
+
+FAR = dict(q_position=lambda at: at.q + 99_000, kv_position=lambda at: at.kv + 99_000)
+
+
+@pytest.mark.parametrize("more, d, page_size", [
+    ({}, 128, 16), ({"interleaved": True}, 64, None), ({"rotary_dim": 32}, 64, 5), ({"rotary_dim": 64, "interleaved": True}, 96, 16), ({}, 96, 1),
+    ({"scaling": ag.YaRN(4.0, 64)}, 64, None), (FAR, 64, 16), ({"scaling": ag.DynamicNTK(2.0, 64)}, 64, 16),
+])  # fmt: skip
+def test_keys_that_the_kernel_rotates(more, d, page_size):
+    """Halves and neighbours, all elements and some, a factor, far positions, a table a request; with either kind of copies."""
+    check(turned(**more), [70, 3, 0, 1], [200, 90, 5, 300], ragged=page_size is None, page_size=page_size or 16, d=d, dtype=F16)
+
+
+def test_rotated_keys_beside_hooks():
+    check(ag.compose(variants.SoftCap(), variants.SlidingWindow(50), turned()), [70, 3], [200, 90], d=64, dtype=F16)
+    check(ag.compose(variants.Document(), turned()), [70, 3], [200, 90], d=64, dtype=F16, heads=4)
+    q, k, v = (torch.randn(2, n, 4, 64).bfloat16() for n in (70, 90, 90))
+    ref = ag.reference(q, k, v, turned(), scale=-0.2)
+    compare(ag.attention(q, k, v, turned(), scale=-0.2), ref, like=ref.bfloat16() + 2e-3)
+
+
 @pytest.mark.parametrize("layout", ["bshd", "bhsd"])
 @pytest.mark.parametrize("heads, kv_heads", [(4, 2), (5, 1)])
 def test_dense_calls(layout, heads, kv_heads):
@@ -183,13 +219,15 @@ def test_raw_states():
     compare(lse * 0.6931471805599453, ref_lse, dtype=F16)
 
 
-def test_pages_that_are_not_there():
+@pytest.mark.parametrize("page_size", [16, 4])
+def test_pages_that_are_not_there(page_size):
     """Rows that attend to a negative page are NaN, others are not; a page past the cache is reported too."""
-    batch = Batch([70, 70], [200, 200], d=64, device="cpu")
+    batch = Batch([70, 70], [200, 200], page_size=page_size, d=64, device="cpu")
     window = variants.SlidingWindow(64)
     for page, bad in ((-1, False), (len(batch.k), True)):
         indices = batch.kv_indices.clone()
-        indices[13 + 1] = page  # slots 16 ... 31 of the second request
+        first = -(-200 // page_size) + 16 // page_size
+        indices[first : first + 16 // page_size] = page  # slots 16 ... 31 of the second request
         attn = make(window, batch)
         attn.plan(batch.q_indptr, batch.kv_indptr, indices, batch.last, window=64)
         out = attn.run(batch.q, (batch.k, batch.v))
@@ -247,8 +285,9 @@ def test_large_scores(dtype, size, constant):
         compare(out, ag.reference(q, k, v, variants.Causal()), like=ag.reference(q, k, v, variants.Causal()).to(dtype) + 2e-3)
 
 
-def test_a_cache_without_pages():
-    batch = Batch([70], [200], d=64, device="cpu")
+@pytest.mark.parametrize("page_size", [16, 5])
+def test_a_cache_without_pages(page_size):
+    batch = Batch([70], [200], page_size=page_size, d=64, device="cpu")
     attn = make(variants.Causal(), batch)
     attn.plan(*batch.pages())
     assert torch.isnan(attn.run(batch.q, (batch.k[:0].clone(), batch.v[:0].clone()))).all()
@@ -310,23 +349,26 @@ def problem(d=128, dv=None, arch="90a", dtype="bfloat16", storage=()) -> Problem
 
 def test_what_it_does_not_serve():
     causal = emit(variants.Causal().trace, {}, 128, "cuda")
-    for p, hooks, page_size, why in (
-        (problem(arch="80"), causal, None, "wgmma"), (problem(80), causal, None, "multiple of 32"),
-        (problem(), causal, 4, "multiple of 8"), (problem(), emit(variants.StreamingLLM().trace, {}, 128, "cuda"), 16, "rotated"),
+    rotating, few = (emit(turned(rotary_dim=n).trace, {}, 128, "cuda") for n in (None, 24))
+    for p, hooks, rows, why in (
+        (problem(arch="80"), causal, 0, "wgmma"), (problem(80), causal, 0, "multiple of 32"), (problem(256), causal, 64, "above 128"),
+        (problem(), emit(variants.StreamingLLM().trace, {}, 128, "cuda"), 0, "several ways"), (problem(128, 192), rotating, 0, "above 128"),
+        (problem(), few, 0, "24 elements"), (problem(), rotating, 64, "64 rows"),
     ):  # fmt: skip
         with pytest.raises(UnsupportedError, match=why):
-            choose_hopper(p, p.isa, hooks, page_size)
+            choose_hopper(p, p.isa, hooks, 16, most_rows=rows)
 
 
 @pytest.mark.parametrize("d, dv", [(d, dv) for d in (32, 64, 96, 128, 160, 192, 224, 256) for dv in {d, 128}])
 def test_configurations_fit(d, dv):
     gpu = ARCHS["90a"]
-    for variant in (variants.Causal(), ag.Variant(), variants.Gemma2()):
-        for rows in (64, 0) if max(d, dv) <= 128 else (0,):
+    for variant in (variants.Causal(), ag.Variant(), variants.Gemma2(), *([turned()] if max(d, dv) <= 128 else ())):
+        for rows in (64, 0) if max(d, dv) <= 128 and not variant.trace.rope else (0,):
             choice = choose_hopper(problem(d, dv), "90a", emit(variant.trace, {}, d, "cuda"), most_rows=rows)
             config = choice.config
             assert config.smem_bytes <= gpu.smem_per_block and config.blocks_per_sm * (config.smem_bytes + 1024) <= gpu.smem_per_sm
-            assert 128 * (config.feeding_registers + config.groups * config.computing_registers) * config.blocks_per_sm <= 65536
+            registers = config.feeding_registers + config.groups * config.computing_registers + config.rotating_registers
+            assert 128 * registers * config.blocks_per_sm <= 65536
             assert sum(not c.lost for c in choice.candidates) == 1 and (config.groups == 1) == (rows == 64)
 
 
@@ -345,6 +387,8 @@ COMPILED = {
     "causal-128": (variants.Causal(), 128, 128, 16), "full-128": (ag.Variant(), 128, 128, None), "causal-64": (variants.Causal(), 64, 64, None),
     "causal-256": (variants.Causal(), 256, 256, 16), "full-192": (ag.Variant(), 192, 128, None),
     "soft cap-128": (ag.compose(variants.SoftCap(), variants.Causal()), 128, 128, None), "sigmoid-128": (variants.Sigmoid(), 128, 128, None),
+    "gather-128": (variants.Causal(), 128, 128, 5), "gather-256": (variants.Causal(), 256, 256, 5), "rotated-64": (turned(), 64, 64, None),
+    "rotated-128": (turned(), 128, 128, 16), "rotated gather-128": (turned(), 128, 128, 5),
 }  # fmt: skip
 
 
@@ -377,7 +421,8 @@ def test_ptxas_keeps_products_in_flight(name, tmp_path: Path):
     done = subprocess.run([*command, "kernel.cubin", "-cubin"], cwd=tmp_path, capture_output=True, text=True)
     report = done.stdout + done.stderr
     assert done.returncode == 0 and "C75" not in report and "warning" not in report, report
-    if config.groups == 2:
+    plain = not config.gather and not config.rotating_registers
+    if config.groups == 2 and plain:
         assert re.search(r"\b0 bytes spill stores, 0 bytes spill loads", report), report
     done = subprocess.run([*command, "kernel.ptx", "-ptx"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -385,9 +430,11 @@ def test_ptxas_keeps_products_in_flight(name, tmp_path: Path):
     # Scores: a unit's first block, in a second place too where the unit before has it begin, and the loop. Values: the loop, the last.
     scores, values, firsts = d // 16, config.block_n // 16, config.q_buffers
     assert ptx.count("wgmma.mma_async.sync.aligned") == (firsts + 1) * scores + 2 * values
-    assert ptx.count("wgmma.fence") == firsts + 3 and ptx.count("setmaxnreg") == 2
+    assert ptx.count("wgmma.fence") == firsts + 3 and ptx.count("setmaxnreg") == (3 if config.rotating_registers else 2)
     if CUOBJDUMP:
         sass = subprocess.run([CUOBJDUMP, "-sass", "kernel.cubin"], cwd=tmp_path, capture_output=True, text=True).stdout
+        computing = sass.split("USETMAXREG.TRY_ALLOC")[1].split("USETMAXREG.DEALLOC")[0]
+        assert computing.count("HGMMA") == sass.count("HGMMA") and (config.groups == 3 or not re.search(r"\b(STL|LDL)\b", computing))
         assert writes_in_flight(sass) == []
 
 
@@ -503,6 +550,6 @@ def rendered(variant: ag.Variant, d: int, dv: int, page_size: int | None, most_r
 
 
 def test_the_engine_takes_it_where_it_serves():
-    for page_size, name in ((16, "attention_sm90"), (None, "attention_sm90"), (4, "attention_sm80")):
+    for page_size in (16, None, 4):
         kernels = engine.kernels_of(variants.Causal(), problem(128), page_size=page_size)
-        assert kernels.classes[-1].name == name
+        assert kernels.classes[-1].name == "attention_sm90" and kernels.classes[-1].config.gather == (page_size == 4)

@@ -19,7 +19,7 @@ from attngen.schedule import plan
 from attngen.shared import Shared, find_shared
 from attngen.space import ROUNDS
 from attngen.variants import (
-    ALiBi, Causal, Document, Gemma2, Llama3RoPE, PrefixLM, Sigmoid, Sinks, SlidingWindow, SoftCap, Streaming,
+    ALiBi, Causal, Document, Gemma2, Llama3RoPE, PrefixLM, Sigmoid, Sinks, SlidingWindow, SoftCap, Streaming, StreamingLLM,
 )  # fmt: skip
 from compare import compare
 
@@ -247,7 +247,7 @@ def test_variants_that_know_their_request_do_not_share():
     from attngen.engine import cuda_problem, kernels_of
     from attngen.run import stored_dtypes
 
-    for variant, found in ((PrefixLM(), "mask reads request"), (Document(), "mask reads request"), (Llama3RoPE(), "keys are rotated")):
+    for variant, found in ((PrefixLM(), "mask reads request"), (Document(), "mask reads request"), (StreamingLLM(), "queries are rotated in several ways")):
         problem = cuda_problem("90a", torch.bfloat16, 128, 128, tuple(sorted(stored_dtypes(variant, None).items())))
         with pytest.raises(ag.UnsupportedError, match=found):
             kernels_of(variant, problem, page_size=16, shared=64)
@@ -261,7 +261,7 @@ def test_variants_that_know_their_request_do_not_share():
 SHARING = {
     "causal": (Causal(), ()), "window": (SlidingWindow(700), ()), "streaming": (Streaming(), ()), "sinks": (ag.compose(Sinks(), Causal()), ("sinks",)),
     "soft cap": (ag.compose(SoftCap(30.0), Causal()), ()), "sigmoid": (ag.compose(Sigmoid(-8.0), Causal()), ()),
-    "alibi": (ag.compose(ALiBi(), Causal()), ()), "gemma 2": (Gemma2(), ()),
+    "alibi": (ag.compose(ALiBi(), Causal()), ()), "gemma 2": (Gemma2(), ()), "rotated keys": (Llama3RoPE(), ()),
 }  # fmt: skip
 
 
