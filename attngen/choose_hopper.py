@@ -31,14 +31,14 @@ class HopperConfig(Printed):
     split: int  # keys of a fixed piece (batch_invariant), a multiple of block_n; 0: none
     smem_bytes: int
     blocks_per_sm: int = 1
+    mixed: bool = False  # rows are of several requests, which share the keys
     gather: bool = False  # keys and values come row by row, by cp.async: pages that no box of the copy engine fits
     rotating_registers: int = 0  # of a thread of the warpgroup that turns keys; 0: there is none
-    mixed: bool = False  # rows are of several requests, which share the keys
 
     template, kind, head_major = "attention_sm90", "queue", False
 
     def __str__(self) -> str:
-        unset = {f"{name}={getattr(HopperConfig, name)}" for name in ("gather", "rotating_registers")}
+        unset = {f"{name}={getattr(HopperConfig, name)}" for name in ("mixed", "gather", "rotating_registers")}
         return " ".join(part for part in super().__str__().split() if part not in unset)
 
     @property
@@ -91,7 +91,7 @@ _SHAPES_OF_64 = {64: ((1, 64), (1, 128), (1, 96)), 96: ((1, 64), (1, 96), (1, 80
 # With a warpgroup that turns keys, whose registers are the third of these, there are two that compute. A block of 512 threads starts with
 # 128 registers each, and no product's output may be larger: head sizes up to 128. Longer blocks would spill.
 _SHAPES_ROTATING = {64: ((2, 128), (2, 96)), 128: ((2, 80), (2, 64))}
-_REGISTERS_ROTATING = {64: (56, 192, 72), 128: (40, 208, 56)}
+_REGISTERS_ROTATING = {64: (56, 192, 72), 128: (32, 208, 64)}
 
 
 def choose_hopper(
@@ -147,7 +147,7 @@ def choose_hopper(
     registers = next(r for bound, r in _REGISTERS_ROTATING.items() if wide <= bound) if rotates else (_REGISTERS_GATHER if gather else _REGISTERS)[won.groups]
     config = HopperConfig(
         arch_name, page_size is not None, won.groups, won.block_n, won.stages, won.q_buffers, won.ping_pong, *registers[:2], 2, split,
-        won.smem_bytes, blocks, gather, registers[2] if rotates else 0, mixed,
+        won.smem_bytes, blocks, mixed, gather, *registers[2:],
     )  # fmt: skip
     return CudaChoice(config, listed, by)
 

@@ -1,14 +1,17 @@
 """Prefill beside FlashAttention-3, cuDNN and FlashInfer in the same process, one line a case.
 
-    python benchmarks/prefill.py [dense] [varlen] [paged] [variants]      (all by default)
+    python benchmarks/prefill.py [dense] [varlen] [paged] [rotated] [variants]      (all by default)
 
 Peers that are not installed are left out: FlashAttention-3 as `fa3_fwd_interface`, `flashinfer` (its first prefill compiles for
 minutes), cuDNN through torch. Medians of triton.testing.do_bench; plans are made beforehand, on both sides. TFLOP/s count what the
-mask keeps: half under a causal one.
+mask keeps: half under a causal one. Sections paged and rotated compare our own calls, replayed as graphs in turns: one after the other
+they differ by 5% and more.
 """
 
 from __future__ import annotations
 
+import random
+import statistics
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -34,6 +37,30 @@ def us(step: Callable[[], Any]) -> float:
     return do_bench(step, warmup=15, rep=60, return_mode="median") * 1e3
 
 
+def in_turns(steps: dict[str, Callable[[], Any]], rounds: int = 9, inner: int = 3) -> dict[str, float]:
+    """Median microseconds of each."""
+    graphs = {}
+    for name, step in steps.items():
+        step()
+        torch.cuda.synchronize()
+        graphs[name] = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graphs[name]):
+            for _ in range(inner):
+                step()
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(rounds + 1):
+        order = list(steps)
+        random.Random(number).shuffle(order)
+        for name in order:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            graphs[name].replay()
+            end.record()
+            end.synchronize()
+            times[name] += [start.elapsed_time(end) * 1e3 / inner] if number else []
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
 def tensors(tokens: int, heads: int, kv_heads: int, d: int) -> list[torch.Tensor]:
     return [torch.randn(tokens, h, d, device="cuda", dtype=BF16) for h in (heads, kv_heads, kv_heads)]
 
@@ -57,15 +84,25 @@ def line(title: str, mine: float, flops: float, peers: dict[str, float]) -> floa
     return ratio
 
 
-def ragged(variant: ag.Variant, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor, plan: dict, run: dict) -> float:
+def planned(variant: ag.Variant, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor, plan: dict, run: dict) -> Callable[[], Any]:
+    """The call over ragged keys."""
     n = len(starts) - 1
     attn = ag.BatchAttention(variant, num_heads=q.shape[1], num_kv_heads=k.shape[1], head_dim=q.shape[2], max_requests=n,
                              max_q_tokens=len(q), max_kv_tokens=len(k))  # fmt: skip
     attn.plan(starts, starts, **plan)
     out = torch.empty_like(q)
-    time = us(lambda: attn.run(q, (k, v), out=out, **run))
+    attn.run(q, (k, v), out=out, **run)
     attn.check()
-    return time
+    return lambda: attn.run(q, (k, v), out=out, **run)
+
+
+def ragged(variant: ag.Variant, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor, plan: dict, run: dict) -> float:
+    return us(planned(variant, q, k, v, starts, plan, run))
+
+
+def rotating(keys: str) -> ag.Variant:
+    """Causal with RoPE, over keys that are rotated already ("cached") or not."""
+    return ag.compose(Causal(), type("Rotated", (ag.Variant,), {"rope": ag.RoPE(10_000.0, keys=keys)})())
 
 
 def flashinfer_ragged(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor, causal: bool) -> Callable[[], Any]:
@@ -135,8 +172,8 @@ def paged() -> None:
             b = TOKENS // s
             q, k, v = tensors(TOKENS, h, kv_heads, d)
             starts = gpu.ints(range(0, TOKENS + 1, s))
-            contiguous = ragged(Causal(), q, k, v, starts, {}, {})
-            for page in (16, 64, 256):
+            steps, peers = {"ragged": planned(Causal(), q, k, v, starts, {}, {})}, {}
+            for page in (4, 16, 64, 256):
                 pages = TOKENS // page
                 table = torch.randperm(pages, device="cuda").int()
                 cache = torch.randn(pages, 2, page, kv_heads, d, device="cuda", dtype=BF16)
@@ -145,15 +182,26 @@ def paged() -> None:
                                          max_q_tokens=TOKENS, max_pages=pages)  # fmt: skip
                 attn.plan(starts, *lists)
                 out = torch.empty_like(q)
-                mine = us(lambda: attn.run(q, cache, out=out))
-                attn.check()
-                peers: dict[str, Callable[[], Any]] = {}
+                steps[f"page {page}"] = lambda attn=attn, q=q, cache=cache, out=out: attn.run(q, cache, out=out)
                 if gpu.flashinfer:
                     wrapper = gpu.flashinfer.BatchPrefillWithPagedKVCacheWrapper(torch.empty(512 << 20, dtype=torch.uint8, device="cuda"), "NHD", backend="fa3")
                     wrapper.plan(starts, *lists, h, kv_heads, d, page, causal=True, q_data_type=BF16, kv_data_type=BF16)
-                    peers["flashinfer"] = lambda: wrapper.run(q, cache)
-                flops = 2 * b * h * s * s * d
-                line(f"paged causal b={b} h={h}/{kv_heads} s={s} d={d} page {page}, {mine / contiguous:.3f}x ragged,", mine, flops, best(peers))
+                    peers[f"page {page}"] = lambda wrapper=wrapper, q=q, cache=cache: wrapper.run(q, cache)
+            times, flops = in_turns(steps), 2 * b * h * s * s * d
+            for name, mine in times.items():
+                beside = {"flashinfer": us(peers[name])} if name in peers else {}
+                line(f"paged causal b={b} h={h}/{kv_heads} s={s} d={d} {name}, {mine / times['ragged']:.3f}x ragged,", mine, flops, beside)
+
+
+def rotated() -> None:
+    for d, h, kv_heads, s in ((128, 16, 16, 4096), (128, 32, 8, 1024), (128, 32, 8, TOKENS), (64, 32, 32, 4096), (64, 32, 8, 1024)):
+        q, k, v = tensors(TOKENS, h, kv_heads, d)
+        starts = gpu.ints(range(0, TOKENS + 1, s))
+        kinds = {"without RoPE": Causal(), "rotated keys": rotating("cached"), "keys that the kernel rotates": rotating("rotate")}
+        times = in_turns({name: planned(variant, q, k, v, starts, {}, {}) for name, variant in kinds.items()})
+        for name, mine in times.items():
+            ratio = mine / times["without RoPE"]
+            line(f"causal b={TOKENS // s} h={h}/{kv_heads} s={s} d={d} {name}, {ratio:.3f}x,", mine, 2 * h * s * TOKENS * d, {})
 
 
 def variants() -> None:
@@ -170,7 +218,7 @@ def variants() -> None:
 if __name__ == "__main__":
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
-    sections = {f.__name__: f for f in (dense, varlen, paged, variants)}
+    sections = {f.__name__: f for f in (dense, varlen, paged, rotated, variants)}
     wanted = sys.argv[1:] or list(sections)
     if not set(wanted) <= set(sections):
         sys.exit(f"sections: {' '.join(sections)}; found {' '.join(wanted)}")
