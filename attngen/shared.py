@@ -19,7 +19,7 @@ from .choose_cuda import MERGE_KEYS, MOST_REQUESTS, NODE_KEYS, TileClass
 from .lengths import Reach, Request, Slots
 from .queued import QueuedRequest, QueuePlan, plan_queue
 from .records import record
-from .space import NODE, ROUNDS
+from .space import INT32_MAX, NODE, ROUNDS
 
 MOST_PAGES = 2**22 - 1  # of a request that are looked at
 
@@ -77,6 +77,7 @@ def find_shared(
     most_rows: int,
     groups: Sequence[int] | None = None,
     least_gain: int = 0,
+    max_q_tokens: int = INT32_MAX,
 ) -> Shared:
     """What requests share.
 
@@ -85,12 +86,14 @@ def find_shared(
         most_rows: packed rows of a request that may take part; one with more fills tiles by itself, and gains nothing.
         groups: the number of each request's group, negative for none: then only requests of one group share, whatever it saves.
         least_gain: keys of one KV head that all nodes together must save; fewer are not worth a second pass.
+        max_q_tokens: what there is room for; where requests that may take part have more (a q_indptr that decreases), none does.
     """
     n = len(requests)
     start, full, home = [0] * n, [0] * n, [0] * n  # pages that are in nodes, whole pages, which requests agree so far
     for i, r in enumerate(requests):
         if r.kv_base >= 0 and 0 < r.q_len * group <= most_rows and n <= MOST_REQUESTS and (groups is None or groups[i] >= 0):
             full[i] = min(r.num_keys // page_size, MOST_PAGES)
+    rows = sum(r.q_len for r, count in zip(requests, full) if count)
     found: list[tuple[int, int, int, list[int]]] = []  # of each node: round, pages from and to, members; the first leads
     total = 0
     for number in range(ROUNDS):
@@ -112,7 +115,7 @@ def find_shared(
             total += gain
             for i in members:
                 start[i], home[i] = end, 1 + number * MOST_REQUESTS + leader
-    if groups is None and total < least_gain:
+    if rows > max_q_tokens or groups is None and total < least_gain:
         found, start = [], [0] * n
 
     nodes: list[Node] = []

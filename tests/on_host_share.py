@@ -39,6 +39,7 @@ template <typename Better> inline int best_of(unsigned mask, int x, Better bette
   meet(warp(), 32);
   return x;
 }
+inline int __reduce_add_sync(unsigned, int x) { return joined(x, [](int all, int other, int) { return all + other; }); }
 #define __reduce_min_sync(mask, x) best_of(mask, x, [](int a, int b) { return a < b; })
 #define __reduce_max_sync(mask, x) best_of(mask, x, [](int a, int b) { return a > b; })
 """
@@ -47,8 +48,8 @@ template <typename Better> inline int best_of(unsigned mask, int x, Better bette
 class Kernel:
     """What the host extension's CudaKernel is to its caller, for batches of up to 64 requests."""
 
-    def __init__(self) -> None:
-        self.special = cuda.specialise_plain("share", "on the host", ShareConfig("90a", requests=64, blocks=1), SHARE_FIELDS)
+    def __init__(self, special: cuda.Specialised | None = None) -> None:
+        self.special = special or cuda.specialise_plain("share", "on the host", ShareConfig("90a", requests=64, blocks=1), SHARE_FIELDS)
         config = self.special.config
         threads = 128  # fewer than on a GPU: fibers take time
         files = render_cuda("share", None, config, self.special.layout, None, "on the host")
@@ -56,6 +57,9 @@ class Kernel:
         files["share.cu"] = SHIM + REDUCE + main.replace(f"THREADS = {config.threads}", f"THREADS = {threads}")
         self.library = on_host_block.compiled(files, "share.cu", "attngen_share(*launched)", threads)
 
-    def launch(self, params: bytearray) -> None:
-        assert len(params) == self.special.layout.size
+    def blocks_per_sm(self) -> int:
+        return 1
+
+    def launch(self, params: bytearray, grid_x: int = 1, grid_y: int = 1, stream: int = 0) -> None:
+        assert len(params) == self.special.layout.size and grid_x == grid_y == 1
         assert self.library.run((ctypes.c_char * len(params)).from_buffer(params), 1) == 0, "all threads wait for others"

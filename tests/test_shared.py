@@ -145,29 +145,56 @@ def on_host() -> on_host_share.Kernel:
     return on_host_share.Kernel()
 
 
-@pytest.mark.parametrize("seed", range(12))
-def test_the_kernel_finds_what_its_twin_finds(seed):
-    rng, kernel = random.Random(seed), on_host()
-    tables = Tables(rng, rng.choice((1, 2, 20, 50, 64)), decode=seed % 2 == 0, starts=seed % 4 == 0)
-    groups = groups_of(rng, tables) if seed % 3 == 0 else None
-    least_gain = 4000 if seed % 5 == 4 else 0
-    wanted = tables.find(groups=groups, least_gain=least_gain)
+def check_kernel(tables: Tables, groups: list[int] | None = None, least_gain: int = 0, max_q_tokens: int = 4096) -> tuple[Shared, torch.Tensor]:
+    """That the kernel writes what the twin finds, and nothing else: returns that, and the status words."""
+    kernel = on_host()
+    wanted = tables.find(groups=groups, least_gain=least_gain, max_q_tokens=max_q_tokens)
     held = {name: torch.tensor(x, dtype=torch.int32) for name, x in tables.lengths.items() if isinstance(x, list)}
     held |= {"page_table": torch.tensor(tables.flat or [0], dtype=torch.int32)}
     if groups is not None:
         held["groups"] = torch.tensor(groups, dtype=torch.int32)
-    lists = {name: torch.full((max(len(data), 4),), 0xAB, dtype=torch.uint8) for name, data in wanted.pack().items()}
+    lists = {name: torch.full((len(data) + 4096,), 0xAB, dtype=torch.uint8) for name, data in wanted.pack().items()}
     status = torch.zeros(2, dtype=torch.int32)
     values = {name: x.data_ptr() for name, x in {**held, **lists, "status": status}.items()}
     values |= {"page_size": tables.page_size, "num_requests": len(tables.tables), "q_len": 1, "group": GROUP, "most_rows": MOST_ROWS}
-    values |= {"kv_capacity": len(tables.flat), "max_q_tokens": 4096, "max_q_len": 64, "max_kv_len": 1 << 30, "least_gain": least_gain}
+    values |= {"kv_capacity": len(tables.flat), "max_q_tokens": max_q_tokens, "max_q_len": 64, "max_kv_len": 1 << 30, "least_gain": least_gain}
     layout = kernel.special.layout
     buffer = bytearray(layout.size)
     layout.pack_into(buffer, 0, *(values.get(f.name, 0) for f in layout.fields))
     kernel.launch(buffer)
-    assert not status.any()
     for name, data in wanted.pack().items():
-        assert bytes(lists[name].tolist())[: len(data)] == data, name
+        assert bytes(lists[name].tolist()) == data + b"\xab" * 4096, name
+    return wanted, status
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_kernel_finds_what_its_twin_finds(seed):
+    rng = random.Random(seed)
+    tables = Tables(rng, rng.choice((1, 2, 20, 50, 64)), decode=seed % 2 == 0, starts=seed % 4 == 0)
+    groups = groups_of(rng, tables) if seed % 3 == 0 else None
+    _, status = check_kernel(tables, groups, 4000 if seed % 5 == 4 else 0)
+    assert not status.any()
+
+
+def equal_tables(requests: int, shared: int, own: int = 2, last: int = 3) -> Tables:
+    """Requests of one length that have their first pages in common."""
+    tables = Tables(random.Random(0), 0)
+    root = tables.fresh(shared)
+    tables.tables = [root + tables.fresh(own) for _ in range(requests)]
+    tables.flat, tables.last, tables.q_lens = [x for t in tables.tables for x in t], [last] * requests, [1] * requests
+    tables.q_indptr, tables.kv_indptr = ends(tables.q_lens), ends([shared + own] * requests)
+    return tables
+
+
+def test_requests_whose_rows_overlap_share_nothing():
+    """A q_indptr that decreases gives every second request the same rows: all of them together have more than there is room for."""
+    tables = equal_tables(40, 60)
+    tables.q_indptr = [0, 8] * 20 + [0]
+    assert sum(read_requests(Lengths(**tables.lengths))[0][i].q_len for i in range(40)) == 160
+    assert len(tables.find(max_q_tokens=160).members) == 160
+    for groups in (None, [0] * 40):
+        found, status = check_kernel(tables, groups, max_q_tokens=16)
+        assert not found.nodes and status.tolist() == [2 | 1 << 8, 0]
 
 
 # ---------------------------------------------------------------- the plan of nodes
