@@ -10,6 +10,7 @@ from typing import Any
 import attngen as ag
 import on_host_share
 import pytest
+import shared_on_host
 import torch
 from attngen.bounds import analyse
 from attngen.choose_cuda import PlanConfig, TileClass
@@ -281,6 +282,81 @@ def test_variants_that_know_their_request_do_not_share():
     problem = cuda_problem("80", torch.bfloat16, 128, 128, ())
     with pytest.raises(ag.UnsupportedError, match="sm_80 has no wgmma"):
         kernels_of(Causal(), problem, page_size=16, shared=64)
+
+
+# ---------------------------------------------------------------- all kernels, on this host
+
+
+def check_on_host(
+    monkeypatch: pytest.MonkeyPatch, variant: ag.Variant, tables: Tables, groups: list[int], run: Any = (), q_positions: list[int] | None = None,
+    partial: bool = False, dv: int = 32, **more: Any,
+) -> None:  # fmt: skip
+    """Batches with and without sharing: equal results, of memory that somebody wrote."""
+    from attngen import engine
+
+    shared_on_host.install(monkeypatch)
+    monkeypatch.setattr(engine, "_LEAST_GAIN", 0)
+    torch.manual_seed(0)
+    attn = attention(variant, head_dim_v=dv, max_q_len=max(tables.q_lens), page_size=tables.page_size, dtype=torch.bfloat16)
+    k, v = (torch.randn(tables.pages, tables.page_size, 2, d).bfloat16() for d in (32, dv))
+    q = torch.randn(tables.q_indptr[-1] + 1, 8, 32).bfloat16()  # a row of no request
+    results, softmax = [], variant.trace.weight is None
+    for shared in ("off", "auto", groups):
+        attn.engine._workspace[256:].fill_(255)  # NaN
+        lists = [ints(x) for x in (tables.q_indptr, tables.kv_indptr, tables.flat, tables.last)]
+        attn.plan(*lists, kv_start=ints(tables.starts), q_positions=ints(q_positions), shared_prefix=shared if isinstance(shared, str) else ints(shared), **more)
+        out = torch.full((len(q), 8, dv), torch.nan, dtype=torch.float32 if partial else torch.bfloat16)
+        found = attn.run(q, (k, v), out=out, return_lse=softmax, partial=partial, **dict(run))
+        attn.check()
+        assert out[-1].isnan().all()
+        results.append((out[:-1], found[1][:-1] if softmax else torch.zeros(0)))
+        if shared != "off":
+            at = attn.engine._space.shared.lists["num_nodes"]
+            assert attn.engine._workspace[at : at + 4].view(torch.int32).item() > 0
+    (out, lse), *others = results
+    for other, other_lse in others:
+        compare(other, out.double(), like=out.double() * (1 + 2**-8) + 2e-3)  # either may round to another side
+        assert torch.equal(other_lse.isinf(), lse.isinf())
+        compare(other_lse.nan_to_num(neginf=0.0), lse.nan_to_num(neginf=0.0).double(), dtype=torch.float16)
+
+
+def ints(x: list[int] | None) -> torch.Tensor | None:
+    return None if x is None else torch.tensor(x, dtype=torch.int32)
+
+
+ON_HOST = {
+    "causal": (Causal(), {}), "streaming": (Streaming(), {}), "sigmoid": (ag.compose(Sigmoid(-3.0), Causal()), {}), "sinks": (ag.compose(Sinks(), Causal()), {"sinks": torch.randn(8)}),
+    "rotated keys": (Llama3RoPE(), {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ON_HOST)
+def test_sharing_on_this_host(name, monkeypatch):
+    """Queries at the end of their keys, within a prefix, and before it; caches that have dropped pages."""
+    (variant, run), rng = ON_HOST[name], random.Random(0)
+    tables = Tables(rng, 20, 16 if name != "sinks" else 12, starts=name == "streaming")
+    if name != "causal":  # where some have more rows than decode serves
+        tables.q_lens = [min(x, 8) for x in tables.q_lens]
+        tables.q_indptr = ends(tables.q_lens)
+    keys = [r.kv_len for r in read_requests(Lengths(**tables.lengths))[0]]
+    positions = [rng.choice((n - q, n // 2, 0, -1)) for n, q in zip(keys, tables.q_lens)]
+    check_on_host(monkeypatch, variant, tables, groups_of(rng, tables), run, None if name == "rotated keys" else positions, name == "sinks", 64 if name == "sigmoid" else 32)
+
+
+class Oldest(ag.Variant):
+    """Keys from a position on that each query token has."""
+
+    oldest: ag.Tensor("q_tokens", dtype=int)
+
+    def mask(self, at):
+        return (at.kv <= at.q) & (at.kv >= self.oldest[at.q_token])
+
+
+def test_classes_know_that_tokens_of_a_node_are_any(monkeypatch):
+    """Rows of a node at one position are tokens that do not follow one another."""
+    oldest = torch.zeros(12, dtype=torch.int32)
+    oldest[0] = 10**6
+    check_on_host(monkeypatch, Oldest(), equal_tables(12, 40), [0] * 12, oldest=oldest)
 
 
 # ---------------------------------------------------------------- on a GPU
