@@ -156,7 +156,8 @@ class NodeReach(Reach):
     last: dict[int, int] = field(default_factory=dict)  # a node's largest position, by its first row
 
     def row_span(self, index: int, r: Request, row0: int, row1: int) -> Slots:
-        return self.span(index, r, r.q_offset, self.last[r.q_start])
+        last = self.last[r.q_start]
+        return self.span(index, Request(**{**vars(r), "q_len": min(last - r.q_offset + 1, INT32_MAX)}), r.q_offset, last)  # spans positions
 
 
 def node_reach(reach: Reach, nodes: Sequence[Node]) -> NodeReach:

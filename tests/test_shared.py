@@ -359,6 +359,20 @@ def test_classes_know_that_tokens_of_a_node_are_any(monkeypatch):
     check_on_host(monkeypatch, Oldest(), equal_tables(12, 40), [0] * 12, oldest=oldest)
 
 
+class Further(ag.Variant):
+    """Keys up to ``more`` behind the query."""
+
+    more: ag.Scalar[int]
+
+    def mask(self, at):
+        return at.kv <= at.q + self.more
+
+
+def test_bounds_of_a_node_hold_where_a_row_of_it_wraps(monkeypatch):
+    """q + more is beyond int32 for every second row: i32 arithmetic, which closed bounds do without, lets it see nothing."""
+    check_on_host(monkeypatch, Further(), equal_tables(12, 40), [0] * 12, q_positions=[2000, 200] * 6, more=2**31 - 1500)
+
+
 # ---------------------------------------------------------------- on a GPU
 
 SHARING = {

@@ -41,6 +41,13 @@ struct alignas(16) Node {
 };
 static_assert(sizeof(Node) == 48, "attngen/shared.py has the same layout");
 
+// The keys of a node for all that asks what its rows can reach: q_len spans their positions instead of counting them.
+__device__ __forceinline__ Request reach_of(Request keys, int32_t q_last) {
+  const int64_t span = (int64_t)q_last - keys.q_offset + 1;
+  keys.q_len = span < INT32_MAX ? (int32_t)span : INT32_MAX;
+  return keys;
+}
+
 struct alignas(16) WorkTile {
   Request request;
   int32_t request_index;  // negative: the request is bad, its rows become NaN
