@@ -55,5 +55,5 @@ def install(monkeypatch: Any) -> None:
 
 
 def share_kernel() -> cuda.Specialised:
-    """For batches of up to 64 requests, of one block."""
-    return cuda.specialise_plain("share", "on the host", ShareConfig("90a", requests=64, blocks=1), SHARE_FIELDS)
+    """For batches of up to 64 requests, of a small cluster."""
+    return cuda.specialise_plain("share", "on the host", ShareConfig("90a", requests=64, blocks=3), SHARE_FIELDS)
