@@ -125,7 +125,7 @@ def find_shared(
         first, r = len(tokens), requests[members[0]]
         for i in members:
             parts[i][number] = len(nodes), first, len(tokens) - first
-            tokens += [(requests[i].q_start + t, requests[i].q_offset + t) for t in range(requests[i].q_len)]
+            tokens += [(requests[i].q_start + t, min(requests[i].q_offset + t, INT32_MAX)) for t in range(requests[i].q_len)]
         positions = [position for _, position in tokens[first:]]
         keys = Request(
             first, len(tokens) - first, r.kv_start + end * page_size, r.kv_start + begin * page_size, min(positions), 0, r.kv_base + begin

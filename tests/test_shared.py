@@ -373,6 +373,12 @@ def test_bounds_of_a_node_hold_where_a_row_of_it_wraps(monkeypatch):
     check_on_host(monkeypatch, Further(), equal_tables(12, 40), [0] * 12, q_positions=[2000, 200] * 6, more=2**31 - 1500)
 
 
+def test_queries_at_the_last_position_see_every_key(monkeypatch):
+    tables = equal_tables(8, 40)
+    tables.q_lens, tables.q_indptr = [2] * 8, ends([2] * 8)
+    check_on_host(monkeypatch, Causal(), tables, [0] * 8, q_positions=[2**31 - 1, 600] * 4)
+
+
 # ---------------------------------------------------------------- on a GPU
 
 SHARING = {
