@@ -80,7 +80,7 @@ MIXED_PLAN_FIELDS: tuple[tuple[str, str], ...] = (
 )  # fmt: skip
 
 # share: finds what requests share, from their lengths as the planner takes them and their page table. groups, where they are
-# given: the number of each request's group, negative for none.
+# given: the number of each request's group, negative for none. window: keys that a row reaches at most, INT32_MAX for all.
 SHARE_FIELDS: tuple[tuple[str, str], ...] = (
     ("const int32_t*", "q_indptr"), ("const int32_t*", "q_lens"), ("const int32_t*", "q_positions"),
     ("const int32_t*", "kv_indptr"), ("const int32_t*", "kv_last_page_len"), ("const int32_t*", "kv_lens"),
@@ -88,7 +88,7 @@ SHARE_FIELDS: tuple[tuple[str, str], ...] = (
     ("Node*", "nodes"), ("int32_t*", "num_nodes"), ("int32_t*", "shared_tokens"), ("int4*", "shared_rows"), ("int2*", "members"),
     ("int32_t*", "status"), ("int64_t", "block_table_stride"), ("int64_t", "kv_capacity"), ("int64_t", "least_gain"),
     ("int32_t", "page_size"), ("int32_t", "num_requests"), ("int32_t", "q_len"), ("int32_t", "kv_len"), ("int32_t", "max_q_tokens"),
-    ("int32_t", "max_q_len"), ("int32_t", "max_kv_len"), ("int32_t", "group"), ("int32_t", "most_rows"),
+    ("int32_t", "max_q_len"), ("int32_t", "max_kv_len"), ("int32_t", "group"), ("int32_t", "most_rows"), ("int32_t", "window"),
 )  # fmt: skip
 
 # append_kv: new keys and values, packed [tokens, kv_heads, head_dim | head_dim_v], into the pages of a cache. A token goes

@@ -417,17 +417,23 @@ class BuiltKernel:
 
 def compile_cuda(
     variant: Variant, *, arch: str | None, dtype: torch.dtype, head_dim: int, head_dim_v: int, storage: Mapping[str, str],
-    paged: bool | None, batch_invariant: bool,
+    paged: bool | None, batch_invariant: bool, shared_prefix: bool = False,
 ) -> list[BuiltKernel]:  # fmt: skip
     """``compile`` for a GPU: everything that BatchAttention and attention look up for these facts."""
     gpu = arch_named(arch) if arch else cuda.device_arch(torch.cuda.current_device())
     problem = cuda_problem(gpu.name, dtype, head_dim, head_dim_v, tuple(sorted(storage.items())))
     specials: dict[str, cuda.Specialised] = {}
     layouts: dict[bool | None, tuple[int | None, ...]] = {None: (16, 1, None), True: (16, 1), False: (None,)}
-    for page_size in layouts[paged]:
+    if shared_prefix:
+        if paged is False:
+            raise ParameterError("compile with shared_prefix of contiguous keys: prefixes are shared by pages")
+        for page_size in layouts[True]:
+            for size in SHARE_SIZES:
+                specials |= {s.key: s for s in kernels_of(variant, problem, page_size=page_size, shared=size).all}
+    for page_size in () if shared_prefix else layouts[paged]:
         for most_rows in (16, 64) if batch_invariant else (0,):
             kernels = kernels_of(variant, problem, page_size=page_size, batch_invariant=batch_invariant, most_rows=most_rows)
-            specials |= {s.key: s for s in (*kernels.classes, kernels.plan)}
+            specials |= {s.key: s for s in kernels.all}
     entries = build(list(specials.values()))
     return [BuiltKernel(variant, s.name, problem, s.config, s.key, e) for s, e in zip(specials.values(), entries)]
 
@@ -562,6 +568,7 @@ class CudaEngine:
         self._run_names = tuple(n for n in self._fields if n not in reads)
         self._decided = {i: self._decided_by_plan(launcher) for i, launcher in self._loaded.classes.items()}
         self._images: dict[tuple[Site, int], tuple[bytes, Boxes | None]] = {}
+        self._windows: dict[tuple[tuple[str, Any], ...], int] = {}  # by the mask's parameters
         self._nodes = len(kernels.classes)  # the class of shared prefixes, if there is one. Others join the states that it leaves
         self.calls = host().Calls(self._base, device.index or 0, device, cuda.current_stream, self._plan_names, self._run_names,
                                   facts.variant.__dict__, self.alignment)  # fmt: skip
@@ -623,8 +630,27 @@ class CudaEngine:
             found["groups"] = shared.data_ptr() if isinstance(shared, torch.Tensor) else 0
             found["least_gain"] = _LEAST_GAIN // (2 * (facts.head_dim + facts.head_dim_v) * facts.num_kv_heads)
             found["most_rows"] = max(k.config.block_m for k in (loaded.kernels.classes[i] for i in classes) if k.name == "decode")
+            found["window"] = self._window(params)
             planners.insert(0, (loaded.share, loaded.share.template(found), loaded.share.special.config.blocks))
         return planners
+
+    def _window(self, params: Mapping[str, Any]) -> int:
+        """About how many keys a row reaches, up to its own: what prefixes save is counted in them. All, where only the device knows."""
+        mask, values = self.facts.variant.trace.mask, tuple(params.items())
+        if mask is None or any(isinstance(x, torch.Tensor) for x in params.values()):
+            return I32_MAX
+        if values not in self._windows:
+            from .bounds import analyse
+            from .lengths import Reach, Request
+
+            facts, far = self.facts, 1 << 28
+            reach = Reach(analyse(mask), params, facts.num_heads, facts.num_kv_heads, facts.head_offset, facts.total_heads)
+            reached = []
+            for q in (far - 1, far, far + 4097, far + 100_003):  # chunks begin anywhere
+                slots = reach.span(0, Request(0, 1, q + 1, 0, q, 0, 0), q, q)
+                reached.append(q + 1 - (slots.gap_end if slots.gap_begin < slots.gap_end else slots.begin))
+            self._windows[values] = max(reached) if max(reached) < far // 2 else I32_MAX
+        return self._windows[values]
 
     def _zones(self, params: Mapping[str, Any]) -> tuple[dict[str, int], int]:
         return zone_values(self._loaded.zones, [(self._base + at, room) for at, room in self._space.zones], params)
@@ -727,6 +753,8 @@ class CudaEngine:
         self.calls.planned(writes, plan.active, rows, lengths["num_requests"], top_page, plan.held)
         if not given or not plan.active or self._rope is not None and self._rope.needs_kv_lens:
             return
+        if self._nodes in plan.active and not all(isinstance(x, torch.Tensor) for x in params.values()):
+            return  # another number may be another window
         page_table = next((given[i] for i in TABLES if given[i] is not None), None)
         planners = self._planners(lengths, page_table, params, plan.active, shared)
         structs = {i: self._loaded.classes[i].slots for i in plan.active}

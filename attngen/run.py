@@ -128,6 +128,7 @@ def compile(  # noqa: A001
     arch: str | None = None,
     paged: bool | None = None,
     batch_invariant: bool = False,
+    shared_prefix: bool = False,
 ) -> Any:
     """Compile ``variant`` for the CPU, or find it in the cache, and load it: a ``Kernel``.
 
@@ -142,6 +143,7 @@ def compile(  # noqa: A001
         arch: a GPU architecture such as "sm_90a" or "9.0a"; default that of ``device``, or of the current CUDA device.
         paged: CUDA: caches of pages alone, or contiguous keys alone; default both.
         batch_invariant: CUDA: the kernels of ``BatchAttention(batch_invariant=True)`` instead.
+        shared_prefix: CUDA: the kernels of ``BatchAttention(shared_prefix=True)`` instead.
         storage: stored dtype of tensor parameters, by name; defaults to that of a bound tensor, else float32, int32 or
             bool by the field's type.
         isa: CPU features to compile for; defaults to this host's best.
@@ -153,16 +155,16 @@ def compile(  # noqa: A001
     stored = stored_dtypes(variant, storage)
     named = as_device(device or ("cuda" if arch else "cpu"))
     on = named.type
-    if on == "cpu" and not (arch or paged is not None or batch_invariant):
+    if on == "cpu" and not (arch or paged is not None or batch_invariant or shared_prefix):
         return kernel_for(variant, problem_for(dtype or torch.float32, head_dim, head_dim_v or head_dim, stored, isa))
     if on not in device_compilers or isa:
         raise ParameterError(
-            f"compile for {on!r}: isa belongs to the CPU; arch, paged and batch_invariant belong to CUDA (device=\"cuda\" or arch=)"
+            f"compile for {on!r}: isa belongs to the CPU; arch, paged, batch_invariant and shared_prefix belong to CUDA (device=\"cuda\" or arch=)"
         )
     with nullcontext() if arch else torch.cuda.device(cuda_index(named, "give arch=, such as '9.0a'")):
         return device_compilers[on](
             variant, arch=arch, dtype=dtype or torch.bfloat16, head_dim=head_dim, head_dim_v=head_dim_v or head_dim, storage=stored,
-            paged=paged, batch_invariant=batch_invariant,
+            paged=paged, batch_invariant=batch_invariant, shared_prefix=shared_prefix,
         )  # fmt: skip
 
 

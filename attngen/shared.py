@@ -78,6 +78,7 @@ def find_shared(
     groups: Sequence[int] | None = None,
     least_gain: int = 0,
     max_q_tokens: int = INT32_MAX,
+    window: int = INT32_MAX,
 ) -> Shared:
     """What requests share.
 
@@ -86,6 +87,7 @@ def find_shared(
         most_rows: packed rows of a request that may take part; one with more fills tiles by itself, and gains nothing.
         groups: the number of each request's group, negative for none: then only requests of one group share, whatever it saves.
         least_gain: keys of one KV head that all nodes together must save; fewer are not worth a second pass.
+        window: keys that a row reaches at most, up to its own: those before save nothing.
         max_q_tokens: what there is room for; where requests that may take part have more (a q_indptr that decreases), none does.
     """
     n = len(requests)
@@ -105,7 +107,9 @@ def find_shared(
         for leader, *others in sorted(alike.values()):
             begin = start[leader]
             common = {i: _in_common(requests, pages, leader, i, begin, min(full[i], full[leader])) for i in others}
-            gain, end = max(((_gain(common, x, begin, page_size, groups is not None), x) for x in common.values()), default=(0, 0))
+            reached = min(_first_page(requests[i], window, page_size) for i in (leader, *others))
+            counted = begin if groups is not None else max(begin, reached)
+            gain, end = max(((_gain(common, x, counted, page_size, groups is not None), x) for x in common.values() if x > begin), default=(0, 0))
             if gain <= 0:
                 for i in (leader, *others):
                     full[i] = start[i]
@@ -132,6 +136,11 @@ def find_shared(
         )
         nodes.append(Node(keys, max(positions), members[0]))
     return Shared(tuple(nodes), tuple(x * page_size for x in start), tuple(map(tuple, parts)), tuple(tokens))
+
+
+def _first_page(r: Request, window: int, page_size: int) -> int:
+    """The first page that a request's first row reaches."""
+    return min(max(r.q_offset + 1 - window - r.kv_start, 0) // page_size, MOST_PAGES)
 
 
 def _in_common(requests: Sequence[Request], pages: Sequence[int], leader: int, other: int, begin: int, end: int) -> int:

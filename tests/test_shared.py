@@ -18,7 +18,7 @@ from attngen.lengths import Lengths, Reach, read_requests
 from attngen.queued import QueuePlan
 from attngen.schedule import plan
 from attngen.shared import Shared, find_shared
-from attngen.space import ROUNDS
+from attngen.space import INT32_MAX, ROUNDS
 from attngen.variants import (
     ALiBi, Causal, Document, Gemma2, Llama3RoPE, PrefixLM, Sigmoid, Sinks, SlidingWindow, SoftCap, Streaming, StreamingLLM,
 )  # fmt: skip
@@ -146,10 +146,11 @@ def on_host() -> on_host_share.Kernel:
     return on_host_share.Kernel()
 
 
-def check_kernel(tables: Tables, groups: list[int] | None = None, least_gain: int = 0, max_q_tokens: int = 4096) -> tuple[Shared, torch.Tensor]:
+def check_kernel(tables: Tables, groups: list[int] | None = None, least_gain: int = 0, max_q_tokens: int = 4096,
+                 window: int = INT32_MAX) -> tuple[Shared, torch.Tensor]:  # fmt: skip
     """That the kernel writes what the twin finds, and nothing else: returns that, and the status words."""
     kernel = on_host()
-    wanted = tables.find(groups=groups, least_gain=least_gain, max_q_tokens=max_q_tokens)
+    wanted = tables.find(groups=groups, least_gain=least_gain, max_q_tokens=max_q_tokens, window=window)
     held = {name: torch.tensor(x, dtype=torch.int32) for name, x in tables.lengths.items() if isinstance(x, list)}
     held |= {"page_table": torch.tensor(tables.flat or [0], dtype=torch.int32)}
     if groups is not None:
@@ -158,7 +159,7 @@ def check_kernel(tables: Tables, groups: list[int] | None = None, least_gain: in
     status = torch.zeros(2, dtype=torch.int32)
     values = {name: x.data_ptr() for name, x in {**held, **lists, "status": status}.items()}
     values |= {"page_size": tables.page_size, "num_requests": len(tables.tables), "q_len": 1, "group": GROUP, "most_rows": MOST_ROWS}
-    values |= {"kv_capacity": len(tables.flat), "max_q_tokens": max_q_tokens, "max_q_len": 64, "max_kv_len": 1 << 30, "least_gain": least_gain}
+    values |= {"kv_capacity": len(tables.flat), "max_q_tokens": max_q_tokens, "max_q_len": 64, "max_kv_len": 1 << 30, "least_gain": least_gain, "window": window}
     layout = kernel.special.layout
     buffer = bytearray(layout.size)
     layout.pack_into(buffer, 0, *(values.get(f.name, 0) for f in layout.fields))
@@ -173,7 +174,7 @@ def test_the_kernel_finds_what_its_twin_finds(seed):
     rng = random.Random(seed)
     tables = Tables(rng, rng.choice((1, 2, 20, 50, 64)), decode=seed % 2 == 0, starts=seed % 4 == 0)
     groups = groups_of(rng, tables) if seed % 3 == 0 else None
-    _, status = check_kernel(tables, groups, 4000 if seed % 5 == 4 else 0)
+    _, status = check_kernel(tables, groups, 4000 if seed % 5 == 4 else 0, window=rng.choice((1, 100, 700, INT32_MAX)))
     assert not status.any()
 
 
@@ -185,6 +186,29 @@ def equal_tables(requests: int, shared: int, own: int = 2, last: int = 3) -> Tab
     tables.flat, tables.last, tables.q_lens = [x for t in tables.tables for x in t], [last] * requests, [1] * requests
     tables.q_indptr, tables.kv_indptr = ends(tables.q_lens), ends([shared + own] * requests)
     return tables
+
+
+def test_keys_behind_a_window_save_nothing():
+    tables = equal_tables(16, 200, own=10)  # 3344 keys before a request's own
+    assert [n.request.kv_len for n in tables.find(window=1 << 20).nodes] == [3200]
+    assert not tables.find(window=100).nodes
+    assert tables.find(window=2000).nodes and tables.find(window=100, groups=[0] * 16).nodes
+
+
+@pytest.mark.parametrize("variant, params, reached", [
+    (Causal(), {}, None), (SlidingWindow(), {"window": 300}, 300), (Streaming(), {"sinks": 4, "window": 500}, 500),
+], ids=str)  # fmt: skip
+def test_the_engine_knows_about_how_far_a_mask_reaches(variant, params, reached):
+    from types import SimpleNamespace
+
+    from attngen.engine import CudaEngine
+
+    engine = object.__new__(CudaEngine)
+    engine.facts, engine._windows = SimpleNamespace(variant=variant, num_heads=8, num_kv_heads=2, head_offset=0, total_heads=8), {}
+    found = engine._window(params)
+    assert found == INT32_MAX if reached is None else reached <= found <= reached + 1
+    if params:
+        assert engine._window({**params, "window": torch.tensor(3)}) == INT32_MAX  # which the device alone knows
 
 
 def test_requests_whose_rows_overlap_share_nothing():
@@ -379,6 +403,18 @@ def test_queries_at_the_last_position_see_every_key(monkeypatch):
     check_on_host(monkeypatch, Causal(), tables, [0] * 8, q_positions=[2**31 - 1, 600] * 4)
 
 
+def test_compile_names_all_kernels_of_an_object_that_shares(monkeypatch):
+    from attngen import engine
+
+    monkeypatch.setattr(engine, "build", lambda specials: [None] * len(specials))  # other tests build them
+    found = ag.compile(Causal(), arch="9.0a", head_dim=64, paged=True, shared_prefix=True)
+    names = [k.name for k in found]
+    assert names.count("share") == 3 and {"decode", "plan", "attention_sm90"} <= set(names)
+    assert any(k.name == "attention_sm90" and k.config.mixed for k in found)
+    with pytest.raises(ag.ParameterError, match="prefixes are shared by pages"):
+        ag.compile(Causal(), arch="9.0a", head_dim=64, paged=False, shared_prefix=True)
+
+
 # ---------------------------------------------------------------- on a GPU
 
 SHARING = {
@@ -419,7 +455,7 @@ def test_sharing_changes_no_result(name, requests, monkeypatch):
             results.append(out.cpu())
             if isinstance(shared, str) and shared == "off":
                 continue
-            wanted = tables.find(16, groups=None if isinstance(shared, str) else groups).pack()  # longer ones go to tiles of 64 rows
+            wanted = tables.find(16, groups=None if isinstance(shared, str) else groups, window=attn.engine._window(attn._plan_params)).pack()  # longer ones go to tiles of 64 rows
             for part, data in wanted.items():
                 at = attn.engine._space.shared.lists[part]
                 assert bytes(attn.engine._workspace[at : at + len(data)].tolist()) == data, (trial, part)
