@@ -498,7 +498,7 @@ def workspace_bytes(
     return space_of(
         kernels, kernels.needed(rows), multiprocessors, max_requests=max_requests, max_q_tokens=max_q_tokens,
         max_kv_len=max_kv_len or most_keys, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim_v=head_dim_v or head_dim,
-        zone_bytes=zone_bytes(
+        max_q_len=min(max_q_len or max_q_tokens, max_q_tokens), zone_bytes=zone_bytes(
             variant, kernels.plan.config.zones, max_requests=max_requests, max_q_tokens=max_q_tokens, max_kv_tokens=most_keys,
             max_kv_len=max_kv_len or most_keys,
         ),
@@ -541,7 +541,7 @@ class CudaEngine:
         self._loaded = Loaded(kernels, kernels.needed(most_rows), device)
         self._space = self._loaded.space(
             max_requests=facts.max_requests, max_q_tokens=facts.max_q_tokens, max_kv_len=facts.max_kv_len,
-            num_heads=facts.num_heads, num_kv_heads=facts.num_kv_heads, head_dim_v=facts.head_dim_v,
+            num_heads=facts.num_heads, num_kv_heads=facts.num_kv_heads, head_dim_v=facts.head_dim_v, max_q_len=facts.max_q_len,
             zone_bytes=zone_bytes(
                 facts.variant, self._loaded.zones, max_requests=facts.max_requests, max_q_tokens=facts.max_q_tokens,
                 max_kv_tokens=facts.capacity * (facts.page_size or 1), max_kv_len=facts.max_kv_len,

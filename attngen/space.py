@@ -80,9 +80,10 @@ def workspace(
     num_kv_heads: int,
     head_dim_v: int,
     zone_bytes: Sequence[int] = (),
+    max_q_len: int = INT32_MAX,
 ) -> Workspace:
     """The layout of the workspace: a function of capacities alone. ``max_kv_len`` matters only with a fixed split; ``zone_bytes``: of
-    each zone map."""
+    each zone map; ``max_q_len`` matters only to shared prefixes."""
     offset = 256  # the status words have the first line to themselves
 
     def take(size: int) -> int:
@@ -93,7 +94,8 @@ def workspace(
     classes, rows, shared = [], 0, None
     for shape, workers in zip(config.classes, num_workers):
         if shape.mixed:
-            of_round = min(max_q_tokens, max_requests * max(1, MOST_SHARED_ROWS // (num_heads // num_kv_heads)))
+            of_request = min(max_q_len, max(1, MOST_SHARED_ROWS // (num_heads // num_kv_heads)))
+            of_round = min(max_q_tokens, max_requests * of_request)
             nodes, node_rows, slots = ROUNDS * max_requests // 2, ROUNDS * of_round, SLOTS_PER_WORKER * workers
             sizes = {"requests": QUEUED_REQUEST.size * nodes, "unit_starts": 4 * (nodes + 1), "queue": QUEUE.size,
                      "counters": 4 * (slots // 2 * shape.groups)}  # fmt: skip
