@@ -26,7 +26,7 @@ from .sets import VariantSet
 from .units import Job, Unit, make_lock, units_of
 
 # CPU seconds and bytes of a compiler at work, where the cache remembers none of its kind (measured: docs/deploy.md).
-_SECONDS = {"attention": 1.6, "decode": 1.1, "attention_sm80": 1.4, "attention_sm90": 1.6, "plan": 1.9, "append": 0.9, "mask_rows": 0.8, "merge": 0.8}
+_SECONDS = {"attention": 1.6, "decode": 1.1, "attention_sm80": 1.4, "attention_sm90": 1.6, "plan": 1.9, "append": 0.9, "mask_rows": 0.8, "merge": 0.8, "share": 1.0}
 _BYTES = 256 << 20
 _KEPT_FREE = 512 << 20  # of the machine's memory, for all else
 _SAMPLE_S = 0.2

@@ -290,11 +290,14 @@ def cache_ls(as_json: JsonFlag = False) -> None:
 def _tiles(manifest: Any) -> str:
     """The heart of a configuration: its tile, of a planner those it plans for, and what else tells kernels of one problem apart."""
     fields = (manifest.get("choice") or {}).get("fields", {})
-    tile = "x".join(str(fields[name]) for name in ("block_m", "block_n") if name in fields)
-    tile = tile or ", ".join(f"{c['fields']['bm']}x{c['fields']['bn']}" for c in fields.get("classes", ()))
+    rows = fields.get("block_m") or 64 * fields.get("groups", 0)
+    tile = "x".join(str(x) for x in (rows, fields.get("block_n")) if x)
+    tile = tile or ", ".join(f"{c['fields']['bm']}x{c['fields']['bn']}{' mixed' * bool(c['fields'].get('mixed'))}" for c in fields.get("classes", ()))
     paged = {True: "paged", False: "contiguous"}.get(fields.get("paged"), "")
     split = f"pieces of {fields['split']}" if fields.get("split") else ""
-    return " ".join(filter(None, (tile, paged, split)))
+    more = [word for name, word in (("gather", "gather"), ("rotating_registers", "rotates"), ("mixed", "mixed"), ("joins", "joins")) if fields.get(name)]
+    requests = f"{fields['requests']} requests" if "requests" in fields else ""
+    return " ".join(filter(None, (tile, paged, split, *more, requests)))
 
 
 def _age(moment: float) -> str:

@@ -162,6 +162,7 @@ def test_rows_of_a_dry_run_can_be_told_apart(here, attngen):  # noqa: F811
         '[[kernels]]\nvariants = [{name = "mine.py:Mine", bind = {gain = 2}}, {name = "mine.py:Mine", bind = {gain = 3}}]\n'
         'head_dims = [64, "192x128"]\narchs = ["9.0a", "8.0", "cpu"]\nphases = ["prefill", "decode", "append", "merge", "mask"]\n'
         'layouts = ["paged", "paged-odd", "contiguous"]\ndtypes = ["bfloat16", "float16"]\n'
+        '[[kernels]]\nvariants = ["Causal"]\narchs = ["9.0a"]\nlayouts = ["paged", "paged-shared"]\n'
     )
     rows = read_json(attngen("precompile", here / "many.toml", "--dry-run", "--json"))["rows"]
     table = [line.split()[1:] for line in attngen("precompile", here / "many.toml", "--dry-run")[1].splitlines() if " to build " in line]
