@@ -460,7 +460,7 @@ class ShareConfig(Printed):
     @property
     def smem_bytes(self) -> int:
         """No less than the size of ``Shared`` in share.cu."""
-        return 180 * self.requests + 512
+        return 180 * self.requests + 1536
 
 
 @record

@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import cuda, pins, tuned
+from .abi_cuda import SHARE_FIELDS
 from .boxes import Boxes
 from .cache import Entry
-from .abi_cuda import SHARE_FIELDS
 from .choose_cuda import MOST_REQUESTS, PlanConfig, ShareConfig, ZoneMap, arch, arch_named, choose_attention, choose_decode, most_blocks, tile_class
 from .errors import ParameterError, UnsupportedError
 from .load import host

@@ -91,15 +91,18 @@ def workspace(
         start, offset = offset, offset + -(-size // 256) * 256
         return start
 
+    def queue_lists(requests: int, slots: int, groups: int) -> dict[str, int]:
+        sizes = {"requests": QUEUED_REQUEST.size * requests, "unit_starts": 4 * (requests + 1), "queue": QUEUE.size,
+                 "counters": 4 * (slots // 2 * groups)}  # fmt: skip
+        return {name: take(size) for name, size in sizes.items()}
+
     classes, rows, shared = [], 0, None
     for shape, workers in zip(config.classes, num_workers):
         if shape.mixed:
             of_request = min(max_q_len, max(1, MOST_SHARED_ROWS // (num_heads // num_kv_heads)))
             of_round = min(max_q_tokens, max_requests * of_request)
             nodes, node_rows, slots = ROUNDS * max_requests // 2, ROUNDS * of_round, SLOTS_PER_WORKER * workers
-            sizes = {"requests": QUEUED_REQUEST.size * nodes, "unit_starts": 4 * (nodes + 1), "queue": QUEUE.size,
-                     "counters": 4 * (slots // 2 * shape.groups)}  # fmt: skip
-            classes.append(ClassSpace({name: take(size) for name, size in sizes.items()}, workers, nodes, slots))
+            classes.append(ClassSpace(queue_lists(nodes, slots, shape.groups), workers, nodes, slots))
             sizes = {"nodes": NODE.size * nodes, "num_nodes": 4, "shared_tokens": 4 * max_requests, "shared_rows": 16 * ROUNDS * max_requests,
                      "members": 8 * node_rows, "node_parts": 8 * nodes}  # fmt: skip
             lists, node_rows = {name: take(size) for name, size in sizes.items()}, node_rows * num_heads
@@ -108,16 +111,15 @@ def workspace(
             continue
         tiles = max_tiles(shape, max_requests, max_q_tokens, num_heads // num_kv_heads, max_kv_len) if workers else 0
         if shape.kind == "queue":
-            requests = max_requests if workers else 0
             slots = tiles * num_kv_heads if shape.split else SLOTS_PER_WORKER * workers
-            sizes = {"requests": QUEUED_REQUEST.size * requests, "unit_starts": 4 * (requests + 1), "queue": QUEUE.size,
-                     "counters": 4 * (slots // 2 * shape.groups)}  # fmt: skip
+            lists = queue_lists(max_requests if workers else 0, slots, shape.groups)
         else:
             slots = tiles * num_kv_heads if shape.split else 2 * workers
             counters = tiles * num_kv_heads if shape.split else workers
             sizes = {"workers": WORKER.size * workers, "tiles": TILE.size * tiles, "counters": 4 * counters}
+            lists = {name: take(size) for name, size in sizes.items()}
         rows = max(rows, slots * shape.bm)
-        classes.append(ClassSpace({name: take(size) for name, size in sizes.items()}, workers, tiles, slots))
+        classes.append(ClassSpace(lists, workers, tiles, slots))
     partial_out, partial_state = take(4 * rows * head_dim_v), take(8 * rows)
     zones = tuple((take(size), size) for size in zone_bytes)
     return Workspace(tuple(classes), 0, partial_out, partial_state, offset, zones, shared)
