@@ -103,6 +103,20 @@ def make(variant: ag.Variant, batch: Batch, **more: Any) -> ag.BatchAttention:
     return ag.BatchAttention(variant, **{**given, **more})
 
 
+def planned(
+    variant: ag.Variant, batch: Batch, plan: dict[str, Any], ragged: bool = False
+) -> tuple[ag.BatchAttention, torch.Tensor, torch.Tensor]:
+    """An object that has planned the batch, and its k and v: in pages, or ragged."""
+    if ragged:
+        attn = make(variant, batch, page_size=None, max_kv_tokens=8192, max_pages=None)
+        kv_indptr, k, v = batch.ragged()
+        attn.plan(batch.q_indptr, kv_indptr, **plan)
+        return attn, k, v
+    attn = make(variant, batch)
+    attn.plan(*batch.pages(), **plan)
+    return attn, batch.k, batch.v
+
+
 def split_params(
     variant: ag.Variant, params: dict[str, Any], device: str = "cuda", batch: Batch | None = None
 ) -> tuple[dict[str, Any], dict[str, Any]]:

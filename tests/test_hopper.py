@@ -14,7 +14,7 @@ import hopper_on_host
 import pytest
 import test_sparse
 import torch
-from batches import Batch, judge, make, split_params
+from batches import Batch, judge, make, planned, split_params
 from compare import compare
 from grid import VARIANTS
 from test_attention_gpu import Sunk
@@ -48,13 +48,7 @@ def check(variant: ag.Variant, q_lens, kv_lens, ragged: bool = False, **more) ->
     softmax = variant.trace.weight is None
     q = torch.cat([batch.q, torch.full((3, *batch.q.shape[1:]), torch.nan, dtype=batch.q.dtype)])
     out = torch.full((len(q), batch.dense_q.shape[2], batch.dense_v.shape[3]), torch.nan, dtype=q.dtype)
-    if ragged:
-        attn = make(variant, batch, page_size=None, max_kv_tokens=4096, max_pages=None)
-        kv_indptr, k, v = batch.ragged()
-        attn.plan(batch.q_indptr, kv_indptr, **plan)
-    else:
-        attn, k, v = make(variant, batch), batch.k, batch.v
-        attn.plan(*batch.pages(), **plan)
+    attn, k, v = planned(variant, batch, plan, ragged)
     found = attn.run(q, (k, v), out=out, return_lse=softmax, **run)
     attn.check()
     n = len(batch.q)

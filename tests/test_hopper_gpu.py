@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from batches import PHASES, Batch, judge, make, split_params
+from batches import PHASES, Batch, judge, planned, split_params
 from grid import VARIANTS
 
 import attngen as ag
@@ -29,13 +29,7 @@ def check(variant: ag.Variant, q_lens, kv_lens, ragged: bool = False, **more) ->
     params = example_params(variant, **batch.sizes())
     plan, run = split_params(variant, params, "cuda", batch)
     softmax = variant.trace.weight is None
-    if ragged:
-        attn = make(variant, batch, page_size=None, max_kv_tokens=8192, max_pages=None)
-        kv_indptr, k, v = batch.ragged()
-        attn.plan(batch.q_indptr, kv_indptr, **plan)
-    else:
-        attn, k, v = make(variant, batch), batch.k, batch.v
-        attn.plan(*batch.pages(), **plan)
+    attn, k, v = planned(variant, batch, plan, ragged)
     outs = []
     for _ in range(3):
         out = torch.full((len(batch.q), batch.dense_q.shape[2], batch.dense_v.shape[3]), torch.nan, dtype=batch.q.dtype, device="cuda")

@@ -35,6 +35,7 @@ from examples.serve.runner import Runner
 from examples.serve.sampling import GREEDY, SAMPLE, TOP_P, sample
 from examples.serve.server import Server
 from examples.serve.text import ByteTokenizer, TextStream
+from served import tokens_of
 
 NEW = 10  # tokens that most requests ask for
 TINY = dict(
@@ -198,18 +199,6 @@ def test_what_a_model_says_of_its_layers_is_honoured(kind: str, backend: str, ot
     found = tokens_of(engine, requests)
     assert found == [[generate(request.prompt.tolist(), NEW, kind, **others)] for request in requests]
     assert engine.pool.held == 0
-
-
-def tokens_of(engine: Engine, requests: list[Request]) -> list[list[list[int]]]:
-    """By request and sample."""
-    found = {request: [[] for _ in range(request.n)] for request in requests}
-
-    def note(outputs: Any, _: float) -> None:
-        for who, token in zip(outputs.samples, outputs.tokens.tolist()):
-            found[who.request][who.index].append(token)
-
-    run(engine, requests, note)
-    return list(found.values())
 
 
 def test_a_lagging_engine_gives_the_same(expected: list[tuple[list[int], list[int]]]) -> None:

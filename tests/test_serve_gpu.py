@@ -6,26 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from examples.serve.engine import Engine, Outputs, Request, run
+from examples.serve.engine import Engine, Request
 from examples.serve.models import ATTENTION, load
+from served import tokens_of
 
 pytestmark = pytest.mark.gpu
 SHAPE = dict(
     model_type="llama", vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=8,
     num_key_value_heads=2, head_dim=64, max_position_embeddings=512, eos_token_id=None, bos_token_id=None, initializer_range=0.2,
 )  # fmt: skip
-
-
-def texts(engine: Engine, requests: list[Request]) -> list[list[list[int]]]:
-    """New tokens by request and sample."""
-    found = {request: [[] for _ in range(request.n)] for request in requests}
-
-    def note(outputs: Outputs, _: float) -> None:
-        for who, token in zip(outputs.samples, outputs.tokens.tolist()):
-            found[who.request][who.index].append(token)
-
-    run(engine, requests, note)
-    return list(found.values())
 
 
 @torch.no_grad()
@@ -50,7 +39,7 @@ def test_tokens_are_the_models(backend: str, graphs: list[int]) -> None:
         Request(np.concatenate([prefix[: 90 * (i % 2)], random.integers(0, 512, random.integers(1, 150))]), 20, n=1 + 2 * (i % 5 == 0))
         for i in range(24)
     ]
-    found = texts(engine, requests)
+    found = tokens_of(engine, requests)
     assert engine.pool.held == 0 and engine.stats.cached_tokens > 0 and engine.stats.decode_steps > 10
     assert bool(engine.runner._graphs) == bool(graphs)
     for request, samples in zip(requests, found):
@@ -67,6 +56,6 @@ def test_seeds_repeat_under_graphs() -> None:
     ask, found = dict(n=4, temperature=0.9, top_p=0.8, seed=3), []
     for _ in range(2):  # a new engine, where no part of the prompt is known: chunks of other lengths round otherwise
         engine = Engine(model, page_size=16, num_pages=200, max_slots=8, max_len=200, max_chunk=64, graphs=[8])
-        found += texts(engine, [Request(np.arange(30), 24, **ask)])
+        found += tokens_of(engine, [Request(np.arange(30), 24, **ask)])
         assert engine.pool.held == 0 and engine.runner._graphs
     assert found[0] == found[1] and len({tuple(sample) for sample in found[0]}) == 4
