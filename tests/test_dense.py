@@ -222,7 +222,7 @@ def test_compile_for_a_gpu_that_is_not_here():
         ({"arch": "hopper"}, ag.UnsupportedError, "arch 'hopper': required the name"),
         ({"arch": "sm_90a", "dtype": torch.float32}, ag.UnsupportedError, "float32 on CUDA"),
         ({"arch": "sm_90a", "head_dim": 24}, ag.UnsupportedError, "multiple of 16"),
-        ({"arch": "sm_90a", "device": "cpu"}, ag.ParameterError, "arch, paged and batch_invariant belong to CUDA"),
+        ({"arch": "sm_90a", "device": "cpu"}, ag.ParameterError, "arch, paged, batch_invariant and shared_prefix belong to CUDA"),
         ({"arch": "sm_90a", "isa": "avx2"}, ag.ParameterError, "isa belongs to the CPU"),
     ],
 )
