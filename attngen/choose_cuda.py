@@ -81,10 +81,13 @@ def cuda_flags(arch_name: str) -> list[str]:
 
 
 class Printed:
-    """A record that prints as ``name=value`` of each field."""
+    """A record that prints as ``name=value`` of each field; of those in ``quiet`` where they are not at their default."""
+
+    quiet: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return " ".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))
+        values = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return " ".join(f"{name}={value}" for name, value in values if name not in self.quiet or value != getattr(type(self), name))
 
 
 Config, Candidate = TypeVar("Config"), TypeVar("Candidate")
@@ -126,7 +129,7 @@ class DecodeConfig(_WarpConfig):
     smem_bytes: int
     joins: int = 0  # rows have parts in shared prefixes, too: packed rows of a tile there
 
-    template, kind = "decode", "slices"
+    template, kind, quiet = "decode", "slices", ("joins",)
     head_major = True  # workers a head apart read neighbouring rows of a page together
 
     @property
@@ -243,8 +246,9 @@ class AttentionConfig(_WarpConfig):
     unit_cost: int  # fixed cost of a unit, in blocks of keys
     split: int  # keys of a fixed piece (batch_invariant), a multiple of block_n; 0: none
     smem_bytes: int
+    halves: int = 1  # 2: two warps have the same rows, each half of a block's keys and half of the output's columns
 
-    template, kind = "attention_sm80", "slices"
+    template, kind, quiet = "attention_sm80", "slices", ("halves",)
     head_major = False  # workers share the keys of a head in L2
 
 
@@ -256,6 +260,7 @@ class AttentionCandidate:
     warps: int
     stages: int
     blocks_per_sm: int
+    halves: int
     smem_bytes: int
     lost: str
 
@@ -264,21 +269,25 @@ class AttentionCandidate:
 # from shared memory half as often as eight of 16, but hold twice the output: up to head_dim_v 128 it fits in registers.
 _NARROW = ((96, 4, 2, 2), (64, 4, 2, 2), (64, 4, 1, 2), (64, 4, 1, 1))
 _USUAL = ((64, 4, 2, 2), (64, 4, 1, 2), (64, 4, 2, 1), (64, 4, 1, 1), (32, 4, 1, 1), (16, 4, 1, 1))
-_WIDE_VALUES = ((64, 8, 2, 1), (64, 8, 1, 1), (32, 8, 1, 1), (16, 8, 1, 1))
+_ROWS_OF_16 = ((64, 8, 2, 1), (64, 8, 1, 1), (32, 8, 1, 1), (16, 8, 1, 1))
 _SMALL = ((64, 4, 2, 3), (64, 4, 2, 2), (64, 4, 1, 2), (64, 4, 2, 1), (64, 4, 1, 1), (32, 4, 1, 1), (16, 4, 1, 1))
 # Hooks on every score, and wide keys, need registers or space beside 32 rows: fewer keys at a time. A hook that reads a
 # tensor for every score needs still more: warps of 16 rows.
 _FEW_KEYS = ((32, 4, 2, 2), (32, 4, 1, 2), (32, 4, 2, 1), (32, 4, 1, 1), (16, 4, 1, 1))
+# Wider values: pairs of warps with 32 rows (halves), which hold as much as warps of 16, where hooks leave them the registers.
+_PAIRS = ((64, 8, 2, 1, 2), (64, 8, 1, 1, 2), (32, 8, 1, 1, 2))
 
 
-def _attention_shapes(block_m: int, d: int, dv: int, hooks: Hooks) -> tuple[tuple[int, int, int, int], ...]:
+def _attention_shapes(block_m: int, d: int, dv: int, hooks: Hooks) -> tuple[tuple[int, ...], ...]:
     functions = [fn for fn in (hooks.logits, hooks.weight, hooks.mask) if fn]
     reads = any("ag_load" in text for fn in functions for text in (fn.result, *(line.expr for line in fn.lines)))
     rotates = hooks.rope is not None and hooks.rope.rotate_keys
     if block_m == 64:
         return _SMALL
+    if dv > 128 and dv % 32 == 0 and (hooks.bounds.exact or hooks.bounds.either) and not reads:
+        return (*_PAIRS, *_ROWS_OF_16)
     if dv > 128 or reads:
-        return _WIDE_VALUES
+        return _ROWS_OF_16
     if d > 128 or hooks.logits or hooks.weight or hooks.query_scale or rotates or not hooks.bounds.exact:
         return _FEW_KEYS
     if len(hooks.row) > 1:  # values of rows beside their position
@@ -300,8 +309,9 @@ def choose_attention(
     candidates: list[AttentionCandidate] = []
     possible: list[AttentionCandidate] = []
     won: AttentionCandidate | None = None
-    for block_n, warps, stages, blocks in _attention_shapes(block_m, d, dv, hooks):
-        smem = attention_smem_bytes(d, dv, block_m, block_n, stages, hooks, paged)
+    for block_n, warps, stages, blocks, *more in _attention_shapes(block_m, d, dv, hooks):
+        halves = more[0] if more else 1
+        smem = attention_smem_bytes(d, dv, block_m, block_n, stages, halves, hooks, paged)
         lost = ""
         if split % block_n:
             lost = f"pieces of {split} keys are not made of blocks of {block_n}"
@@ -313,7 +323,7 @@ def choose_attention(
         fits = not lost
         if fits and won is not None:
             lost = f"{won.block_n} keys, {won.warps} warps, {won.stages} stages, {won.blocks_per_sm} blocks come first"
-        candidate = AttentionCandidate(block_n, warps, stages, blocks, smem, lost)
+        candidate = AttentionCandidate(block_n, warps, stages, blocks, halves, smem, lost)
         won = won if lost else candidate
         candidates.append(candidate)
         possible += [candidate] if fits else []
@@ -325,19 +335,21 @@ def choose_attention(
         )
     listed, won, by = settle(candidates, possible, won, prefer)
     config = AttentionConfig(
-        arch_name, paged, block_m, won.block_n, won.warps, won.stages, won.blocks_per_sm, 4, split, won.smem_bytes
+        arch_name, paged, block_m, won.block_n, won.warps, won.stages, won.blocks_per_sm, 4, split, won.smem_bytes, won.halves
     )
     return CudaChoice(config, listed, by)
 
 
-def attention_smem_bytes(d: int, dv: int, block_m: int, block_n: int, stages: int, hooks: Hooks, paged: bool) -> int:
+def attention_smem_bytes(d: int, dv: int, block_m: int, block_n: int, stages: int, halves: int, hooks: Hooks, paged: bool) -> int:
     """No less than the size of ``Shared`` in attention_sm80.cu, which asserts it: queries once per kind of rotation, keys
-    and values, what is computed once per row, column and tile, the work list's records."""
+    and values, what is computed once per row, column and tile, the work list's records, and what warps that share rows (``halves``) give each other."""
     kinds = len(hooks.rope.q_positions) if hooks.rope else 1
     pitch, pitch_v = 2 * d + 16, 2 * dv + 16
     tiles = kinds * block_m * max(pitch, pitch_v) + stages * block_n * (pitch + pitch_v)
     values = 4 * block_m * (4 + len(hooks.row)) + 8 * block_n * (2 + len(hooks.col))
     values += 8 * (len(hooks.call) + len(hooks.tile))
+    if halves == 2:
+        values += 2 * block_m * block_n + 8 * block_m * hooks.softmax
     places = 40 * block_n if paged else 0
     if hooks.classes is not None:
         places += 256 + 72 * hooks.classes.rows.size

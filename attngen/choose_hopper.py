@@ -30,16 +30,13 @@ class HopperConfig(Printed):
     unit_cost: int  # fixed cost of a unit, in blocks of keys
     split: int  # keys of a fixed piece (batch_invariant), a multiple of block_n; 0: none
     smem_bytes: int
-    blocks_per_sm: int = 1
+    blocks_per_sm: int
     mixed: bool = False  # rows are of several requests, which share the keys
     gather: bool = False  # keys and values come row by row, by cp.async: pages that no box of the copy engine fits
     rotating_registers: int = 0  # of a thread of the warpgroup that turns keys; 0: there is none
 
     template, kind, head_major = "attention_sm90", "queue", False
-
-    def __str__(self) -> str:
-        unset = {f"{name}={getattr(HopperConfig, name)}" for name in ("mixed", "gather", "rotating_registers")}
-        return " ".join(part for part in super().__str__().split() if part not in unset)
+    quiet = ("mixed", "gather", "rotating_registers")
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -13,22 +13,35 @@ from attngen.build import Recipe, compile_kernel
 from attngen.cuda import Specialised
 from attngen.render_cuda import render_cuda
 
+FLAGS = ("-U_FORTIFY_SOURCE",)  # whose longjmp refuses to enter another stack
 FIBERS = """#pragma once
+#include <setjmp.h>
 #include <string.h>
 #include <ucontext.h>
 #include <vector>
 #define __shared__ static
-struct Fiber { ucontext_t context; std::vector<char> stack; bool done; };
+struct Fiber { ucontext_t context; jmp_buf at; std::vector<char> stack; bool begun, done; };
 struct Meeting { int arrived, round; };
 static std::vector<Fiber> fibers;
-static ucontext_t turns;
+static jmp_buf turns;
+// Contexts only begin fibers: swapcontext would be two system calls a turn.
+__attribute__((noinline)) inline void go_on(Fiber& fiber) {
+  if (_setjmp(turns)) return;
+  if (fiber.begun) _longjmp(fiber.at, 1);
+  fiber.begun = true;
+  setcontext(&fiber.context);
+}
+__attribute__((noinline)) inline void end_turn(Fiber& fiber) {
+  if (!_setjmp(fiber.at)) _longjmp(turns, 1);
+  asm volatile("" ::: "memory");  // others have had their turns
+}
 static Meeting of_block, of_warp[32];
 static bool moved;  // somebody went on since the last turn began
 static int64_t given[1024];
 inline void meet(Meeting& m, int count) {
   const int round = m.round, self = threadIdx.x;
   if (++m.arrived == count) m.arrived = 0, ++m.round, moved = true;
-  while (m.round == round) swapcontext(&fibers[self].context, &turns);
+  while (m.round == round) end_turn(fibers[self]);
 }
 inline void __syncthreads() { meet(of_block, fibers.size()); }
 inline int __syncthreads_count(int x) {
@@ -78,6 +91,30 @@ inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
 inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 """
+# Warps take their turns in random order and are held up now and then; HOLD is the longest, in rounds.
+TURNS = """
+#ifndef HOLD
+#define HOLD 30
+#endif
+static uint32_t chance = 1;
+inline uint32_t draw(uint32_t below) { return (chance = chance * 1664525u + 1013904223u) >> 8, (chance >> 8) % below; }
+static unsigned turn_of[64], held[64];
+inline void draw_turns() {
+  for (unsigned w = 0; w < fibers.size() / 32; ++w) {
+    const unsigned other = draw(w + 1);
+    turn_of[w] = turn_of[other], turn_of[other] = w;
+    held[w] = held[w] ? held[w] - 1 : draw(20) ? 0 : draw(draw(25) ? 30 : HOLD);
+    if (held[w]) moved = true;
+  }
+}
+#define FIBER(turn) (turn_of[turn / 32] * 32 + turn % 32)
+#define HELD_UP(fiber) held[fiber / 32]
+#ifndef BEGIN_ROUND
+#define BEGIN_ROUND draw_turns()
+#define IN_FLIGHT false
+#define BROKEN false
+#endif
+"""
 # Launches `kernel`; 1 if all its threads wait for others. A shim may say what happens between rounds, in which order threads take
 # their turns and which of them miss one, whether something is on its way that will wake them, and that all is lost (2).
 SHARED = """#pragma once  // of kernels that use shared memory by address
@@ -107,7 +144,7 @@ static void thread_main() {{
   const int self = threadIdx.x;
   {kernel};
   fibers[self].done = true, moved = true;
-  swapcontext(&fibers[self].context, &turns);
+  end_turn(fibers[self]);
 }}
 extern "C" __attribute__((visibility("default"))) int run(const void* params, unsigned blocks) {{
   launched = (const Params*)params;
@@ -115,7 +152,7 @@ extern "C" __attribute__((visibility("default"))) int run(const void* params, un
   for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {{
     memset(&of_block, 0, sizeof of_block), memset(of_warp, 0, sizeof of_warp);
     for (Fiber& fiber : fibers) {{
-      fiber.stack.resize(1 << 16), fiber.done = false;
+      fiber.stack.resize(1 << 16), fiber.begun = fiber.done = false;
       getcontext(&fiber.context);
       fiber.context.uc_stack.ss_sp = fiber.stack.data(), fiber.context.uc_stack.ss_size = fiber.stack.size();
       makecontext(&fiber.context, thread_main, 0);
@@ -130,7 +167,7 @@ extern "C" __attribute__((visibility("default"))) int run(const void* params, un
           ++left;
           continue;
         }}
-        swapcontext(&turns, &fibers[self].context);
+        go_on(fibers[self]);
         left += !fibers[self].done;
       }}
       if (BROKEN) return 2;
@@ -164,5 +201,5 @@ def compiled(files: dict[str, str], main: str, call: str, threads: int) -> ctype
     run = RUN.format(kernel=call, threads=threads)
     files = {**files, "kernel.cpp": f'#include "shim.h"\n{files[main]}{run}', "ptx.cuh": on_host.PTX, "shim.h": shim + math}
     with TemporaryDirectory() as folder:
-        recipe = Recipe("cpu", ("kernel.cpp",), ("-O1", "-std=c++17"))
+        recipe = Recipe("cpu", ("kernel.cpp",), ("-O1", "-std=c++17", *FLAGS))
         return ctypes.CDLL(str(compile_kernel(files, recipe, Path(folder)).artifact))

@@ -37,22 +37,13 @@ static Dim gridDim;
 inline float __sinf(float x) { return sinf(x); }
 inline float __cosf(float x) { return cosf(x); }
 inline uint32_t __float_as_uint(float x) { uint32_t y; memcpy(&y, &x, 4); return y; }
-inline void yield() { swapcontext(&fibers[threadIdx.x].context, &turns); }
+inline void yield() { end_turn(fibers[threadIdx.x]); }
 
-// ---- turns, and copies on their way
-static uint32_t chance = 1;
-inline uint32_t draw(uint32_t below) { return (chance = chance * 1664525u + 1013904223u) >> 8, (chance >> 8) % below; }
+// ---- copies on their way
 struct Copy { uint32_t rounds; std::function<void()> land; };
 static std::vector<Copy> copies;
-static unsigned turn_of[32], held[32];
 inline void begin_round() {
-  const unsigned warps = fibers.size() / 32;
-  for (unsigned w = 0; w < warps; ++w) {
-    const unsigned other = draw(w + 1);
-    turn_of[w] = turn_of[other], turn_of[other] = w;
-    held[w] = held[w] ? held[w] - 1 : draw(20) ? 0 : draw(30);
-    if (held[w]) moved = true;
-  }
+  draw_turns();
   for (size_t i = 0; i < copies.size();)
     if (copies[i].rounds-- == 0) {
       const auto land = copies[i].land;
@@ -62,9 +53,6 @@ inline void begin_round() {
       ++i;
     }
 }
-#define BEGIN_ROUND begin_round()
-#define FIBER(turn) (turn_of[turn / 32] * 32 + turn % 32)
-#define HELD_UP(fiber) held[fiber / 32]
 #define IN_FLIGHT !copies.empty()
 static bool broken;
 #define BROKEN broken
@@ -231,6 +219,8 @@ class Kernel:
         assert main.count("_on_host<Element") == 2
         main = re.sub(r'asm volatile\("" :[^;]*;', "", main)
         main = main.replace("extern __shared__ __align__(1024) char memory[];", "char* const memory = shared_memory;")
+        main = main.replace("const __grid_constant__ Params", "const Params&")  # copies on their way outlive the thread that asked for them
+        assert "attngen_attention(const Params& p)" in main
         assert "asm" not in re.sub(r"//.*", "", main)
         shim = on_host.SHIM.replace("thread_local ", "").replace("inline void __syncthreads() {}\n", "")
         shim = shim.replace("#define AG_DEVICE static inline\n", "")
@@ -242,9 +232,9 @@ class Kernel:
             files[name] = "#pragma once\n"
         files |= {
             "kernel.cpp": f'#include "shim.h"\n#include "ptx.cuh"\n#include "hopper.h"\n{main}{run}', "ptx.cuh": on_host.PTX,
-            "shim.h": shim + on_host_block.FIBERS + math, "hopper.h": on_host_block.SHARED + SHIM,
+            "shim.h": shim + on_host_block.FIBERS + math, "hopper.h": on_host_block.SHARED + "#define BEGIN_ROUND begin_round()\n" + on_host_block.TURNS + SHIM,
         }  # fmt: skip
-        recipe = Recipe("cpu", ("kernel.cpp",), ("-O1", "-std=c++17", "-march=native"))
+        recipe = Recipe("cpu", ("kernel.cpp",), ("-O1", "-std=c++17", "-march=native", *on_host_block.FLAGS))
         with TemporaryDirectory() as folder:
             self.library = ctypes.CDLL(str(compile_kernel(files, recipe, Path(folder)).artifact))
         self.size = special.layout.size

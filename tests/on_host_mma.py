@@ -1,5 +1,6 @@
 """The decode kernel and attention_sm80, compiled for this host: fibers for threads (on_host_block.py), mma.sync and ldmatrix as PTX
-defines them. What cp.async brings lands when its group is waited for, and is NaN until then."""
+defines them. What cp.async brings lands when its group is waited for, and is NaN until then. Warps take their turns in random
+order, and some are held up for as long as others need for whole products."""
 
 from __future__ import annotations
 
@@ -24,6 +25,13 @@ SHIM = """
 inline unsigned __reduce_or_sync(unsigned, unsigned x) { return joined((int)x, [](int all, int other, int) { return all | other; }); }
 static Meeting of_named[16];
 inline void barrier_sync(int id, int threads) { meet(of_named[id], threads); }
+inline bool barrier_or(int id, int threads, bool x) {
+  static int any[16][3], calls[1024];  // a slot is cleared one call ahead, when all have read what it held
+  const int now = calls[threadIdx.x]++ % 3;
+  any[id][now] |= x, any[id][(now + 1) % 3] = 0;
+  meet(of_named[id], threads);
+  return any[id][now];
+}
 
 // ---- cp.async: of each thread, groups of copies on their way, oldest first
 static std::vector<std::vector<std::function<void()>>> groups[1024];
@@ -100,14 +108,14 @@ class Kernel:
         fake_ptx = re.sub(r"template <int CHUNKS> constexpr int swizzle.*\n", "", on_host.PTX)
         call = on_host_block.RUN.format(kernel=f"attngen_{special.phase}(*launched)", threads=special.config.threads)
         call = call.replace("memset(&of_block, 0, sizeof of_block)", "memset(of_named, 0, sizeof of_named), memset(shared_memory, 0xff, sizeof shared_memory), "
-                            "memset(&of_block, 0, sizeof of_block)")  # fmt: skip
+                            "memset(held, 0, sizeof held), memset(&of_block, 0, sizeof of_block)")  # fmt: skip
         call = call.replace("for (Fiber& fiber : fibers) {", "for (auto& x : groups) x.clear();\n    for (Fiber& fiber : fibers) {")
         files |= {
             "kernel.cpp": f'#include "shim.h"\n#include "ptx.cuh"\n#include "mma.h"\n{swizzles}{main}{call}', "ptx.cuh": fake_ptx,
-            "shim.h": shim + on_host_block.FIBERS + math, "mma.h": on_host_block.SHARED + SHIM,
+            "shim.h": shim + on_host_block.FIBERS + math, "mma.h": on_host_block.SHARED + "#define HOLD 600\n" + on_host_block.TURNS + SHIM,
         }  # fmt: skip
         with TemporaryDirectory() as folder:
-            recipe = Recipe("cpu", ("kernel.cpp",), ("-O2", "-std=c++17", "-march=native"))
+            recipe = Recipe("cpu", ("kernel.cpp",), ("-O2", "-std=c++17", "-march=native", *on_host_block.FLAGS))
             self.library = ctypes.CDLL(str(compile_kernel(files, recipe, Path(folder)).artifact))
         self.size = special.layout.size
 

@@ -30,23 +30,6 @@ inline int sync_block_or(int x) {{
 #define __syncthreads_or sync_block_or
 inline uint32_t smem_address(const void* p) {{ return (uint32_t)((const char*)p - memories[threadIdx.x / {THREADS}]); }}
 
-// Warps take their turns in random order and are held up now and then.
-static uint32_t chance = 1;
-inline uint32_t draw(uint32_t below) {{ return (chance = chance * 1664525u + 1013904223u) >> 8, (chance >> 8) % below; }}
-static unsigned turn_of[32], held[32];
-inline void begin_round() {{
-  for (unsigned w = 0; w < fibers.size() / 32; ++w) {{
-    const unsigned other = draw(w + 1);
-    turn_of[w] = turn_of[other], turn_of[other] = w;
-    held[w] = held[w] ? held[w] - 1 : draw(12) ? 0 : draw(40);
-    if (held[w]) moved = true;
-  }}
-}}
-#define BEGIN_ROUND begin_round()
-#define FIBER(turn) (turn_of[turn / 32] * 32 + turn % 32)
-#define HELD_UP(fiber) held[fiber / 32]
-#define IN_FLIGHT false
-#define BROKEN false
 inline void cluster_min(uint32_t address, uint32_t rank, int32_t value) {{
   int32_t& there = *(int32_t*)(memories[rank] + address);
   there = value < there ? value : there;
@@ -97,7 +80,7 @@ class Kernel:
         main = main.replace("blockIdx.x", "(threadIdx.x / THREADS)").replace("= threadIdx.x, warp", "= threadIdx.x % THREADS, warp")
         assert f"THREADS = {THREADS}" in main and "memories" in main and "threadIdx.x % THREADS" in main
         main = main.replace("const int warp = threadIdx.x / 32,", "const int warp = threadIdx.x % THREADS / 32,")
-        files["share.cu"] = SHIM + REDUCE + main
+        files["share.cu"] = SHIM + on_host_block.TURNS + REDUCE + main
         self.library = on_host_block.compiled(files, "share.cu", "attngen_share(*launched)", THREADS * config.blocks)
 
     def blocks_per_sm(self) -> int:

@@ -86,7 +86,7 @@ def test_a_configuration_fits(arch: str, block_m: int, d: int) -> None:
     gpu = ARCHS[arch]
     assert config.smem_bytes <= gpu.smem_per_block
     assert config.blocks_per_sm * (config.smem_bytes + 1024) <= gpu.smem_per_sm
-    assert config.block_m % (16 * config.warps) == 0
+    assert config.block_m * config.halves % (16 * config.warps) == 0
 
 
 def test_a_tile_that_cannot_fit_is_refused_by_name() -> None:

@@ -98,6 +98,13 @@ __device__ __forceinline__ void mma_m16n8k16<F16>(float (&d)[4], const uint32_t 
 // Barrier `id` (1 ... 15; 0 is __syncthreads') of so many threads, whole warps: those that wait and those that only arrive.
 __device__ __forceinline__ void barrier_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 __device__ __forceinline__ void barrier_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+// Waits, and says whether x is true for any of them.
+__device__ __forceinline__ bool barrier_or(int id, int threads, bool x) {
+  int any;
+  asm volatile("{\n.reg .pred mine, all;\nsetp.ne.s32 mine, %1, 0;\nbar.red.or.pred all, %2, %3, mine;\nselp.s32 %0, 1, 0, all;\n}"
+               : "=r"(any) : "r"((int)x), "r"(id), "r"(threads) : "memory");
+  return any;
+}
 
 // ---- order between blocks -------------------------------------------------------------------------------------------
 
