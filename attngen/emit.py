@@ -30,6 +30,7 @@ from .expr import (
     minimum,
     substitute,
     symbol,
+    to_f32,
     walk,
     where,
 )
@@ -41,7 +42,7 @@ CTYPE = {F32: "float", I32: "int32_t", BOOL: "bool"}
 _RESERVED = frozenset(  # names that the template's loops and C++ use beside the values
     "p c t s o m n q kv q_token kv_token head kv_head num_heads num_kv_heads request q_len kv_len dim rows cols "
     "q_offset q_start kv_start kv_base kv_token0 kv_head0 rope_table query_scale sink kv_position kind row i first count "
-    "group local_kv_head scale NR LOG2E bool "
+    "group local_kv_head scale distance NR LOG2E bool "
     "int float double char short long unsigned signed void auto register static const volatile extern inline return "
     "if else for while do switch case default break continue goto sizeof struct union enum typedef class public "
     "private protected template typename this new delete operator errno stdin stdout stderr namespace using try catch "
@@ -152,6 +153,7 @@ class Hooks:
     query_scale: str | None = None
     dot_scale: str | None = None  # CUDA: what the first hook multiplies q.k * scale by
     softmax: bool = True
+    distance: bool = False  # CUDA: scores need (float)(q - kv)
     rope: RopeHoles | None = None
     bounds: BoundsHoles = BoundsHoles("0", "t.kv_len", "true", True)
     classes: ClassHoles | None = None  # of tiles, where intervals say more than closed bounds
@@ -171,6 +173,8 @@ def emit(
     ``device_scalars`` as in ``abi.parameter_fields``; ``classes``: of tiles too, which a planner does without."""
     logits, weight, output = (_reciprocals(getattr(trace, name)) for name in ("logits", "weight", "output"))
     logits, weight = (_differences(root, trace.mask) for root in (logits, weight))
+    if dialect == "cuda":
+        logits, weight = _distances(logits), _distances(weight)
     where = dict(trace.where)
     for new, old in ((logits, trace.logits), (weight, trace.weight), (output, trace.output)):
         if old in where:
@@ -180,7 +184,7 @@ def emit(
 
 
 def _differences(root: Node | None, mask: Node | None) -> Node | None:
-    """|q - kv| becomes q - kv where the mask keeps no later key: what it is of the others is never seen."""
+    """|q - kv| and max(q - kv, 0) become q - kv where the mask keeps no later key: what they are of the others is never seen."""
     if root is None or mask is None:
         return root
     causal = any(
@@ -188,7 +192,16 @@ def _differences(root: Node | None, mask: Node | None) -> Node | None:
         for bound in analyse(mask).closed
     )  # fmt: skip
     q, kv = symbol("q"), symbol("kv")
-    return substitute(root, {abs(q - kv): q - kv, abs(kv - q): q - kv}) if causal else root
+    return substitute(root, {abs(q - kv): q - kv, abs(kv - q): q - kv, maximum(q - kv, 0): q - kv}) if causal else root
+
+
+def _distances(root: Node | None) -> Node | None:
+    """Floats of |q - kv| and kv - q as functions of that of q - kv, which kernels have cheaply (``Hooks.distance``)."""
+    if root is None:
+        return None
+    ahead, behind = symbol("q") - symbol("kv"), symbol("kv") - symbol("q")
+    distance = to_f32(ahead)
+    return substitute(root, {to_f32(abs(ahead)): abs(distance), to_f32(abs(behind)): abs(distance), to_f32(behind): -distance})
 
 
 def _never_wraps(bound: Inequality) -> bool:
@@ -254,6 +267,7 @@ class _Emitter:
         self.stored: dict[Node, str] = {}
         self.names: set[str] = set(_RESERVED)
         self.zones: dict[str, ZoneMap] = {}
+        self.distance: Node | None = None  # what scores may call so
 
     def hooks(self, head_dim: int, classes: bool) -> Hooks:
         trace, out = self.trace, self.out
@@ -270,8 +284,12 @@ class _Emitter:
                 node, factor = _dot_scale(node)
                 if factor is not None:
                     out.dot_scale = self.leaf(factor, ROW) or self.expression(factor, ROW)
+            if self.dialect == "cuda" and name in ("logits", "weight"):
+                self.distance = to_f32(symbol("q") - symbol("kv"))
             if node is not None and not (name == "mask" and node.op == "const" and node.attr):
                 setattr(out, name, self.element(node))
+            self.distance = None
+        out.distance = any(fn is not None and "distance" in (param for _, param, _ in fn.params) for fn in (out.logits, out.weight))
         out.bounds = self.bounds()
         if out.mask is not None and self.dialect == "cuda":
             out.columns = self.columns(trace.mask)
@@ -291,6 +309,8 @@ class _Emitter:
         """The text of a value that is already at hand at ``level``, storing it at its own level if need be."""
         if node.op == "const":
             return literal(node)
+        if node is self.distance:
+            return "distance"
         if node.op == "param":
             return f"c.{self.ensure(node, CALL)}"
         if node.op == "sym" and node.attr in _SYMBOL_TEXT:
@@ -419,7 +439,8 @@ class _Emitter:
         """The row and column values that texts name."""
         words = set(re.findall(r"(?<![.\w])[A-Za-z_]\w*", " ".join(texts)))
         sections = ((self.out.row, "rows", "m"), (self.out.col, "cols", "n"))
-        return tuple((v.ctype, v.name, f"{array}.{v.name}[{i}]") for section, array, i in sections for v in section if v.name in words)
+        found = tuple((v.ctype, v.name, f"{array}.{v.name}[{i}]") for section, array, i in sections for v in section if v.name in words)
+        return (*found, ("float", "distance", "distance")) if self.distance is not None and "distance" in words else found
 
     # ---- rope and bounds
     def rope(self, head_dim: int) -> RopeHoles:

@@ -84,6 +84,7 @@ def function(i: int, hooks: Hooks) -> str:
         f"  const Params& p = *params;\n  const int q_len = p.q_len, kv_len = p.kv_len, q_offset = {Q_OFFSET};\n"
         f"  const int kv_head = head / {GROUP}, q_token = request * q_len + q - q_offset;\n"
         f"  const int kv_token = request * kv_len + kv;\n"
+        f"{'  const float distance = (float)ag_sub(q, kv);' if hooks.distance else ''}\n"
         f"  Call{i} c;\n{''.join(f'  c.{v.name} = {v.expr};' for v in hooks.call)}\n"
         f"  Tile{i} t;\n  t.request = request, t.kv_head = kv_head, t.q_len = q_len;\n"
         f"  t.kv_len = kv_len, t.q_offset = q_offset;\n"

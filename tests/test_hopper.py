@@ -90,6 +90,31 @@ def test_operators_in_what_a_row_knows():
     check(HeadChunks(), [70, 3], [200, 90], d=64)
 
 
+class Distances(ag.Variant):
+    """Distances in every form that scores read them in; nothing is masked."""
+
+    slope: ag.Scalar[float] = 0.125
+
+    def logits(self, s, at):
+        return s - self.slope * ag.abs(at.q - at.kv) + 0.01 * ag.cast(at.kv - at.q, float) - 0.02 * ag.abs(at.kv - at.q)
+
+
+@pytest.mark.parametrize("variant", [ag.compose(variants.ALiBi(), variants.Causal()), Distances(), ag.compose(variants.Retention(), variants.Causal())], ids=lambda v: v.name)
+@pytest.mark.parametrize("first", [0, 2**29 + 1])
+def test_distances(variant, first):
+    """They are exact however far out both positions are: floats there are 32 apart."""
+    q_lens, kv_lens = [70, 3], [200, 129]
+    batch = Batch(q_lens, kv_lens, device="cpu", d=64)
+    params = example_params(variant, **batch.sizes())
+    attn = make(variant, batch)
+    lens = batch.ints(kv_lens)
+    attn.plan(batch.q_indptr, block_table=batch.table, kv_lens=lens, kv_start=batch.ints([first] * 2), q_positions=first + lens - batch.ints(q_lens))
+    out = torch.full_like(batch.q, torch.nan)
+    attn.run(batch.q, (batch.k, batch.v), out=out, **params)
+    attn.check()
+    judge(out, None, batch, variant, **params)
+
+
 @pytest.mark.parametrize("d, dv", [(96, 64), (128, 96)])
 def test_panels_of_two_widths(d, dv):
     """A warp's output then lies where other warps' queries are: several units, so that warps are apart."""
