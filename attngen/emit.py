@@ -152,6 +152,7 @@ class Hooks:
     sink: str | None = None
     query_scale: str | None = None
     dot_scale: str | None = None  # CUDA: what the first hook multiplies q.k * scale by
+    logit_factor: str | None = None  # CUDA, softmax: what a logit is yet to be multiplied by, the same in a call
     softmax: bool = True
     distance: bool = False  # CUDA: scores need (float)(q - kv)
     rope: RopeHoles | None = None
@@ -225,6 +226,15 @@ def _dot_scale(root: Node) -> tuple[Node, Node | None]:
     return substitute(root, {product: s}), others[0]
 
 
+def _logit_factor(root: Node) -> tuple[Node, Node | None]:
+    """What ``root`` multiplies by a call's value, and that value: a softmax has a factor already."""
+    factors = [a for a in root.args if a.level <= CALL] if root.op == "mul" else []
+    if len(factors) != 1:
+        return root, None
+    (other,) = (a for a in root.args if a is not factors[0])
+    return other, factors[0]
+
+
 def _reciprocals(root: Node | None) -> Node | None:
     """Division of an element by a row's, column's or call's value becomes a product with its hoisted reciprocal: one
     more rounding, a tenth of the time. Values that decide a mask keep the IEEE quotient."""
@@ -277,10 +287,13 @@ class _Emitter:
             if getattr(trace, name) is not None:
                 self.store(getattr(trace, name), ROW, name)
                 setattr(out, name, name)
-        first = trace.weight if trace.logits is None else trace.logits
+        first = "weight" if trace.logits is None else "logits"
         for name in ("logits", "mask", "weight", "output"):
             node = getattr(trace, name)
-            if self.dialect == "cuda" and node is not None and node is first:
+            if self.dialect == "cuda" and name == "logits" and node is not None and out.softmax:
+                node, factor = _logit_factor(node)
+                out.logit_factor = None if factor is None else self.leaf(factor, ELEM)
+            if self.dialect == "cuda" and node is not None and name == first:
                 node, factor = _dot_scale(node)
                 if factor is not None:
                     out.dot_scale = self.leaf(factor, ROW) or self.expression(factor, ROW)

@@ -90,7 +90,7 @@ def function(i: int, hooks: Hooks) -> str:
         f"  t.kv_len = kv_len, t.q_offset = q_offset;\n"
         f"{''.join(f'  t.{v.name} = {v.expr};' for v in hooks.tile)}\n"
         f"{locals_(hooks.row, ('q', 'q_token', 'head', 'kv_head'))}{locals_(hooks.col, ('kv', 'kv_token'))}"
-        f"  *logits = {results[0]};\n  *keep = {results[1]};\n}}\n"
+        f"  *logits = {hooks.logit_factor + ' * ' if hooks.logit_factor else ''}{results[0]};\n  *keep = {results[1]};\n}}\n"
     )
 
 

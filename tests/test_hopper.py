@@ -115,6 +115,33 @@ def test_distances(variant, first):
     judge(out, None, batch, variant, **params)
 
 
+class Times(ag.Variant):
+    """Scores of either sign, or none, by a factor of the call; the largest lie anywhere."""
+
+    factor: ag.Scalar[float]
+
+    def logits(self, s, at):
+        return self.factor * ag.tanh(0.3 * s + 0.1 * ag.cast(at.kv % 7, float))
+
+    def mask(self, at):
+        return at.kv <= at.q
+
+
+@pytest.mark.parametrize("factor", [40.0, -40.0, 0.0, 1e-30, 1e9, -1e9])
+def test_factors_of_logits(factor):
+    """They are part of what weights are two to the power of."""
+    batch = Batch([70, 3, 1], [200, 90, 300], device="cpu", d=64)
+    attn = make(Times(), batch)
+    attn.plan(*batch.pages())
+    out, lse = attn.run(batch.q, (batch.k, batch.v), factor=factor, return_lse=True)
+    attn.check()
+    if abs(factor) < 1e6:
+        judge(out, lse, batch, Times(), factor=factor)
+    else:  # nothing but the likeliest counts, which a tanh of the hardware's may confuse with others
+        _, expected = batch.expected(Times(), factor=factor)
+        compare(lse / 1e9, expected / 1e9, like=expected.float() / 1e9 + 2e-3)
+
+
 @pytest.mark.parametrize("d, dv", [(96, 64), (128, 96)])
 def test_panels_of_two_widths(d, dv):
     """A warp's output then lies where other warps' queries are: several units, so that warps are apart."""
