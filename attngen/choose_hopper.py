@@ -170,7 +170,7 @@ def hopper_smem_bytes(d: int, dv: int, groups: int, block_n: int, stages: int, q
     need of each key, two units, barriers."""
     tiles = 128 * groups * q_buffers * max(d, dv) + 2 * stages * block_n * (d + dv)
     values = [value for value in hooks.col if value.name not in ("kv", "kv_token")]
-    cols = 4 * stages * block_n * (2 + len(values)) if hooks.reads_columns else 0
+    cols = 4 * stages * block_n * (2 + len(values) + hooks.distance) if hooks.reads_columns else 0
     classes = hooks.classes
     ranges = 0 if classes is None else 272 + 8 * (groups + 1) * classes.rows.size
     units = 2 * (144 + 128 * groups + 8 * len(hooks.tile) + ranges)

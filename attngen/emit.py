@@ -42,7 +42,7 @@ CTYPE = {F32: "float", I32: "int32_t", BOOL: "bool"}
 _RESERVED = frozenset(  # names that the template's loops and C++ use beside the values
     "p c t s o m n q kv q_token kv_token head kv_head num_heads num_kv_heads request q_len kv_len dim rows cols "
     "q_offset q_start kv_start kv_base kv_token0 kv_head0 rope_table query_scale sink kv_position kind row i first count "
-    "group local_kv_head scale distance NR LOG2E bool "
+    "group local_kv_head scale distance place NR LOG2E bool "
     "int float double char short long unsigned signed void auto register static const volatile extern inline return "
     "if else for while do switch case default break continue goto sizeof struct union enum typedef class public "
     "private protected template typename this new delete operator errno stdin stdout stderr namespace using try catch "
@@ -152,7 +152,7 @@ class Hooks:
     sink: str | None = None
     query_scale: str | None = None
     dot_scale: str | None = None  # CUDA: what the first hook multiplies q.k * scale by
-    logit_factor: str | None = None  # CUDA, softmax: what a logit is yet to be multiplied by, the same in a call
+    logit_factor: str | None = None  # CUDA, softmax: what logits within -1 ... 1 are yet to be multiplied by, the same in a call
     softmax: bool = True
     distance: bool = False  # CUDA: scores need (float)(q - kv)
     rope: RopeHoles | None = None
@@ -189,7 +189,7 @@ def _differences(root: Node | None, mask: Node | None) -> Node | None:
     if root is None or mask is None:
         return root
     causal = any(
-        (bound.cq, bound.ck) == (1, -1) and _never_wraps(bound) and sum(sign * node.attr for sign, node in bound.terms) <= 0
+        bound.unit is None and (bound.cq, bound.ck) == (1, -1) and _never_wraps(bound) and sum(sign * node.attr for sign, node in bound.terms) <= 0
         for bound in analyse(mask).closed
     )  # fmt: skip
     q, kv = symbol("q"), symbol("kv")
@@ -197,12 +197,12 @@ def _differences(root: Node | None, mask: Node | None) -> Node | None:
 
 
 def _distances(root: Node | None) -> Node | None:
-    """Floats of |q - kv| and kv - q as functions of that of q - kv, which kernels have cheaply (``Hooks.distance``)."""
+    """Floats of |q - kv| as that of q - kv without its sign, which kernels have cheaply (``Hooks.distance``)."""
     if root is None:
         return None
     ahead, behind = symbol("q") - symbol("kv"), symbol("kv") - symbol("q")
     distance = to_f32(ahead)
-    return substitute(root, {to_f32(abs(ahead)): abs(distance), to_f32(abs(behind)): abs(distance), to_f32(behind): -distance})
+    return substitute(root, {to_f32(abs(ahead)): abs(distance), to_f32(abs(behind)): abs(distance)})
 
 
 def _never_wraps(bound: Inequality) -> bool:
@@ -227,12 +227,13 @@ def _dot_scale(root: Node) -> tuple[Node, Node | None]:
 
 
 def _logit_factor(root: Node) -> tuple[Node, Node | None]:
-    """What ``root`` multiplies by a call's value, and that value: a softmax has a factor already."""
-    factors = [a for a in root.args if a.level <= CALL] if root.op == "mul" else []
-    if len(factors) != 1:
-        return root, None
-    (other,) = (a for a in root.args if a is not factors[0])
-    return other, factors[0]
+    """The tanh that ``root`` multiplies by a call's value, and that value: a softmax has a factor already. Of a tanh, since a result within
+    -1 ... 1 is neither too large for any factor nor too small."""
+    if root.op == "mul":
+        for bounded, factor in (root.args, root.args[::-1]):
+            if bounded.op == "tanh" and factor.level <= CALL:
+                return bounded, factor
+    return root, None
 
 
 def _reciprocals(root: Node | None) -> Node | None:

@@ -115,6 +115,26 @@ def test_distances(variant, first):
     judge(out, None, batch, variant, **params)
 
 
+class ChunkDistances(ag.Variant):
+    """Causal by chunks: later keys of a chunk are seen, and their distance is none."""
+
+    place: ag.Tensor("kv_tokens")
+
+    def mask(self, at):
+        return at.kv // 64 <= at.q // 64
+
+    def logits(self, s, at):
+        return s - 0.05 * ag.max(at.q - at.kv, 0) - 0.02 * ag.abs(at.kv - at.q) + ag.min(1.0 / ag.cast(at.kv - at.q, float), 4.0) + self.place[at.kv_token]
+
+
+@pytest.mark.parametrize("device", ["gpu", "cpu"])
+def test_distances_under_masks_that_keep_later_keys(device, monkeypatch):
+    """On both backends: the distance stays none where it is clamped, positive where it is absolute, and 1 / 0 keeps its sign."""
+    if device == "cpu":
+        monkeypatch.undo()
+    check(ChunkDistances(), [70, 128], [200, 128], d=64)
+
+
 class Times(ag.Variant):
     """Scores of either sign, or none, by a factor of the call; the largest lie anywhere."""
 
@@ -139,7 +159,7 @@ def test_factors_of_logits(factor):
         judge(out, lse, batch, Times(), factor=factor)
     else:  # nothing but the likeliest counts, which a tanh of the hardware's may confuse with others
         _, expected = batch.expected(Times(), factor=factor)
-        compare(lse / 1e9, expected / 1e9, like=expected.float() / 1e9 + 2e-3)
+        compare(lse / abs(factor), expected / abs(factor), like=expected.float() / abs(factor) + 2e-3)
 
 
 @pytest.mark.parametrize("d, dv", [(96, 64), (128, 96)])
