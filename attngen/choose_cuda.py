@@ -265,20 +265,21 @@ class AttentionCandidate:
     lost: str
 
 
-# (block_n, warps, stages, blocks an SM), best first, as measured on an H100. Four warps of 32 rows read keys and values
+# (block_n, warps, stages, blocks an SM, halves), best first, as measured on an H100. Four warps of 32 rows read keys and values
 # from shared memory half as often as eight of 16, but hold twice the output: up to head_dim_v 128 it fits in registers.
-_NARROW = ((96, 4, 2, 2), (64, 4, 2, 2), (64, 4, 1, 2), (64, 4, 1, 1))
-_USUAL = ((64, 4, 2, 2), (64, 4, 1, 2), (64, 4, 2, 1), (64, 4, 1, 1), (32, 4, 1, 1), (16, 4, 1, 1))
-_ROWS_OF_16 = ((64, 8, 2, 1), (64, 8, 1, 1), (32, 8, 1, 1), (16, 8, 1, 1))
-_SMALL = ((64, 4, 2, 3), (64, 4, 2, 2), (64, 4, 1, 2), (64, 4, 2, 1), (64, 4, 1, 1), (32, 4, 1, 1), (16, 4, 1, 1))
+_NARROW = ((96, 4, 2, 2, 1), (64, 4, 2, 2, 1), (64, 4, 1, 2, 1), (64, 4, 1, 1, 1))
+_USUAL = ((64, 4, 2, 2, 1), (64, 4, 1, 2, 1), (64, 4, 2, 1, 1), (64, 4, 1, 1, 1), (32, 4, 1, 1, 1), (16, 4, 1, 1, 1))
+_ROWS_OF_16 = ((64, 8, 2, 1, 1), (64, 8, 1, 1, 1), (32, 8, 1, 1, 1), (16, 8, 1, 1, 1))
+_SMALL = ((64, 4, 2, 3, 1), (64, 4, 2, 2, 1), (64, 4, 1, 2, 1), (64, 4, 2, 1, 1), (64, 4, 1, 1, 1), (32, 4, 1, 1, 1), (16, 4, 1, 1, 1))
 # Hooks on every score, and wide keys, need registers or space beside 32 rows: fewer keys at a time. A hook that reads a
 # tensor for every score needs still more: warps of 16 rows.
-_FEW_KEYS = ((32, 4, 2, 2), (32, 4, 1, 2), (32, 4, 2, 1), (32, 4, 1, 1), (16, 4, 1, 1))
-# Wider values: pairs of warps with 32 rows (halves), which hold as much as warps of 16, where hooks leave them the registers.
+_FEW_KEYS = ((32, 4, 2, 2, 1), (32, 4, 1, 2, 1), (32, 4, 2, 1, 1), (32, 4, 1, 1, 1), (16, 4, 1, 1, 1))
+# Wider values: pairs of warps with 32 rows (halves), which hold as much as warps of 16, where hooks leave them the registers. By count of
+# instructions, not measured yet.
 _PAIRS = ((64, 8, 2, 1, 2), (64, 8, 1, 1, 2), (32, 8, 1, 1, 2))
 
 
-def _attention_shapes(block_m: int, d: int, dv: int, hooks: Hooks) -> tuple[tuple[int, ...], ...]:
+def _attention_shapes(block_m: int, d: int, dv: int, hooks: Hooks) -> tuple[tuple[int, int, int, int, int], ...]:
     functions = [fn for fn in (hooks.logits, hooks.weight, hooks.mask) if fn]
     reads = any("ag_load" in text for fn in functions for text in (fn.result, *(line.expr for line in fn.lines)))
     rotates = hooks.rope is not None and hooks.rope.rotate_keys
@@ -291,7 +292,7 @@ def _attention_shapes(block_m: int, d: int, dv: int, hooks: Hooks) -> tuple[tupl
     if d > 128 or hooks.logits or hooks.weight or hooks.query_scale or rotates or not hooks.bounds.exact:
         return _FEW_KEYS
     if len(hooks.row) > 1:  # values of rows beside their position
-        return (48, 4, 2, 2), *_FEW_KEYS
+        return (48, 4, 2, 2, 1), *_FEW_KEYS
     return _NARROW if max(d, dv) <= 64 else _USUAL
 
 
@@ -309,8 +310,7 @@ def choose_attention(
     candidates: list[AttentionCandidate] = []
     possible: list[AttentionCandidate] = []
     won: AttentionCandidate | None = None
-    for block_n, warps, stages, blocks, *more in _attention_shapes(block_m, d, dv, hooks):
-        halves = more[0] if more else 1
+    for block_n, warps, stages, blocks, halves in _attention_shapes(block_m, d, dv, hooks):
         smem = attention_smem_bytes(d, dv, block_m, block_n, stages, halves, hooks, paged)
         lost = ""
         if split % block_n:

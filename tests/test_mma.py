@@ -8,7 +8,7 @@ import torch
 from compare import compare
 from grid import VARIANTS
 from test_attention_gpu import Sunk
-from test_hopper import check
+from test_hopper import STORED, check
 
 import attngen as ag
 from attngen import engine, variants
@@ -30,7 +30,7 @@ def on_host(monkeypatch):
 
 
 def halves(variant: ag.Variant, d: int, dv: int, dtype: torch.dtype = BF16) -> int:
-    storage = tuple((name, {"f32": "float32", "i32": "int32", "bool": "bool"}[field.dtype]) for name, field in variant.trace.used().items())
+    storage = tuple((name, STORED[field.dtype]) for name, field in variant.trace.used().items())
     kernels = engine.kernels_of(variant, engine.cuda_problem("80", dtype, d, dv, storage), page_size=16)
     return kernels.classes[-1].config.halves
 
